@@ -1,0 +1,1 @@
+"""The Fisher information: how it is estimated and how it is held."""

@@ -1,0 +1,1 @@
+"""Models: preprocess -> backbone -> head, and the architectures to build them from."""

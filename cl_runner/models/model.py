@@ -1,0 +1,125 @@
+"""The model of a run: preprocess -> backbone -> head, and which outputs the loss may see."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from cl_runner.models.heads import Init, draw
+from cl_runner.streams.base import Scenario, Stream, Task
+
+ActiveLogits = Literal["current", "seen", "all"]
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a model says of a batch."""
+
+    logits: Tensor  # [B, K], unmasked
+    features: Tensor  # [B, D]
+    inputs: Tensor  # [B, C, H, W] float, as the backbone saw them: a teacher must see the same augmented pixels
+
+
+class Model(nn.Module):
+    """preprocess -> backbone -> head, with one head row for every class of the stream.
+
+    The head never grows: `visible` [T, K] says which outputs an example of each task may be told apart by, so that
+    optimizer state, anchors, stored logits and checkpoints keep their shapes.
+    """
+
+    visible: Tensor
+
+    def __init__(
+        self,
+        preprocess: nn.Module,
+        backbone: nn.Module,
+        num_features: int,
+        stream: Stream,
+        active_logits: ActiveLogits | None = None,
+        head_init: Init = "torch",
+        pretrained_head: nn.Linear | None = None,
+        seed: int = 0,
+    ) -> None:
+        """`backbone`: images [B, C, H, W] -> features [B, D = `num_features`]; `active_logits`: which outputs enter
+        the loss, None for what the scenario says; `pretrained_head`: the backbone's own, kept frozen beside the new
+        one: it is what makes the pretrained model task zero; `seed`: of the rows of the head."""
+        super().__init__()
+        self.preprocess, self.backbone = preprocess, backbone
+        self.dropout = nn.Dropout(0.0)
+        self.head = nn.Linear(num_features, stream.num_classes)
+        self.pretrained_head = pretrained_head.requires_grad_(False) if pretrained_head is not None else None
+        self.scenario, self.head_init, self.seed = stream.scenario, head_init, seed
+        defaults = {Scenario.TASK: "current", Scenario.DOMAIN: "all", Scenario.CLASS: "seen"}
+        self.active_logits = active_logits or defaults[stream.scenario]
+        self.register_buffer("visible", torch.zeros(len(stream), stream.num_classes, dtype=torch.bool))
+        self._still: list[nn.Module] = []
+
+    def reveal(self, task: Task) -> None:
+        """Let the loss see `task`'s outputs; rows that it sees for the first time are drawn afresh."""
+        known = self.revealed
+        if self.active_logits == "all":
+            self.visible[:] = True
+        elif self.active_logits == "seen":
+            self.visible[:, list(task.classes)] = True
+        else:
+            self.visible[task.index, list(task.classes)] = True
+        generator = torch.Generator().manual_seed(self.seed + 7919 * task.index)  # another draw for every task
+        draw(self.head, self.head_init, generator, self.revealed & ~known)
+
+    @property
+    def revealed(self) -> Tensor:
+        """The head's rows that some task's loss sees, [K] bool."""
+        return self.visible.any(0)
+
+    def forward(self, images: Tensor) -> Output:
+        """`images`: [B, C, H, W] uint8."""
+        return self.encode(self.preprocess(images))
+
+    def encode(self, inputs: Tensor) -> Output:
+        """`inputs`: [B, C, H, W] float, already preprocessed (`Output.inputs`, say)."""
+        features = self.backbone(inputs)
+        return Output(self.head(self.dropout(features)), features, inputs)
+
+    def restrict(self, logits: Tensor, task_ids: Tensor) -> Tensor:
+        """`logits` [B, K] with -inf where an example of its task [B] may not be told apart by them."""
+        return logits.masked_fill(~self.visible[task_ids], -torch.inf)
+
+    def hold_statistics(self, modules: Iterable[nn.Module]) -> None:
+        """Keep these modules (normalisation layers) in eval mode, whatever mode the model is put in."""
+        self._still = list(modules)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> "Model":
+        super().train(mode)
+        for module in self._still:
+            module.eval()
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        return self.head.weight.device
+
+
+class PretrainedView(nn.Module):
+    """The backbone of `model`, as it now is, under its own frozen pretrained head: the model of task zero.
+
+    Shares every module with `model`; its trainable parameters carry the same names (`backbone.…`).
+    """
+
+    def __init__(self, model: Model) -> None:
+        super().__init__()
+        assert model.pretrained_head is not None, "the strategy's check lets only models with a pretrained head here"
+        self.preprocess, self.backbone, self.head = model.preprocess, model.backbone, model.pretrained_head
+
+    def forward(self, images: Tensor) -> Output:
+        return self.encode(self.preprocess(images))
+
+    def encode(self, inputs: Tensor) -> Output:
+        features = self.backbone(inputs)
+        return Output(self.head(features), features, inputs)
+
+    def restrict(self, logits: Tensor, task_ids: Tensor) -> Tensor:
+        """Every output of the pretrained head counts."""
+        return logits

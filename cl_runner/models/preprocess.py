@@ -1,0 +1,68 @@
+"""A model's first layer: from the stream's uint8 images to what the backbone was made for."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Preprocess(nn.Module):
+    """Augment (in train mode only), scale to [0, 1], repeat gray to the backbone's channels, resize, normalise.
+
+    Images stay uint8 everywhere else, so replay, Fisher, herding and evaluation need no transforms of their own; and
+    all of it runs on whole batches on the device.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        size: tuple[int, int] | None = None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        augment: Sequence[str] = (),
+        crop_padding: int = 4,
+        channels_last: bool = False,
+    ) -> None:
+        """`channels`: what the backbone takes; `size`: H, W to resize to (None: as they come); `mean` and `std`: a
+        value a channel, of images in [0, 1] (None: leave them there); `augment`: any of "crop" (a random window after
+        padding with black) and "flip" (left to right, one in two)."""
+        super().__init__()
+        self.channels, self.size, self.augment, self.crop_padding = channels, size, tuple(augment), crop_padding
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        mean = torch.tensor(mean if mean is not None else [0.0]).view(1, -1, 1, 1)
+        std = torch.tensor(std if std is not None else [1.0]).view(1, -1, 1, 1)
+        # One multiplication and one addition do both the scaling by 255 and the normalisation.
+        self.register_buffer("scale", 1 / (255 * std), persistent=False)
+        self.register_buffer("shift", -mean / std, persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[B, C, H, W] uint8 -> [B, channels, *size] float32."""
+        if self.training:
+            if "crop" in self.augment:
+                images = random_crop(images, self.crop_padding)
+            if "flip" in self.augment:
+                images = random_flip(images)
+        images = images.float()
+        if self.size is not None and images.shape[-2:] != self.size:
+            images = F.interpolate(images, self.size, mode="bilinear", antialias=True, align_corners=False)
+        if images.shape[1] == 1 and self.channels > 1:
+            images = images.expand(-1, self.channels, -1, -1)
+        return torch.addcmul(self.shift, images, self.scale).contiguous(memory_format=self.memory_format)
+
+
+def random_crop(images: Tensor, padding: int) -> Tensor:
+    """Each image [C, H, W] shifted by up to `padding` pixels each way, black coming in; one gather a batch."""
+    size, (height, width) = len(images), images.shape[-2:]
+    padded = F.pad(images, (padding,) * 4)
+    top, left = torch.randint(2 * padding + 1, (2, size, 1), device=images.device)
+    rows = top + torch.arange(height, device=images.device)  # [B, H]
+    columns = left + torch.arange(width, device=images.device)  # [B, W]
+    batch = torch.arange(size, device=images.device)[:, None, None]
+    return padded.permute(0, 2, 3, 1)[batch, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def random_flip(images: Tensor) -> Tensor:
+    """Each image mirrored left to right with probability one half."""
+    mirrored = torch.rand(len(images), 1, 1, 1, device=images.device) < 0.5
+    return torch.where(mirrored, images.flip(-1), images)

@@ -1,0 +1,116 @@
+"""What a task stream is made of: examples, tasks, streams.
+
+Shapes, here and everywhere: B batch, N examples, C channels, H x W pixels, D features, K classes, T tasks.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+class Scenario(StrEnum):
+    """What is known of the task at test time (van de Ven et al., 2022, https://arxiv.org/abs/1904.07734)."""
+
+    TASK = "task"  # the task is told: choose among its classes
+    DOMAIN = "domain"  # the task is not told and need not be: all tasks share their classes
+    CLASS = "class"  # the task is not told: choose among all classes seen so far
+
+
+@dataclass(frozen=True)
+class Examples:
+    """A data set, a batch and a memory are the same thing: images, labels and the tasks they came from."""
+
+    images: Tensor  # [N, C, H, W] uint8
+    labels: Tensor  # [N] int64, in the stream's label space
+    task_ids: Tensor  # [N] int64
+    extras: dict[str, Tensor] = field(default_factory=dict)  # [N, ...] each, e.g. stored logits
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: Tensor | slice) -> "Examples":
+        """Rows by slice, boolean mask [N] or integer index [n]; a slice copies nothing."""
+        extras = {name: values[index] for name, values in self.extras.items()}
+        return Examples(self.images[index], self.labels[index], self.task_ids[index], extras)
+
+    def __add__(self, other: "Examples") -> "Examples":
+        """These rows, then the other's; extras that only one side has are dropped."""
+        return concatenate([self, other])
+
+    def to(self, device: torch.device | str) -> "Examples":
+        def move(values: Tensor) -> Tensor:
+            return values.to(device, non_blocking=True)
+
+        extras = {name: move(values) for name, values in self.extras.items()}
+        return Examples(move(self.images), move(self.labels), move(self.task_ids), extras)
+
+    def with_extras(self, **extras: Tensor) -> "Examples":
+        return replace(self, extras={**self.extras, **extras})
+
+    def batches(
+        self, size: int, generator: torch.Generator | None = None, drop_last: bool = False
+    ) -> Iterator["Examples"]:
+        """All rows once, `size` at a time: in order, or shuffled by `generator` (a CPU generator)."""
+        end = len(self) - len(self) % size if drop_last else len(self)
+        if generator is None:
+            for start in range(0, end, size):
+                yield self[start : start + size]
+            return
+        order = torch.randperm(len(self), generator=generator).to(self.labels.device)
+        for start in range(0, end, size):
+            yield self[order[start : start + size]]
+
+
+def concatenate(parts: Sequence[Examples]) -> Examples:
+    """All rows of all parts, in order; extras that every part has."""
+    shared = set.intersection(*(set(part.extras) for part in parts))
+    return Examples(
+        torch.cat([part.images for part in parts]),
+        torch.cat([part.labels for part in parts]),
+        torch.cat([part.task_ids for part in parts]),
+        {name: torch.cat([part.extras[name] for part in parts]) for name in sorted(shared)},
+    )
+
+
+class Task:
+    """One step of the stream: its classes (labels in the stream's label space) and its three sets of examples.
+
+    `train` and `validation` are built when asked for and not kept, so a long stream costs the memory of one task;
+    `test` is asked for after every task and is kept.
+    """
+
+    def __init__(self, index: int, classes: tuple[int, ...], build: Callable[[str], Examples]) -> None:
+        self.index, self.classes, self._build = index, classes, build
+
+    @property
+    def train(self) -> Examples:
+        return self._build("train")
+
+    @property
+    def validation(self) -> Examples:
+        return self._build("validation")
+
+    @cached_property
+    def test(self) -> Examples:
+        return self._build("test")
+
+
+@dataclass(frozen=True)
+class Stream:
+    """The tasks in the order in which they come, and what a model must know to learn them."""
+
+    scenario: Scenario
+    tasks: Sequence[Task]
+    num_classes: int  # size of the label space, all tasks together
+    image_shape: tuple[int, int, int]  # C, H, W as the tasks' images come
+    mean: tuple[float, ...] | None  # a channel, of images in [0, 1]; None: leave them in [0, 1]
+    std: tuple[float, ...] | None
+    augment: tuple[str, ...] = ()  # "crop", "flip": what a model does to training images
+    crop_padding: int = 4
+
+    def __len__(self) -> int:
+        return len(self.tasks)
