@@ -123,3 +123,11 @@ class PretrainedView(nn.Module):
     def restrict(self, logits: Tensor, task_ids: Tensor) -> Tensor:
         """Every output of the pretrained head counts."""
         return logits
+
+    @property
+    def revealed(self) -> Tensor:
+        return torch.ones(self.head.out_features, dtype=torch.bool, device=self.head.weight.device)
+
+    @property
+    def device(self) -> torch.device:
+        return self.head.weight.device
