@@ -41,17 +41,26 @@ class Model(nn.Module):
         head_init: Init = "torch",
         pretrained_head: nn.Linear | None = None,
         seed: int = 0,
+        head_name: str = "head",
+        metadata: dict[str, str] | None = None,
     ) -> None:
         """`backbone`: images [B, C, H, W] -> features [B, D = `num_features`]; `active_logits`: which outputs enter
         the loss, None for what the scenario says; `pretrained_head`: the backbone's own, kept frozen beside the new
-        one: it is what makes the pretrained model task zero; `seed`: of the rows of the head."""
+        one: it is what makes the pretrained model task zero; `seed`: of the rows of the head; `head_name`: what the
+        architecture calls its classifier in files of weights; `metadata`: what those files say of the images."""
         super().__init__()
         self.preprocess, self.backbone = preprocess, backbone
         self.dropout = nn.Dropout(0.0)
         self.head = nn.Linear(num_features, stream.num_classes)
         self.pretrained_head = pretrained_head.requires_grad_(False) if pretrained_head is not None else None
-        self.scenario, self.head_init, self.seed = stream.scenario, head_init, seed
-        defaults = {Scenario.TASK: "current", Scenario.DOMAIN: "all", Scenario.CLASS: "seen"}
+        self.scenario, self.seed = stream.scenario, seed
+        self.head_init: Init = head_init
+        self.head_name, self.metadata = head_name, metadata or {}
+        defaults: dict[Scenario, ActiveLogits] = {
+            Scenario.TASK: "current",
+            Scenario.DOMAIN: "all",
+            Scenario.CLASS: "seen",
+        }
         self.active_logits = active_logits or defaults[stream.scenario]
         self.register_buffer("visible", torch.zeros(len(stream), stream.num_classes, dtype=torch.bool))
         self._still: list[nn.Module] = []
@@ -96,6 +105,17 @@ class Model(nn.Module):
         for module in self._still:
             module.eval()
         return self
+
+    def plain_state(self) -> dict[str, Tensor]:
+        """Backbone and head by the architecture's own names, on the CPU: what `model.pretrained` reads from a file."""
+        head = {f"{self.head_name}.{name}": value for name, value in self.head.state_dict().items()}
+        state = {**self.backbone.state_dict(), **head}
+        layout = torch.contiguous_format
+        return {name: value.to("cpu", copy=True, memory_format=layout) for name, value in state.items()}
+
+    def weights_metadata(self) -> dict[str, str]:
+        """What goes with `plain_state` into a safetensors file: the architecture, and the images that it takes."""
+        return dict(self.metadata)
 
     @property
     def device(self) -> torch.device:

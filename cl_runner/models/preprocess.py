@@ -14,6 +14,9 @@ class Preprocess(nn.Module):
     all of it runs on whole batches on the device.
     """
 
+    scale: Tensor
+    shift: Tensor
+
     def __init__(
         self,
         channels: int,
@@ -30,11 +33,11 @@ class Preprocess(nn.Module):
         super().__init__()
         self.channels, self.size, self.augment, self.crop_padding = channels, size, tuple(augment), crop_padding
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        mean = torch.tensor(mean if mean is not None else [0.0]).view(1, -1, 1, 1)
-        std = torch.tensor(std if std is not None else [1.0]).view(1, -1, 1, 1)
+        centre = torch.tensor(mean if mean is not None else [0.0]).view(1, -1, 1, 1)
+        spread = torch.tensor(std if std is not None else [1.0]).view(1, -1, 1, 1)
         # One multiplication and one addition do both the scaling by 255 and the normalisation.
-        self.register_buffer("scale", 1 / (255 * std), persistent=False)
-        self.register_buffer("shift", -mean / std, persistent=False)
+        self.register_buffer("scale", 1 / (255 * spread), persistent=False)
+        self.register_buffer("shift", -centre / spread, persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
         """[B, C, H, W] uint8 -> [B, channels, *size] float32."""

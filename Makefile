@@ -1,0 +1,29 @@
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: run test lint bench clean
+
+run: $(READY)  ## set up, then the main job
+	$(BIN)/cl-runner $(ARGS)
+
+test: $(READY)  ## set up, then the tests
+	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+lint: $(READY)  ## ruff, pyright, and what else pre-commit holds
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pre-commit run --all-files
+
+bench: $(READY)  ## the runner beside a bare loop
+	$(BIN)/python benchmarks/stream.py
+
+clean:
+	rm -rf $(VENV) build dist
+
+# uv installs the torch stack several times faster than pip; pip is there where uv is not to be had.
+$(READY): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet uv || echo "no uv: pip takes a little longer"
+	if [ -x $(BIN)/uv ]; then $(BIN)/uv pip install --quiet --python $(BIN)/python --editable '.[dev]'; \
+	else $(BIN)/python -m pip install --quiet --editable '.[dev]'; fi
+	touch $@

@@ -1,0 +1,360 @@
+"""From the command line to checked components: compose, check, build. The only place that builds a `_target_`."""
+
+import hashlib
+import importlib
+import inspect
+import itertools
+import json
+import re
+from collections.abc import Callable, Iterable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import hydra
+from hydra import compose, initialize_config_dir
+from hydra._internal.utils import get_args_parser
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException, MissingConfigException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from cl_runner.errors import ConfigError
+
+if TYPE_CHECKING:  # torch takes seconds to import: `--help` and completion do without
+    import torch
+
+_HERE = Path(__file__).resolve().parent
+CONF = _HERE / "conf" if (_HERE / "conf").is_dir() else _HERE.parent / "conf"
+VERSION_BASE = "1.3" if hydra.__version__ < "1.4" else None
+
+OmegaConf.register_new_resolver("run_folder", lambda *, _root_: str(run_folder(validated(_root_))), replace=True)
+OmegaConf.register_new_resolver("run_folder_name", lambda *, _root_: run_folder(validated(_root_)).name, replace=True)
+
+# A config is not a program: only these may be named by a `_target_`, beside what `plugins` lists.
+ALLOWED = ("cl_runner", "torch.optim", "torchvision", "timm")
+
+COMPONENTS = ("stream", "model", "strategy", "optimizer", "scheduler", "trainer", "tracker")
+PROVIDED = {"optimizer": {"params"}, "scheduler": {"optimizer", "steps"}}  # arguments that come when a run builds them
+
+# These change where and how a run is carried out and watched, not what it computes.
+NOT_HASHED = ("device", "data_root", "output_root", "rerun", "fisher", "tracker", "trainer.log_every")
+NOT_HASHED += ("trainer.keep_checkpoint", "stream.download", "stream.max_device_gb")
+ANY_SEED = 2**31 - 1  # stands for the seed where runs that differ in nothing else are one group
+
+
+class Settings(BaseModel):
+    """The top level of the configuration; the components are checked against what their `_target_` takes."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    seed: Annotated[int, Field(ge=0)]
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")]
+    data_root: str
+    output_root: str
+    rerun: bool
+    plugins: list[str]
+    stream: dict[str, Any]
+    model: dict[str, Any]
+    strategy: dict[str, Any]
+    fisher: dict[str, Any]
+    optimizer: dict[str, Any]
+    scheduler: dict[str, Any]
+    trainer: dict[str, Any]
+    tracker: dict[str, Any]
+
+
+@dataclass
+class Experiment:
+    """A configuration that has been checked, and its components, built but holding neither data nor a network."""
+
+    config: dict[str, Any]  # plain, validated
+    group: str  # hash of everything but the seed
+    stream: Any
+    model: Any
+    strategy: Any
+    trainer: Any
+    tracker: Any
+    device: "torch.device"
+
+    @property
+    def make_optimizer(self) -> Callable[..., Any]:
+        return partial(build, self.config["optimizer"])
+
+    @property
+    def make_scheduler(self) -> Callable[..., Any]:
+        return partial(build, self.config["scheduler"])
+
+    @property
+    def folder(self) -> Path:
+        return run_folder(self.config)
+
+
+def run_folder(config: dict[str, Any]) -> Path:
+    """Where a validated configuration's run lies: the same for the same work, whenever it is asked for."""
+    return Path(config["output_root"]) / f"{label(config)}-s{config['seed']}-{digest(config)}"
+
+
+def label(config: dict[str, Any]) -> str:
+    """Strategy, stream and model, readable."""
+
+    def short(node: dict[str, Any]) -> str:
+        return node["_target_"].rpartition(".")[2].lower()
+
+    stream = f"{short(config['stream'])}_{Path(config['stream']['name']).name}"
+    return f"{short(config['strategy'])}-{stream}-{config['model'].get('name') or short(config['model'])}"
+
+
+def check(cfg: DictConfig) -> Experiment:
+    """Check everything that can be known before data are loaded, and build the components.
+
+    Raises ConfigError, which names the field.
+    """
+    config = validated(cfg)
+    built = {name: _named(name, partial(build, config[name])) for name in COMPONENTS if name not in PROVIDED}
+    experiment = Experiment(config=config, group=_group(cfg), device=_device(config["device"]), **built)
+    _check_optimizer(experiment)
+    experiment.model.check()
+    experiment.stream.prepare(config["data_root"])
+    experiment.strategy.check(experiment.stream, experiment.model)
+    _check_active_logits(config)
+    return experiment
+
+
+def validated(cfg: DictConfig) -> dict[str, Any]:
+    """The plain configuration with every value held to its type: 1 and 1.0 become one where a float is meant.
+
+    Raises ConfigError.
+    """
+    cfg = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
+    try:
+        plain = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        field = error.full_key or "config"
+        raise ConfigError(str(field), str(error).splitlines()[0]) from None
+    _refuse_unknown("", plain, Settings.model_fields)
+    try:
+        Settings(**plain)
+    except ValidationError as error:
+        raise _config_error("", error) from None
+    allowed = (*ALLOWED, *plain["plugins"])
+    for name in (*COMPONENTS, "fisher"):
+        plain[name] = _checked_node(name, plain[name], allowed, PROVIDED.get(name, set()))
+    return plain
+
+
+def build(node: dict[str, Any], **provided: Any) -> Any:
+    """Call a checked node's `_target_` with its arguments, nodes among them built first."""
+    arguments = {
+        key: build(value) if isinstance(value, dict) and "_target_" in value else value
+        for key, value in node.items()
+        if key != "_target_"
+    }
+    return _import(node["_target_"])(**arguments, **provided)
+
+
+def digest(config: dict[str, Any]) -> str:
+    """Eight hex digits of what a run computes."""
+    plain = json.loads(json.dumps(config))
+    for path in (*NOT_HASHED, "trainer.epochs" if config["trainer"].get("iterations") else "trainer.iterations"):
+        *parents, key = path.split(".")
+        node = plain
+        for parent in parents:
+            node = node[parent]
+        node.pop(key, None)
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def compose_jobs(argv: list[str]) -> list[DictConfig]:
+    """Every configuration that a command line asks for: one, or with -m the product of its sweeps.
+
+    Raises ConfigError for what Hydra itself would refuse.
+    """
+    try:
+        arguments = get_args_parser().parse_args(argv)
+        overrides = OverridesParser.create().parse_overrides(arguments.overrides)
+    except HydraException as error:
+        raise ConfigError("command line", _first_lines(error)) from None
+    search = [f"hydra.searchpath=[file://{Path(arguments.config_dir).resolve()}]"] if arguments.config_dir else []
+    with initialize_config_dir(str(CONF), version_base=VERSION_BASE):
+        groups = set(GlobalHydra.instance().config_loader().list_groups(""))
+        choices = []
+        for override in overrides:
+            if override.is_sweep_override():
+                if not arguments.multirun:
+                    raise ConfigError(override.get_key_element(), "a sweep over several values needs -m (--multirun)")
+                values = list(override.sweep_string_iterator())
+            else:
+                values = [override.get_value_element_as_str()] if override.value() is not None else ["null"]
+            key = override.get_key_element()
+            # An unknown key is let in here, for the check to name it together with the nearest valid one.
+            plain_key = override.type is not None and not key.startswith(("+", "~", "hydra")) and "/" not in key
+            prefix = "++" if plain_key and key.partition("@")[0] not in groups else ""
+            choices.append([key if override.is_delete() else f"{prefix}{key}={value}" for value in values])
+        return [_composed([*search, *job]) for job in itertools.product(*choices)]
+
+
+def choices() -> dict[str, dict[str, str]]:
+    """group -> choice -> what its YAML's first line says of it."""
+    files = sorted(file for file in CONF.glob("[a-z]*/*.yaml"))
+    found: dict[str, dict[str, str]] = {}
+    for file in files:
+        first = next((line for line in file.read_text().splitlines() if line.startswith("# ") and "@" not in line), "")
+        found.setdefault(file.parent.name, {})[file.stem] = first.removeprefix("# ")
+    return found
+
+
+def _composed(overrides: list[str]) -> DictConfig:
+    try:
+        return compose("config", overrides=overrides)
+    except MissingConfigException as error:
+        group, _, choice = str(error.missing_cfg_file or "").rpartition("/")
+        options = ", ".join(error.options or ()) or "nothing"
+        raise ConfigError(group or "command line", f"expected one of {options}, got {choice!r}") from None
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError("command line", _first_lines(error)) from None
+
+
+def _first_lines(error: Exception) -> str:
+    return " ".join(line.strip() for line in str(error).splitlines()[:2])
+
+
+def _group(cfg: DictConfig) -> str:
+    """The hash with the seed replaced before anything is interpolated from it."""
+    seedless = cfg.copy()
+    seedless.seed = ANY_SEED
+    return digest(validated(seedless))
+
+
+@contextmanager
+def _naming(field: str):
+    """What a component says against its arguments becomes an error that names it."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        raise ConfigError(field, str(error).splitlines()[0]) from error
+
+
+def _named(field: str, make: Callable[[], Any]) -> Any:
+    with _naming(field):
+        return make()
+
+
+def _checked_node(path: str, node: dict[str, Any], allowed: Iterable[str], provided: set[str]) -> dict[str, Any]:
+    """The node with its values validated against its target's signature."""
+    if "_target_" not in node:
+        raise ConfigError(f"{path}._target_", "expected the name of a class or function, got nothing")
+    target = _import(node["_target_"], path, tuple(allowed))
+    parameters = inspect.signature(target).parameters
+    _refuse_unknown(path, {key: None for key in node if key != "_target_"}, parameters.keys() - provided)
+    missing = [
+        name
+        for name, parameter in parameters.items()
+        if parameter.default is parameter.empty and name not in node and name not in provided
+    ]
+    if missing:
+        raise ConfigError(f"{path}.{missing[0]}", "expected a value, got nothing")
+    hints = inspect.get_annotations(target if inspect.isfunction(target) else target.__init__, eval_str=True)
+    return {
+        key: _checked_value(f"{path}.{key}", value, hints.get(key, Any), allowed) if key != "_target_" else value
+        for key, value in node.items()
+    }
+
+
+def _checked_value(path: str, value: Any, hint: Any, allowed: Iterable[str]) -> Any:
+    if isinstance(value, dict) and "_target_" in value:
+        return _checked_node(path, value, allowed, set())
+    try:
+        adapter = TypeAdapter(hint, config=ConfigDict(strict=True, arbitrary_types_allowed=True))
+        # As JSON a list may stand for a tuple and a string for an enum, and nothing else is converted.
+        return adapter.dump_python(adapter.validate_json(json.dumps(value)), mode="json", warnings=False)
+    except ValidationError as error:
+        raise _config_error(path, error) from None
+
+
+def _import(target: str, path: str = "_target_", allowed: tuple[str, ...] | None = None) -> Any:
+    def permitted(name: str) -> bool:
+        return allowed is None or any(name == prefix or name.startswith(prefix + ".") for prefix in allowed)
+
+    module_name, _, name = target.rpartition(".")
+    if not permitted(target):
+        raise ConfigError(
+            f"{path}._target_",
+            f"expected a name in {', '.join(allowed or ())} (or a package in plugins), got {target!r}",
+        )
+    try:
+        found = getattr(importlib.import_module(module_name), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"{path}._target_", f"expected something importable, got {target!r} ({error})") from None
+    # A permitted module's own imports are not permitted with it.
+    if not callable(found) or not permitted(getattr(found, "__module__", "") or ""):
+        raise ConfigError(
+            f"{path}._target_", f"expected a class or function of {', '.join(allowed or ())}, got {target!r}"
+        )
+    return found
+
+
+def _refuse_unknown(path: str, given: Iterable[str], known: Iterable[str]) -> None:
+    for key in given:
+        if key not in known:
+            field = f"{path}.{key}" if path else key
+            near = get_close_matches(key, list(known), n=1)
+            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(sorted(known))}"
+            raise ConfigError(field, f"unknown key; {hint}")
+
+
+def _config_error(path: str, error: ValidationError) -> ConfigError:
+    """One line for pydantic's list: where, what was expected (of every branch of a union), and what came."""
+    problems = error.errors()
+    inner = [str(part) for part in problems[0]["loc"] if isinstance(part, int) or (not path and part)]
+    field = ".".join([part for part in [path] if part] + inner)
+    wanted = dict.fromkeys(_expected(p["msg"]) for p in problems if "isinstance" not in p["msg"])
+    return ConfigError(field or path, f"expected {' or '.join(wanted)}, got {problems[0]['input']!r}")
+
+
+def _expected(message: str) -> str:
+    message = message.removeprefix("Input should be ").removeprefix("a valid ").removeprefix("an instance of ")
+    plain = {"number": "float", "integer": "int", "string": "str", "boolean": "bool", "dictionary": "a mapping"}
+    message = re.sub(r"^String should match pattern .*", "auto, cpu, mps, cuda or cuda:N", message)
+    return plain.get(message, message.replace("None", "null").replace("greater than or equal to", "at least"))
+
+
+def _check_optimizer(experiment: Experiment) -> None:
+    """Let the optimizer and the scheduler say now, on one dummy weight, what they would say later."""
+    import torch
+
+    with _naming("optimizer"):
+        optimizer = experiment.make_optimizer(params=[torch.zeros(1, requires_grad=True)])
+    with _naming("scheduler"):
+        experiment.make_scheduler(optimizer=optimizer, steps=100)
+
+
+def _check_active_logits(config: dict[str, Any]) -> None:
+    active = config["trainer"]["active_logits"]
+    if config["stream"]["scenario"] == "domain" and active not in (None, "all"):
+        raise ConfigError(
+            "trainer.active_logits",
+            f"expected all or null where tasks share their classes (domain), got {active!r}",
+        )
+
+
+def _device(name: str) -> "torch.device":
+    """The device meant by `name`.
+
+    Raises ConfigError where it is not there.
+    """
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    device = torch.device(name)
+    there = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    if (device.index or 0) >= there[device.type]:
+        exist = ["auto", "cpu", *(f"cuda:{i}" for i in range(there["cuda"])), *["mps"][: there["mps"]]]
+        raise ConfigError("device", f"expected one of {', '.join(exist)} (what this machine has), got {name!r}")
+    return device

@@ -1,0 +1,47 @@
+"""Say beforehand when a Fisher pass will take long."""
+
+import logging
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+from cl_runner.fisher.curvature import Curvature
+from cl_runner.models.model import Model, PretrainedView
+from cl_runner.streams.base import Examples
+
+log = logging.getLogger("cl_runner")
+
+LONG = 100  # backward passes for every training image of the task
+TRIAL = 8  # samples that the estimate is measured on
+
+
+class Costed(Protocol):
+    num_samples: int | None
+
+    def passes(self, num_classes: int) -> int: ...
+
+    def __call__(self, model: Model | PretrainedView, examples: Examples) -> Curvature: ...
+
+
+def announce(
+    estimator: Costed,
+    model: Model | PretrainedView,
+    examples: Examples,
+    clock: Callable[[], float] = time.perf_counter,
+) -> None:
+    """Log how long `estimator` will take on these examples, if it makes more than a hundred passes for each of them."""
+    samples = min(estimator.num_samples or len(examples), len(examples))
+    passes = estimator.passes(model.head.out_features) * samples
+    if passes <= LONG * len(examples):
+        return
+    start = clock()
+    estimator(model, examples[:TRIAL])
+    seconds = (clock() - start) * samples / min(TRIAL, samples)
+    log.warning(
+        "the %s Fisher makes %d backward passes over %d samples: about %.0f s (fisher=probe or a smaller "
+        "fisher.num_samples is faster)",
+        type(estimator).__name__.lower(),
+        passes,
+        samples,
+        seconds,
+    )

@@ -1,0 +1,267 @@
+"""Estimators of the diagonal of the Fisher: they differ in their output vectors alone.
+
+For one sample with logits z(θ) and probabilities p = softmax(z), F = Jᵀ (diag(p) - p pᵀ) J, J = ∂z/∂θ. Any vectors v
+with Σ v vᵀ = diag(p) - p pᵀ, exactly or on average, give its diagonal as Σ (Jᵀ v)²: one backward pass a vector. What is
+returned is the mean over samples.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+from typing import Annotated, ClassVar, Literal, Protocol
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from cl_runner.fisher.curvature import Curvature, Diagonal
+from cl_runner.fisher.per_sample import SquaredGradients, undisturbed
+from cl_runner.models.model import Model, PretrainedView
+from cl_runner.streams.base import Examples
+
+Logits = Literal["visible", "seen", "all"]
+Count = Annotated[int, Field(ge=1)]
+
+
+class FisherEstimator(Protocol):
+    """What a strategy asks for a Fisher."""
+
+    num_samples: int | None
+
+    def __call__(self, model: Model | PretrainedView, examples: Examples) -> Curvature: ...
+
+    def for_pretrained(self) -> "FisherEstimator":
+        """The estimator for a pretrained model under its own head, whose true labels nobody knows."""
+        ...
+
+    def passes(self, num_classes: int) -> int:
+        """Backward passes a sample, where `num_classes` outputs enter: what a call will cost."""
+        ...
+
+
+@dataclass(kw_only=True)
+class Estimator(ABC):
+    """A diagonal Fisher from per-sample gradients; a subclass says which output vectors.
+
+    Args:
+        num_samples: how many samples, drawn without replacement; None: all.
+        pretrained_samples: the same, where the pretrained model is estimated under its own head.
+        batch_size: samples in memory at a time; it does not change the result (but see `Batched`).
+        logits: which outputs enter: those that the sample's task may see, those revealed so far, or all.
+        seed: of the choice of samples and of the vectors' noise.
+
+    A call leaves the model as it was: its modes, buffers, parameters and their gradients. It sees un-augmented images,
+    and computes in the parameters' own precision, since autocast puts single layers off by a tenth.
+    """
+
+    num_samples: Count | None = None
+    pretrained_samples: Count | None = None
+    batch_size: Count = 64
+    logits: Logits = "visible"
+    seed: int = 0
+
+    needs_labels: ClassVar[bool] = False
+    together: ClassVar[bool] = False  # a batch's samples share one gradient
+
+    @abstractmethod
+    def vectors(self, logits: Tensor, labels: Tensor, noise: Tensor) -> Tensor:
+        """Output vectors [B, V, K], from `logits` [B, K] (-inf: does not enter), `labels` [B] and rows of `noise`."""
+
+    def noise(self, num_samples: int, num_classes: int, generator: torch.Generator) -> Tensor:
+        """What the vectors draw, [N, ...] on the CPU: for all samples at once, so that batches do not change it."""
+        return torch.empty(num_samples, 0)
+
+    def passes(self, num_classes: int) -> int:
+        return 1
+
+    def for_pretrained(self) -> "Estimator":
+        """This estimator with `pretrained_samples`; a `Probe` where this one needs true labels."""
+        if not self.needs_labels:
+            return replace(self, num_samples=self.pretrained_samples)
+        return Probe(
+            num_samples=self.pretrained_samples,
+            pretrained_samples=self.pretrained_samples,
+            batch_size=self.batch_size,
+            logits=self.logits,
+            seed=self.seed,
+        )
+
+    def __call__(self, model: Model | PretrainedView, examples: Examples) -> Diagonal:
+        """The diagonal of every trainable parameter, by the model's own names.
+
+        Raises ValueError where there are no examples, no outputs enter for an example, or its label is not among them.
+        """
+        generator = torch.Generator().manual_seed(self.seed)
+        if self.num_samples is not None and self.num_samples < len(examples):
+            examples = examples[torch.randperm(len(examples), generator=generator)[: self.num_samples]]
+        if len(examples) == 0:
+            raise ValueError("the Fisher is a mean over examples: expected at least one, got none")
+        noise = self.noise(len(examples), len(model.revealed), generator).split(self.batch_size)
+        with undisturbed(model), torch.autocast(model.device.type, enabled=False):
+            squares = SquaredGradients(model)
+            for batch, drawn in zip(examples.batches(self.batch_size), noise, strict=True):
+                self._add(squares, model, batch.to(model.device), drawn.to(model.device))
+            return Diagonal(squares.mean())
+
+    def _add(self, squares: SquaredGradients, model: Model | PretrainedView, batch: Examples, noise: Tensor) -> None:
+        with torch.no_grad():
+            output = model(batch.images)
+            logits = self._restrict(model, output.logits, batch.task_ids)
+        entering = logits != -torch.inf
+        self._check(model, batch, entering)
+
+        def vectors(rows: slice) -> Tensor:
+            return self.vectors(logits[rows], batch.labels[rows], noise[rows])
+
+        squares.add(output.inputs, self.passes(int(entering.sum(1).max())), vectors, self.together)
+
+    def _restrict(self, model: Model | PretrainedView, logits: Tensor, task_ids: Tensor) -> Tensor:
+        if self.logits == "visible":
+            return model.restrict(logits, task_ids)
+        return logits.masked_fill(~model.revealed, -torch.inf) if self.logits == "seen" else logits
+
+    def _check(self, model: Model | PretrainedView, batch: Examples, entering: Tensor) -> None:
+        name = f"fisher={type(self).__name__.lower()}"
+        if self.needs_labels and isinstance(model, PretrainedView):
+            raise ValueError(f"{name} needs true labels, and the pretrained head has none: ask `for_pretrained()`")
+        blind = ~entering.any(1)
+        if blind.any():
+            task = int(batch.task_ids[blind][0])
+            raise ValueError(f"{name}: no output enters for task {task} (logits={self.logits}); reveal the task first")
+        if not self.needs_labels:
+            return
+        known = (batch.labels >= 0) & (batch.labels < entering.shape[1])
+        known &= entering.gather(1, batch.labels.clamp(0, entering.shape[1] - 1)[:, None])[:, 0]
+        if not known.all():
+            row = int((~known).nonzero()[0])
+            label, task, there = (
+                int(batch.labels[row]),
+                int(batch.task_ids[row]),
+                entering[row].nonzero()[:, 0].tolist(),
+            )
+            raise ValueError(
+                f"{name}: expected labels among the outputs that enter (logits={self.logits}), for task {task} {there}, "
+                f"got {label}"
+            )
+
+
+class Exact(Estimator):
+    """The definition, every output in turn: Σ v vᵀ = diag(p) - p pᵀ, with one vector less than there are outputs.
+
+    The vectors √p_c (e_c - p) of the textbook are linearly dependent. These are the columns of the matrix's Cholesky
+    factor: the e_c against the outputs after it, √(p_c s_{c+1} / s_c) (e_c - Σ_{j>c} p_j e_j / s_{c+1}) with
+    s_c = Σ_{j≥c} p_j. A task of two classes takes one pass, and no 1 - p cancels where the model is sure.
+    """
+
+    def passes(self, num_classes: int) -> int:
+        return num_classes - 1
+
+    def vectors(self, logits: Tensor, labels: Tensor, noise: Tensor) -> Tensor:
+        entering = logits != -torch.inf
+        # The outputs that enter, first: so a batch takes as many vectors as they are, less one.
+        first = entering.byte().sort(dim=1, descending=True, stable=True).indices[:, : int(entering.sum(1).max())]
+        p = logits.softmax(1).gather(1, first)  # [B, M]
+        tails = p.flip(1).cumsum(1).flip(1)
+        after = tails[:, 1:].clamp_min(torch.finfo(p.dtype).tiny)  # nothing left: nothing to tell it apart from
+        scale = (p[:, :-1] * (tails[:, 1:] / tails[:, :-1].clamp_min(torch.finfo(p.dtype).tiny))).sqrt()
+        others = (p[:, None] / after[:, :, None]).triu(1)  # [B, M-1, M]
+        columns = scale[:, :, None] * (torch.eye(p.shape[1]).to(p)[:-1] - others)
+        return columns.new_zeros(*columns.shape[:2], logits.shape[1]).scatter(
+            2, first[:, None].expand_as(columns), columns
+        )
+
+
+@dataclass(kw_only=True)
+class Sampled(Estimator):
+    """Labels drawn from the model: v = e_c - p, c ~ p, the mean over `draws`. Unbiased.
+
+    Its relative variance is about 1/(1 - p_max): of a model that is sure, few draws say anything.
+    """
+
+    draws: Count = 1
+
+    def noise(self, num_samples: int, num_classes: int, generator: torch.Generator) -> Tensor:
+        """[N, draws, K], of the exponential distribution: divided by p_c, the clock that rings first is c with p_c."""
+        return torch.empty(num_samples, self.draws, num_classes).exponential_(generator=generator)
+
+    def passes(self, num_classes: int) -> int:
+        return self.draws
+
+    def vectors(self, logits: Tensor, labels: Tensor, noise: Tensor) -> Tensor:
+        p = logits.softmax(1)[:, None]
+        return (_unit((p / noise).argmax(2), p) - p) / self.draws**0.5
+
+
+@dataclass(kw_only=True)
+class Probe(Estimator):
+    """Random signs on all outputs at once: v = s∘ε - p (s·ε), s = √p, ε = ±1, the mean over `draws`.
+
+    Unbiased, of relative variance at most 2 whatever p is (curvature propagation, Martens et al., 2012,
+    https://arxiv.org/abs/1206.6464).
+    """
+
+    draws: Count = 1
+
+    def noise(self, num_samples: int, num_classes: int, generator: torch.Generator) -> Tensor:
+        """Signs [N, draws, K], int8."""
+        coins = torch.randint(2, (num_samples, self.draws, num_classes), generator=generator, dtype=torch.int8)
+        return 2 * coins - 1
+
+    def passes(self, num_classes: int) -> int:
+        return self.draws
+
+    def vectors(self, logits: Tensor, labels: Tensor, noise: Tensor) -> Tensor:
+        p = logits.softmax(1)[:, None]
+        signed = p.sqrt() * noise
+        return (signed - p * signed.sum(2, keepdim=True)) / self.draws**0.5
+
+
+class Empirical(Estimator):
+    """The true labels: v = e_y - p. Not the Fisher: it vanishes as the model fits its data."""
+
+    needs_labels = True
+
+    def vectors(self, logits: Tensor, labels: Tensor, noise: Tensor) -> Tensor:
+        p = logits.softmax(1)[:, None]
+        return _unit(labels[:, None], p) - p
+
+
+class Argmax(Estimator):
+    """The labels that the model predicts: v = e_ŷ - p. Biased, too small by far where the model is sure."""
+
+    def vectors(self, logits: Tensor, labels: Tensor, noise: Tensor) -> Tensor:
+        p = logits.softmax(1)[:, None]
+        return _unit(logits.argmax(1, keepdim=True), p) - p
+
+
+class Batched(Estimator):
+    """The squared gradient of a batch's mean loss, averaged over batches: what much code calls the empirical Fisher.
+
+    Too small by about the batch size, which is part of its definition; only to reproduce papers. A short last batch
+    counts as much as any other, as in that code.
+    """
+
+    needs_labels = True
+    together = True
+
+    def vectors(self, logits: Tensor, labels: Tensor, noise: Tensor) -> Tensor:
+        p = logits.softmax(1)[:, None]
+        return (_unit(labels[:, None], p) - p) / len(logits)
+
+
+class Reversed(Estimator):
+    """The gradient of the cross-entropy of reversed logits: v = e_y - softmax(-z), over the outputs that enter.
+
+    Not a Fisher; it does not vanish as the model fits (Liu & Chang, 2026, https://arxiv.org/abs/2603.18596).
+    """
+
+    needs_labels = True
+
+    def vectors(self, logits: Tensor, labels: Tensor, noise: Tensor) -> Tensor:
+        p = torch.where(logits == -torch.inf, logits, -logits).softmax(1)[:, None]
+        return _unit(labels[:, None], p) - p
+
+
+def _unit(classes: Tensor, like: Tensor) -> Tensor:
+    """e_c, [..., K], for `classes` [...]; K and dtype of `like`."""
+    return F.one_hot(classes, like.shape[-1]).to(like)

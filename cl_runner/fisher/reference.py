@@ -1,0 +1,123 @@
+"""The estimators' definitions as loops: one sample, one backward pass at a time, in float64. Slow, and meant to be.
+
+They are written from the textbook's loss of each estimator, through `log_softmax` over the outputs that enter, and
+share nothing with the fast ones: the two check each other. Where an estimator draws, it is given what was drawn.
+Each takes the outputs that enter as the estimators do: "visible", "seen" or "all".
+"""
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cl_runner.fisher.curvature import Diagonal, Parameters
+from cl_runner.fisher.estimators import Logits
+from cl_runner.models.model import Model, PretrainedView
+from cl_runner.streams.base import Examples
+
+
+def exact(model: Model | PretrainedView, examples: Examples, logits: Logits = "visible") -> Diagonal:
+    """E_x Σ_c p_c (∂ log p_c / ∂θ)²."""
+    total = _Total(model)
+    for sample in _samples(total.model, examples, logits):
+        for log_p in sample.log_p:
+            total.add(log_p, weight=log_p.exp())
+    return total.over(len(examples))
+
+
+def sampled(model: Model | PretrainedView, examples: Examples, clocks: Tensor, logits: Logits = "visible") -> Diagonal:
+    """E_x mean over draws of (∂ log p_c / ∂θ)², c the class with the smallest `clocks` [N, draws, K] over p."""
+    total = _Total(model)
+    for sample, draws in zip(_samples(total.model, examples, logits), clocks, strict=True):
+        for clock in draws:
+            drawn = (clock[sample.entering] / sample.log_p.exp()).argmin()
+            total.add(sample.log_p[drawn], weight=1 / len(draws))
+    return total.over(len(examples))
+
+
+def probe(model: Model | PretrainedView, examples: Examples, signs: Tensor, logits: Logits = "visible") -> Diagonal:
+    """E_x mean over draws of (Σ_c ε_c √p_c ∂ log p_c / ∂θ)², ε the `signs` [N, draws, K]."""
+    total = _Total(model)
+    for sample, draws in zip(_samples(total.model, examples, logits), signs, strict=True):
+        for sign in draws:
+            root_p = (sample.log_p / 2).exp().detach()
+            total.add((sign[sample.entering] * root_p * sample.log_p).sum(), weight=1 / len(draws))
+    return total.over(len(examples))
+
+
+def empirical(model: Model | PretrainedView, examples: Examples, logits: Logits = "visible") -> Diagonal:
+    """E_x (∂ log p_y / ∂θ)², y the true label."""
+    total = _Total(model)
+    for sample in _samples(total.model, examples, logits):
+        total.add(sample.log_p[sample.label])
+    return total.over(len(examples))
+
+
+def argmax(model: Model | PretrainedView, examples: Examples, logits: Logits = "visible") -> Diagonal:
+    """E_x (∂ max_c log p_c / ∂θ)²."""
+    total = _Total(model)
+    for sample in _samples(total.model, examples, logits):
+        total.add(sample.log_p.max())
+    return total.over(len(examples))
+
+
+def reversed(model: Model | PretrainedView, examples: Examples, logits: Logits = "visible") -> Diagonal:
+    """E_x (∂ CE(-z, y) / ∂θ)², z the logits that enter."""
+    total = _Total(model)
+    for sample in _samples(total.model, examples, logits):
+        total.add(F.cross_entropy(-sample.z, sample.label))
+    return total.over(len(examples))
+
+
+def batched(model: Model | PretrainedView, examples: Examples, batch_size: int, logits: Logits = "visible") -> Diagonal:
+    """The mean over batches of (∂ mean_b -log p_y / ∂θ)², a short last batch counting like the rest."""
+    total, batches = _Total(model), 0
+    for batch in examples.batches(batch_size):
+        losses = [-sample.log_p[sample.label] for sample in _samples(total.model, batch, logits)]
+        total.add(torch.stack(losses).mean())
+        batches += 1
+    return total.over(batches)
+
+
+@dataclass(frozen=True)
+class _Sample:
+    z: Tensor  # [k], the logits that enter
+    entering: Tensor  # [K] bool
+    label: Tensor  # scalar, an index into z
+
+    @property
+    def log_p(self) -> Tensor:
+        return self.z.log_softmax(0)
+
+
+def _samples(model: Model | PretrainedView, examples: Examples, logits: Logits) -> Iterator[_Sample]:
+    for batch in examples.batches(1):
+        z = model(batch.images).logits
+        if logits == "visible":
+            entering = model.restrict(z, batch.task_ids)[0] > -torch.inf
+        else:
+            entering = model.revealed if logits == "seen" else torch.ones_like(model.revealed)
+        yield _Sample(z[0, entering], entering, entering[: int(batch.labels)].sum())
+
+
+class _Total:
+    """A sum of weighted squares of gradients, on a float64 copy of the model in eval mode."""
+
+    def __init__(self, model: Model | PretrainedView) -> None:
+        self.model = copy.deepcopy(model).double().eval()
+        self._trainable = {name: values for name, values in self.model.named_parameters() if values.requires_grad}
+        self._sums: Parameters = {name: torch.zeros_like(values) for name, values in self._trainable.items()}
+
+    def add(self, loss: Tensor, weight: Tensor | float = 1.0) -> None:
+        gradients = torch.autograd.grad(
+            loss, list(self._trainable.values()), retain_graph=True, allow_unused=True, materialize_grads=True
+        )
+        with torch.no_grad():
+            for name, gradient in zip(self._trainable, gradients, strict=True):
+                self._sums[name] += weight * gradient.square()
+
+    def over(self, count: int) -> Diagonal:
+        return Diagonal({name: total / count for name, total in self._sums.items()})

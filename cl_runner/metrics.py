@@ -1,0 +1,117 @@
+"""What an accuracy matrix says: how much was learned, how much was forgotten.
+
+Every function takes the matrix A, float64 [T, T]: entry [i, j] is the accuracy on task j after learning task i, tasks
+counted from 0, NaN where it was not measured. What rests on an entry that was not measured is NaN itself, so
+forgetting and transfer are undefined for a single task, and for joint training, whose matrix has its last row only.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+
+def average_accuracy(accuracy: Tensor) -> Tensor:
+    """Mean over all tasks after the last was learned: mean_j A[T-1, j].
+
+    Source: Chaudhry et al., 2018, https://arxiv.org/abs/1801.10112.
+    """
+    return accuracy[-1].mean()
+
+
+def average_forgetting(accuracy: Tensor) -> Tensor:
+    """How far the tasks before the last fell from their best: mean_{j<T-1} (max_{j<=i<T-1} A[i, j] - A[T-1, j]).
+
+    Negative where a task ended better than it had ever been; never clipped.
+    Source: Chaudhry et al., 2018, https://arxiv.org/abs/1801.10112; their maximum also looks at i < j, where
+    task j was not learned yet and nothing can be forgotten.
+    """
+    return forgetting_matrix(accuracy)[-1, :-1].mean()
+
+
+def backward_transfer(accuracy: Tensor) -> Tensor:
+    """What learning later tasks did to earlier ones: mean_{j<T-1} (A[T-1, j] - A[j, j]).
+
+    Source: Lopez-Paz & Ranzato, 2017, https://arxiv.org/abs/1706.08840.
+    """
+    return (accuracy[-1] - accuracy.diagonal())[:-1].mean()
+
+
+def forward_transfer(accuracy: Tensor, zero_shot: Tensor) -> Tensor:
+    """What earlier tasks did for a task not learned yet: mean_{j>=1} (A[j-1, j] - zero_shot[j]).
+
+    zero_shot: float64 [T], the accuracy on each task before any was learned.
+    Source: Lopez-Paz & Ranzato, 2017, https://arxiv.org/abs/1706.08840.
+    """
+    return (accuracy.diagonal(1) - zero_shot[1:]).mean()
+
+
+def learning_accuracy(accuracy: Tensor) -> Tensor:
+    """How well each task was learned when it came: mean_j A[j, j].
+
+    Source: Riemer et al., 2019, https://arxiv.org/abs/1810.11910.
+    """
+    return accuracy.diagonal().mean()
+
+
+def average_anytime_accuracy(accuracy: Tensor) -> Tensor:
+    """Average accuracy on the tasks seen so far, over the whole stream: mean_i mean_{j<=i} A[i, j].
+
+    Source: Caccia et al., 2022, https://arxiv.org/abs/2104.05025, taken once a task; this is also the average
+    incremental accuracy of Rebuffi et al., 2017, https://arxiv.org/abs/1611.07725, with tasks weighted alike.
+    """
+    return torch.stack([row[: i + 1].mean() for i, row in enumerate(accuracy)]).mean()
+
+
+def forgetting_matrix(accuracy: Tensor) -> Tensor:
+    """F [T, T]: how far task j has fallen from its earlier best after task i: max_{j<=k<i} A[k, j] - A[i, j].
+
+    Defined below the diagonal, NaN elsewhere. Entries that were not measured are no candidates for the maximum.
+    """
+    learned = accuracy.nan_to_num(-math.inf).where(torch.ones_like(accuracy).tril().bool(), -math.inf)
+    best = learned.cummax(0).values.roll(1, 0).tril(-1)  # [i, j] = max_{j<=k<i} A[k, j]
+    return (best - accuracy).where(torch.ones_like(accuracy).tril(-1).bool() & best.isfinite(), math.nan)
+
+
+METRICS: dict[str, Callable[[Tensor], Tensor]] = {
+    "average_accuracy": average_accuracy,
+    "average_forgetting": average_forgetting,
+    "backward_transfer": backward_transfer,
+    "learning_accuracy": learning_accuracy,
+    "average_anytime_accuracy": average_anytime_accuracy,
+}
+
+
+def summarise(
+    accuracy: dict[str, Tensor], zero_shot: dict[str, Tensor], scenario: str, learned: int | None = None
+) -> dict[str, float | None]:
+    """Every metric under its flat name: plain for the run's own `scenario`, suffixed `/task`, `/class`, ... for each.
+
+    accuracy: scenario -> A [T, T], or only its first rows [learned, T]. zero_shot: scenario -> [T], where there is one.
+    learned: take the stream to end after that many tasks; None: after as many as there are rows.
+    A metric that is undefined is None.
+    """
+    by_scenario: dict[str, dict[str, float | None]] = {}
+    for name, matrix in accuracy.items():
+        tasks = learned or len(matrix)
+        before = zero_shot.get(name, torch.full_like(matrix[0], math.nan))
+        by_scenario[name] = _all_metrics(matrix[:tasks, :tasks], before[:tasks])
+    suffixed = {f"{metric}/{name}": value for name, row in by_scenario.items() for metric, value in row.items()}
+    return by_scenario[scenario] | suffixed
+
+
+def _all_metrics(accuracy: Tensor, zero_shot: Tensor) -> dict[str, float | None]:
+    values = {name: metric(accuracy).item() for name, metric in METRICS.items()}
+    values["forward_transfer"] = forward_transfer(accuracy, zero_shot).item()
+    return {name: value if math.isfinite(value) else None for name, value in values.items()}
+
+
+def to_rows(accuracy: Tensor) -> list[list[float | None]]:
+    """The matrix as JSON has it: null for what was not measured."""
+    return [[value if math.isfinite(value) else None for value in row] for row in accuracy.tolist()]
+
+
+def from_rows(rows: Sequence[Sequence[float | None]]) -> Tensor:
+    """The matrix, float64, that `to_rows` wrote."""
+    return torch.tensor([[math.nan if value is None else value for value in row] for row in rows], dtype=torch.float64)

@@ -1,0 +1,261 @@
+"""What all architectures share: the weights a backbone starts from, what of it stays still, what images it takes."""
+
+import logging
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from cl_runner.errors import ConfigError
+from cl_runner.models import weights
+from cl_runner.models.heads import Init
+from cl_runner.models.model import ActiveLogits, Model
+from cl_runner.models.preprocess import Preprocess
+from cl_runner.models.weights import Inputs, Net, Shape
+from cl_runner.streams.base import Stream
+
+Positive = Annotated[int, Field(ge=1)]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture(ABC):
+    """A recipe for a model: cheap to make and to check, and built once the stream is known.
+
+    pretrained: false, true (the usual published weights), the name of published weights, or a file (safetensors, or
+    PyTorch holding tensors only). key_map: regular expressions and replacements for the file's keys, in order; a key
+    that becomes empty is left out. freeze: patterns (`blocks.[0-2].*`, `*`) over the names of the backbone's
+    parameters and buffers: they keep their values, and so do the statistics of normalisation layers in frozen parts.
+    norm_stats: whether other normalisation layers' running statistics stay `frozen` or `adapt`; null: frozen for
+    pretrained nets, adapt for fresh ones. image_size: side in pixels that images are resized to; null: the weights'
+    own, or for fresh nets the stream's. head_init, seed: how the new head's rows are drawn; the seed is the fresh
+    backbone's too.
+    """
+
+    kind: ClassVar[str]  # in errors and in files of weights
+    channels: ClassVar[int | None] = None  # that nets without pretrained weights take; None: the stream's
+    first_weight: ClassVar[str | None] = None  # a weight whose second dimension is the number of channels
+
+    pretrained: bool | str = False
+    key_map: dict[str, str] | None = None
+    freeze: Sequence[str] = ()
+    norm_stats: Literal["frozen", "adapt"] | None = None
+    image_size: Positive | None = None
+    head_init: Init = "torch"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.pretrained == "":
+            raise ConfigError("model.pretrained", "expected true, false, a name or a file, got ''")
+        if self.key_map and self.file is None:
+            raise ConfigError("model.key_map", f"expected null without a file to rename, got {self.key_map}")
+        for pattern in self.key_map or {}:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ConfigError("model.key_map", f"expected regular expressions, got {pattern!r} ({error})") from None
+
+    @abstractmethod
+    def network(self, shape: Shape, published: bool) -> Net:
+        """For images of `shape`: fresh, or with the `published` weights that `pretrained` names."""
+
+    def published(self) -> Inputs:
+        """What the published weights (those `pretrained` names, else the usual ones) expect of images."""
+        return Inputs()
+
+    def check_names(self) -> None:
+        """Refuse names of networks and of published weights that do not exist.
+
+        Raises ConfigError, which says what exists.
+        """
+        if self.named:
+            raise ConfigError(
+                "model.pretrained",
+                f"expected false or a file of weights (none are published for {self.label}), got {self.pretrained!r}",
+            )
+
+    @property
+    def label(self) -> str:
+        return self.kind
+
+    @property
+    def in_channels_last(self) -> bool:
+        return False
+
+    def check(self) -> None:
+        """Refuse, before any data or number is touched, what `build` would.
+
+        Raises ConfigError.
+        """
+        self.check_names()
+        if self.freeze or self.file:
+            still_names(self._outline.backbone, self.freeze)
+        if self.file:
+            weights.compare(self._outline, weights.read(self.file, self.key_map, "meta"), shapes=False)
+
+    @property
+    def has_pretrained_head(self) -> bool:
+        """Whether the pretrained weights bring their own classifier, which makes the pretrained model task zero."""
+        if self.file:
+            return self._outline.head_of(weights.read(self.file, self.key_map, "meta").state) is not None
+        return self.named and self._outline.head is not None
+
+    def build(self, stream: Stream, active_logits: ActiveLogits | None = None) -> Model:
+        """The model for `stream`, on the CPU, the same for the same seed; the global generator is left as it was.
+
+        Raises ConfigError where weights, images and network do not fit together.
+        """
+        with seeded(self.seed):
+            inputs, net = self._assembled(stream)
+            num_features = self._num_features(net, inputs)
+            still = still_names(net.backbone, self.freeze)
+            for name, parameter in net.backbone.named_parameters():
+                parameter.requires_grad_(name not in still)
+            if self.in_channels_last:
+                net.backbone.to(memory_format=torch.channels_last)
+            model = Model(
+                self._preprocess(inputs, stream),
+                net.backbone,
+                num_features,
+                stream,
+                active_logits,
+                self.head_init,
+                net.head,
+                self.seed,
+                head_name=net.classifiers[0],
+                metadata={"format": "pt", "architecture": self.label, **inputs.metadata()},
+            )
+            frozen = (self.norm_stats or ("frozen" if self.pretrained else "adapt")) == "frozen"
+            model.hold_statistics(norm_layers(net.backbone, None if frozen else still))
+        return model
+
+    @cached_property
+    def file(self) -> Path | None:
+        return weights.file_of(self.pretrained)
+
+    @property
+    def named(self) -> bool:
+        """Whether published weights are asked for, rather than none or a file's."""
+        return bool(self.pretrained) and self.file is None
+
+    @cached_property
+    def _outline(self) -> Net:
+        """The network as it is named and shaped; on the meta device it costs next to nothing."""
+        usual = self.published()
+        height, width = usual.size or (32, 32)
+        shape = usual.channels or self.channels or 3, height, width
+        with seeded(self.seed):
+            try:
+                with torch.device("meta"):
+                    return self.network(shape, published=False)
+            except (NotImplementedError, RuntimeError):  # some nets compute with their numbers as they are built
+                return self.network(shape, published=False)
+
+    def _assembled(self, stream: Stream) -> tuple[Inputs, Net]:
+        """The network with its weights, and the images that it gets."""
+        if self.file:
+            file = weights.read(self.file, self.key_map)
+            inputs = self._resolved(file.inputs or self._usual_inputs(file.state), stream)
+            return inputs, weights.load(self.network(inputs.shape, published=False), file)
+        inputs = self._resolved(self.published() if self.named else Inputs(), stream)
+        net = self.network(inputs.shape, published=self.named)
+        if self.named and net.head is None:
+            log.info("%s has no classifier of one linear layer: its pretrained weights are no task zero", self.label)
+        return inputs, net if self.named else replace(net, head=None)
+
+    def _usual_inputs(self, state: dict[str, Tensor]) -> Inputs:
+        """What a file that does not say expects of images."""
+        first = state.get(self.first_weight) if self.first_weight else None
+        return self.published() if first is None else Inputs(channels=first.shape[1])
+
+    def _resolved(self, own: Inputs, stream: Stream) -> Inputs:
+        """Everything that is left open settled by `image_size` and by the stream."""
+        came, height, width = stream.image_shape
+        channels = own.channels or self.channels or came
+        if came not in (1, channels):
+            raise ConfigError(
+                "model.pretrained", f"expected weights for {came}-channel images, got {channels}-channel ones"
+            )
+        size = (self.image_size, self.image_size) if self.image_size else own.size or (height, width)
+        mean, std = (own.mean, own.std) if own.mean is not None else (stream.mean, stream.std)
+        return Inputs(channels, size, mean or (0.0,), std or (1.0,))
+
+    def _preprocess(self, inputs: Inputs, stream: Stream) -> Preprocess:
+        channels, *_ = inputs.shape
+        look = inputs.size, inputs.mean, inputs.std
+        return Preprocess(channels, *look, stream.augment, stream.crop_padding, self.in_channels_last)
+
+    def _num_features(self, net: Net, inputs: Inputs) -> int:
+        """D of the backbone's features [B, D]; also the proof that it takes images of this size."""
+        shape = inputs.shape
+        try:
+            with torch.no_grad():
+                features = net.backbone.eval()(torch.zeros(1, *shape))
+        except (RuntimeError, AssertionError, ValueError) as error:
+            images, reason = "x".join(map(str, shape)), str(error).partition("\n")[0]
+            raise ConfigError("model.image_size", f"{self.label} cannot take images of {images} ({reason})") from error
+        finally:
+            net.backbone.train()
+        if features.dim() != 2 or (net.head is not None and net.head.in_features != features.shape[1]):
+            wanted = "any" if net.head is None else net.head.in_features
+            raise ConfigError("model", f"expected features [B, {wanted}] of {self.label}, got {list(features.shape)}")
+        return features.shape[1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageArchitecture(Architecture):
+    """One whose layers are convolutions; channels_last: keep images and weights in the order that tensor cores like."""
+
+    channels_last: bool = False
+
+    @property
+    def in_channels_last(self) -> bool:
+        return self.channels_last
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Draw from `seed` inside, on the CPU, and leave the global generator as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the accelerators as well
+        yield
+
+
+def still_names(backbone: nn.Module, patterns: Sequence[str]) -> set[str]:
+    """Names of the parameters and buffers that some pattern matches.
+
+    Raises ConfigError for a pattern that matches none, with names that are near.
+    """
+    names = [name for name, _ in (*backbone.named_parameters(), *backbone.named_buffers())]
+    still: set[str] = set()
+    for pattern in patterns:
+        matched = {name for name in names if fnmatchcase(name, pattern)}
+        if not matched:
+            near = weights.nearest(pattern, names)
+            raise ConfigError(
+                "model.freeze", f"expected patterns of the backbone's names, such as {near}, got {pattern!r}"
+            )
+        still |= matched
+    return still
+
+
+def norm_layers(backbone: nn.Module, still: set[str] | None) -> list[nn.Module]:
+    """Layers with running statistics: all, or those whose statistics, or all of whose parameters, are in `still`."""
+    found = []
+    for name, module in backbone.named_modules():
+        if not isinstance(getattr(module, "running_mean", None), Tensor):
+            continue
+        parameters = {f"{name}.{own}" for own, _ in module.named_parameters(recurse=False)}
+        if still is None or f"{name}.running_mean" in still or (parameters and parameters <= still):
+            found.append(module)
+    return found

@@ -1,0 +1,100 @@
+"""Any network of timm (https://github.com/huggingface/pytorch-image-models) by name."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from cl_runner.errors import ConfigError
+from cl_runner.models.architecture import ImageArchitecture
+from cl_runner.models.weights import Inputs, Net, Shape, nearest
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timm(ImageArchitecture):
+    """name: of the network, with or without the tag of its weights (`resnet50`, `resnet50.a1_in1k`); pretrained: true
+    for the name's tag or timm's default one, or a tag, or a file. Networks made for one size of image are built for
+    `image_size`; published weights are fitted to it by timm, a file's must have been made at it."""
+
+    kind = "timm"
+
+    name: str = "vit_base_patch16_224.augreg_in21k"
+    pretrained: bool | str = True
+
+    @property
+    def label(self) -> str:
+        return f"{self.kind}/{self.name}"
+
+    @property
+    def full_name(self) -> str:
+        """With the tag of the weights, where one is given."""
+        name = self.name.partition(".")[0]
+        return f"{name}.{self.pretrained}" if self.named and isinstance(self.pretrained, str) else self.name
+
+    def check_names(self) -> None:
+        import timm
+
+        name, _, tag = self.full_name.partition(".")
+        if not timm.is_model(name):
+            near = nearest(name, timm.list_models())
+            raise ConfigError("model.name", f"expected the name of a timm network, such as {near}; got {self.name!r}")
+        tags = [known.partition(".")[2] for known in timm.list_pretrained(f"{name}.*")]
+        if self.named and not tags:
+            near = nearest(name, {known.partition(".")[0] for known in timm.list_pretrained()})
+            exist = f"expected false or a file (timm has no weights for {name}, but for {near})"
+            raise ConfigError("model.pretrained", f"{exist}, got {self.pretrained!r}")
+        if tag and tag not in tags:
+            exist = f"expected one of {', '.join(tags) or 'no tag'} (timm's weights for {name})"
+            if self.named and self.pretrained is not True:
+                raise ConfigError("model.pretrained", f"{exist}, true, false or a file, got {self.pretrained!r}")
+            raise ConfigError("model.name", f"{exist} after the dot, got {self.name!r}")
+
+    def published(self) -> Inputs:
+        return recorded(self.full_name)
+
+    def network(self, shape: Shape, published: bool) -> Net:
+        return create(self.full_name, shape, published)
+
+
+def recorded(name: str) -> Inputs:
+    """What the weights of that name expect of images, by timm's own record."""
+    import timm
+
+    config = timm.get_pretrained_cfg(name)
+    if config is None or config.input_size is None:
+        return Inputs()
+    channels, height, width = config.input_size
+    return Inputs(channels, (height, width), tuple(config.mean), tuple(config.std))
+
+
+def create(name: str, shape: Shape, pretrained: bool) -> Net:
+    """timm's network for images of `shape`, taken apart.
+
+    Raises ConfigError where it cannot be built for them, or its weights cannot be fetched.
+    """
+    import timm
+
+    config = timm.get_pretrained_cfg(name)
+    channels, *size = shape
+    options: dict[str, Any] = {"in_chans": channels} if config is None or channels != recorded(name).channels else {}
+    if config is not None and config.fixed_input_size and tuple(size) != recorded(name).size:
+        options["img_size"] = tuple(size)
+    try:
+        net = timm.create_model(name, pretrained=pretrained, **options)
+    except TypeError as error:
+        raise ConfigError("model.image_size", f"timm cannot build {name} for images of {shape} ({error})") from error
+    except OSError as error:
+        message = f"timm could not fetch the weights of {name}; give a file ({str(error).splitlines()[0]})"
+        raise ConfigError("model.pretrained", message) from error
+    return take_apart(net, config.classifier if config is not None else None)
+
+
+def take_apart(net: Any, classifiers: str | tuple[str, ...] | None) -> Net:
+    """Cut `net` before its classifier, of which timm records the name, or the names where there are several."""
+    head = net.get_classifier()
+    if isinstance(classifiers, str) and isinstance(head, nn.Linear):
+        net.set_submodule(classifiers, nn.Identity())
+        return Net(net, head, (classifiers,))
+    net.reset_classifier(0)
+    names = (classifiers,) if isinstance(classifiers, str) else tuple(classifiers or ("head",))
+    return Net(net, None, names)

@@ -1,0 +1,23 @@
+"""Dropout against forgetting (Goodfellow et al., 2014, arXiv 1312.6211; Mirzadeh et al., 2020, arXiv 2004.11545)."""
+
+from typing import Annotated
+
+from pydantic import Field
+from torch import nn
+
+from cl_runner.models.model import Model
+from cl_runner.strategies.base import Strategy
+from cl_runner.streams.base import Stream
+
+
+class Dropout(Strategy):
+    """Fine-tune with this rate in every dropout layer of the backbone, and before the head."""
+
+    def __init__(self, *, rate: Annotated[float, Field(ge=0, lt=1)] = 0.5) -> None:
+        self.rate = rate
+
+    def setup(self, model: Model, stream: Stream) -> None:
+        super().setup(model, stream)
+        for module in [*model.backbone.modules(), model.dropout]:
+            if isinstance(module, nn.Dropout):
+                module.p = self.rate

@@ -1,0 +1,98 @@
+"""Elastic weight consolidation (Kirkpatrick et al., 2017, arXiv 1612.00796; a running sum of Fishers with decay is
+online EWC, Schwarz et al., 2018, arXiv 1805.06370), anchored to the pretrained weights too."""
+
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from cl_runner.fisher.cost import announce
+from cl_runner.fisher.curvature import Curvature, Diagonal, Parameters
+from cl_runner.fisher.estimators import FisherEstimator
+from cl_runner.models.architecture import Architecture
+from cl_runner.models.model import Model, Output, PretrainedView
+from cl_runner.strategies.anchors import (
+    Source,
+    check_source,
+    difference,
+    snapshot,
+    trainable,
+    wants_pretrained,
+    wants_previous,
+)
+from cl_runner.strategies.base import Strategy
+from cl_runner.streams.base import Examples, Stream, Task
+from cl_runner.streams.recipe import Recipe
+
+
+class EWC(Strategy):
+    """Hold each weight to where earlier tasks left it, as firmly as they depended on it.
+
+    The loss gains factor * strength * sum_t (w - w_t)' F_t (w - w_t): w_t the weights after task t, F_t its Fisher.
+    With the pretrained weights anchored, they are task zero: w_0 is what the backbone came with, F_0 the Fisher of the
+    pretrained model under its own head, over the first task's images (the paper's tasks are 1, 2, ...).
+    """
+
+    saved = ("terms", "pretrained_term")
+
+    def __init__(
+        self,
+        *,
+        fisher: FisherEstimator,
+        strength: Annotated[float, Field(ge=0)] = 100.0,
+        pretrained_strength: Annotated[float, Field(ge=0)] | None = None,
+        anchor: Source = "auto",
+        accumulation: Literal["separate", "sum"] = "separate",
+        decay: Annotated[float, Field(ge=0, le=1)] = 1.0,
+        factor: Literal[0.5, 1.0] = 0.5,
+        head: bool = True,
+    ) -> None:
+        """`pretrained_strength`: null for the same as `strength`; `accumulation`: a term a task, or one sum of all
+        Fishers, each new task multiplying the old sum by `decay`, around the last weights; `head`: whether the new
+        head is held too (the pretrained weights are the backbone's alone)."""
+        self.fisher, self.strength, self.anchor = fisher, strength, anchor
+        self.pretrained_strength = strength if pretrained_strength is None else pretrained_strength
+        self.accumulation, self.decay, self.factor, self.head = accumulation, decay, factor, head
+
+    def check(self, stream: Recipe, model: Architecture) -> None:
+        super().check(stream, model)
+        check_source("strategy.anchor", self.anchor, model)
+
+    def setup(self, model: Model, stream: Stream) -> None:
+        super().setup(model, stream)
+        self.terms: list[tuple[Curvature, Parameters]] = []
+        self.pretrained_term: list[tuple[Curvature, Parameters]] = []
+
+    def before_task(self, task: Task) -> None:
+        if task.index > 0 or not wants_pretrained(self.anchor, self.model):
+            return
+        view, fisher, examples = PretrainedView(self.model), self.fisher.for_pretrained(), task.train
+        announce(fisher, view, examples)
+        self.pretrained_term = [(fisher(view, examples), snapshot(trainable(self.model, head=False)))]
+
+    def penalties(self, batch: Examples, output: Output) -> dict[str, Tensor]:
+        weights = trainable(self.model, head=self.head)
+        named = {
+            "ewc": (self.strength, self.terms),
+            "ewc_pretrained": (self.pretrained_strength, self.pretrained_term),
+        }
+        return {
+            name: self.factor * strength * torch.stack([F.quadratic(difference(weights, w)) for F, w in terms]).sum()
+            for name, (strength, terms) in named.items()
+            if terms
+        }
+
+    def after_task(self, task: Task) -> None:
+        if not wants_previous(self.anchor):
+            return
+        weights = snapshot(trainable(self.model, head=self.head))
+        fisher = self._held(self.fisher(self.model, task.train), weights)
+        if self.accumulation == "separate" or not self.terms:
+            self.terms.append((fisher, weights))
+        else:
+            summed, _ = self.terms[0]
+            self.terms = [(summed.scaled(self.decay).plus(fisher), weights)]
+
+    def _held(self, fisher: Diagonal, weights: Parameters) -> Diagonal:
+        return Diagonal({name: values for name, values in fisher.values.items() if name in weights})

@@ -1,0 +1,30 @@
+"""L2 regularisation, towards zero or towards weights worth keeping (to the pretrained ones: L2-SP, Li et al., 2018,
+arXiv 1802.01483)."""
+
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from cl_runner.models.model import Output
+from cl_runner.strategies.anchors import NormPenalty
+from cl_runner.streams.base import Examples
+
+
+class L2(NormPenalty):
+    """Add strength / 2 * ||weights - anchor||_2^2 to the loss."""
+
+    def __init__(
+        self,
+        *,
+        strength: Annotated[float, Field(ge=0)] = 1e-2,
+        towards: Literal["zero", "previous", "pretrained"] = "zero",
+    ) -> None:
+        super().__init__(strength, towards)
+
+    def penalties(self, batch: Examples, output: Output) -> dict[str, Tensor]:
+        distances = self.distances()
+        if not distances:
+            return {}
+        return {"l2": self.strength / 2 * torch.stack([d.square().sum() for d in distances]).sum()}

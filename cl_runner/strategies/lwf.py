@@ -1,0 +1,95 @@
+"""Learning without forgetting (Li & Hoiem, 2017, arXiv 1606.09282), from the pretrained model too."""
+
+from copy import deepcopy
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from cl_runner.models.architecture import Architecture
+from cl_runner.models.model import Model, Output, PretrainedView
+from cl_runner.strategies.anchors import Source, check_source, wants_pretrained, wants_previous
+from cl_runner.strategies.base import Strategy
+from cl_runner.streams.base import Examples, Stream, Task
+from cl_runner.streams.recipe import Recipe
+
+
+class LwF(Strategy):
+    """On each new batch, keep answering for the old outputs as the model did before the task.
+
+    With the pretrained model as a teacher, its own head's answers are kept as well, throughout (the paper's old task
+    is such a pretrained one; peers distil from the previous task alone).
+    """
+
+    saved = ("teacher",)
+
+    def __init__(
+        self,
+        *,
+        strength: Annotated[float, Field(ge=0)] = 1.0,
+        pretrained_strength: Annotated[float, Field(ge=0)] | None = None,
+        teacher: Source = "auto",
+        temperature: Annotated[float, Field(gt=0)] = 2.0,
+        squared_temperature: bool = True,
+        weighting: Literal["constant", "tasks", "average"] = "constant",
+        softmax: Literal["task", "joint"] = "task",
+    ) -> None:
+        """`squared_temperature`: multiply by T^2, so that gradients do not shrink with it (Hinton et al., 2015);
+        `weighting`: of the task's loss and of the previous tasks' distillation in task k = 1, 2, …: (1, 1), (1, k-1)
+        or (1/k, 1-1/k), the latter times `strength`; `softmax`: one for each earlier task's outputs, their losses
+        added (the paper), or one over all of them; `pretrained_strength`: null for the same as `strength`."""
+        self.strength, self.source = strength, teacher
+        self.pretrained_strength = strength if pretrained_strength is None else pretrained_strength
+        self.temperature, self.squared_temperature = temperature, squared_temperature
+        self.weighting, self.softmax = weighting, softmax
+
+    def check(self, stream: Recipe, model: Architecture) -> None:
+        super().check(stream, model)
+        check_source("strategy.teacher", self.source, model)
+
+    def setup(self, model: Model, stream: Stream) -> None:
+        super().setup(model, stream)
+        self.teacher = _still(model)
+        self.pretrained = _still(PretrainedView(model)) if wants_pretrained(self.source, model) else None
+        self.old_groups: list[list[int]] = []  # the earlier outputs, a list for each softmax
+        self.number = 1  # of the task, from 1
+
+    def before_task(self, task: Task) -> None:
+        self.number = task.index + 1
+        self.teacher.load_state_dict(self.model.state_dict())
+        groups = dict.fromkeys(earlier.classes for earlier in self.stream.tasks[: task.index])
+        if self.softmax == "joint" and groups:
+            groups = {tuple(sorted({label for group in groups for label in group})): None}
+        self.old_groups = [list(group) for group in groups]
+
+    def task_loss(self, batch: Examples, output: Output) -> Tensor:
+        weight = 1 / self.number if self.weighting == "average" else 1.0
+        return weight * super().task_loss(batch, output)
+
+    def penalties(self, batch: Examples, output: Output) -> dict[str, Tensor]:
+        terms = {}
+        if self.old_groups and wants_previous(self.source):
+            weight = {"constant": 1.0, "tasks": self.number - 1, "average": 1 - 1 / self.number}[self.weighting]
+            with torch.no_grad():
+                target = self.teacher.encode(output.inputs).logits
+            losses = [self.distillation(output.logits[:, group], target[:, group]) for group in self.old_groups]
+            terms["lwf"] = weight * self.strength * torch.stack(losses).sum()
+        if self.pretrained is not None:
+            with torch.no_grad():
+                target = self.pretrained.encode(output.inputs).logits
+            student = self.pretrained.head(output.features)
+            terms["lwf_pretrained"] = self.pretrained_strength * self.distillation(student, target)
+        return terms
+
+    def distillation(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """Mean over the batch of KL(teacher || student) at the temperature; [B, K] logits each, a scalar."""
+        log_student = (student / self.temperature).log_softmax(1)
+        log_teacher = (teacher / self.temperature).log_softmax(1)
+        divergence = (log_teacher.exp() * (log_teacher - log_student)).sum(1).mean()
+        return divergence * self.temperature**2 if self.squared_temperature else divergence
+
+
+def _still(model: Model | PretrainedView) -> Model | PretrainedView:
+    """A copy that never changes: no gradients, in eval mode, out of reach of the model's own `train()`."""
+    return deepcopy(model).requires_grad_(False).eval()

@@ -1,0 +1,253 @@
+"""How a data set becomes a stream of tasks: what all recipes share."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from cl_runner.errors import ConfigError
+from cl_runner.streams.base import Examples, Scenario, Stream, Task
+from cl_runner.streams.cache import DataSet
+from cl_runner.streams.datasets import KNOWN, find
+
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what numpy's RandomState takes
+Count = Annotated[int, Field(ge=1)]
+
+
+@dataclass(frozen=True)
+class Part:
+    """The training, validation or test part of a data set."""
+
+    images: Tensor  # [N, C, H, W] uint8; training and validation share them
+    labels: Tensor  # [N] int64, the data set's own class numbers
+    rows: Tensor  # [n] int64: the part's rows of both
+
+
+@dataclass(kw_only=True)
+class Recipe(ABC):
+    """A stream before its data is read.
+
+    name: a known data set (`datasets.KNOWN`) or else a folder of images under the data root.
+    scenario: task and class give every task labels of its own; in domain the tasks share theirs.
+    pad_to: bring images to this many pixels each way with black around them.
+    normalize: hand the model the data set's mean and standard deviation; else images stay in [0, 1].
+    mean, std: used by `normalize`, a value a channel of images in [0, 1]; None: the published ones of a known data
+        set, else computed from its training images.
+    image_size: bring a folder's images to this square when they are decoded; needed when they differ in size.
+    max_per_class: of the training images; the test images all stay.
+    validation: share of each class's training images (of those left by `max_per_class`) set aside.
+    augment: what a model does to training images: "crop" (after padding by `crop_padding`), "flip".
+    seed: of what is drawn: images left out or set aside, permutations, angles.
+    download: let torchvision download what is not there.
+    max_device_gb: decoded images that take more stay in host memory, and batches are moved.
+
+    Raises ConfigError for what cannot work, before any data is touched where the data set is known.
+    """
+
+    name: str
+    scenario: Scenario
+    num_tasks: Count
+    pad_to: Count | None = None
+    normalize: bool = False
+    mean: list[float] | None = None
+    std: list[Annotated[float, Field(gt=0)]] | None = None
+    image_size: Count | None = None
+    max_per_class: Count | None = None
+    validation: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    augment: list[Literal["crop", "flip"]] = field(default_factory=list)
+    crop_padding: Annotated[int, Field(ge=0)] = 4
+    seed: Seed = 0
+    download: bool = True
+    max_device_gb: Annotated[float, Field(ge=0)] = 8.0
+
+    def __post_init__(self) -> None:
+        self.scenario = Scenario(self.scenario)  # a config holds its plain name
+        if Path(self.name).name != self.name or self.name.startswith("."):
+            raise ConfigError("stream.name", f"expected a data set or a folder in the data root, got '{self.name}'")
+        if (self.mean is None) != (self.std is None):
+            raise ConfigError("stream.std", f"expected mean and std or neither, got mean {self.mean}, std {self.std}")
+        self._num_source_classes: int | None = None
+        if known := KNOWN.get(self.name):
+            if self.image_size is not None:
+                own = f"{known.image_shape[2]}x{known.image_shape[1]} pixels; a model resizes by its own image size"
+                raise ConfigError("stream.image_size", f"expected null: {self.name} has {own}; got {self.image_size}")
+            self._check(known.num_classes, known.image_shape)
+
+    @property
+    def num_classes(self) -> int:
+        """Size of the label space, all tasks together; of a folder of images after `prepare` only."""
+        assert self._num_source_classes is not None, "a folder's classes are counted by prepare"
+        return self.label_space(self._num_source_classes)
+
+    def prepare(self, data_root: str) -> None:
+        """See to it that the data is there, downloaded if need be, and decoded in the cache.
+
+        Raises ConfigError saying what to put where, or what of the data cannot work.
+        """
+        found = examine(self.name, Path(data_root).expanduser(), self.image_size, self.download)
+        self._check(*found)
+
+    def load(self, data_root: str, device: torch.device) -> Stream:
+        """The stream, its images on `device` unless they are larger than `max_device_gb`."""
+        source = find(self.name, Path(data_root).expanduser(), self.image_size, self.download)
+        data = source.read()
+        self._check(source.num_classes, data.image_shape)
+        mean, std = self._statistics(data.train_images)
+        parts = self._parts(data, device)
+        tasks = [self._task(index, parts) for index in range(self.num_tasks)]
+        channels, height, width = parts["test"].images.shape[1:]
+        return Stream(
+            scenario=self.scenario,
+            tasks=tasks,
+            num_classes=self.num_classes,
+            image_shape=(channels, height, width),
+            mean=mean,
+            std=std,
+            augment=tuple(self.augment),
+            crop_padding=self.crop_padding,
+        )
+
+    @abstractmethod
+    def label_space(self, num_classes: int) -> int:
+        """How many labels the stream has, from the number of the data set's classes."""
+
+    @abstractmethod
+    def labels(self, index: int, num_classes: int) -> Tensor:
+        """[num_classes] int64: task `index`'s label of each of the data set's classes; -1 where it has none of it."""
+
+    def pixels(self, images: Tensor, index: int) -> Tensor:
+        """What task `index` makes of images [N, C, H, W] uint8."""
+        return images
+
+    @abstractmethod
+    def check_classes(self, num_classes: int) -> None:
+        """Raise ConfigError if so many classes of the data set cannot be made into the tasks."""
+
+    def _check(self, num_classes: int, image_shape: tuple[int, int, int]) -> None:
+        self.check_classes(num_classes)
+        self._num_source_classes = num_classes
+        channels, *size = image_shape
+        if self.pad_to is not None and self.pad_to < max(size):
+            raise ConfigError("stream.pad_to", f"expected at least the images' {max(size)} pixels, got {self.pad_to}")
+        for key in ("mean", "std"):
+            values = getattr(self, key)
+            if values is not None and len(values) != channels:
+                raise ConfigError(f"stream.{key}", f"expected {channels} numbers, one a channel, got {values}")
+
+    def _statistics(self, images: Tensor) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
+        """Mean and standard deviation a channel, of images in [0, 1]."""
+        if not self.normalize:
+            return None, None
+        if self.mean is not None and self.std is not None:
+            return tuple(self.mean), tuple(self.std)
+        known = KNOWN.get(self.name)
+        if known is not None and known.mean is not None:
+            return known.mean, known.std
+        return statistics(images)
+
+    def _parts(self, data: DataSet, device: torch.device) -> dict[str, Part]:
+        train, test = (self._pad(images) for images in (data.train_images, data.test_images))
+        place = device if train.nbytes + test.nbytes <= self.max_device_gb * 1e9 else torch.device("cpu")
+        kept, held = select(data.train_labels, self.max_per_class, self.validation, self.seed)
+        train, train_labels = train.to(place), data.train_labels.to(place)
+        everything = torch.arange(len(test), device=place)
+        return {
+            "train": Part(train, train_labels, kept.to(place)),
+            "validation": Part(train, train_labels, held.to(place)),
+            "test": Part(test.to(place), data.test_labels.to(place), everything),
+        }
+
+    def _pad(self, images: Tensor) -> Tensor:
+        if self.pad_to is None:
+            return images
+        down, across = (self.pad_to - size for size in images.shape[-2:])
+        return F.pad(images, (across // 2, across - across // 2, down // 2, down - down // 2))
+
+    def _task(self, index: int, parts: dict[str, Part]) -> Task:
+        assert self._num_source_classes is not None, "the data has been read"
+        labels = self.labels(index, self._num_source_classes)
+
+        def build(name: str) -> Examples:
+            return self._examples(parts[name], labels, index)
+
+        return Task(index, tuple(sorted(labels[labels >= 0].tolist())), build)
+
+    def _examples(self, part: Part, labels: Tensor, index: int) -> Examples:
+        """The part's images that task `index` has `labels` [num_classes] for."""
+        ours = labels.to(part.labels.device)[part.labels[part.rows]]  # [n]
+        images = part.images[part.rows[ours >= 0]]
+        ours = ours[ours >= 0]
+        return Examples(self.pixels(images, index), ours, torch.full_like(ours, index))
+
+
+@dataclass(kw_only=True)
+class Remapped(Recipe):
+    """Every task has all classes; its pixels are those of the data set, moved in the task's own way."""
+
+    scenario: Scenario = Scenario.DOMAIN
+
+    @abstractmethod
+    def sources(self, index: int, height: int, width: int) -> Tensor:
+        """[height * width] int64: the pixel that comes to each place in task `index`; -1 for black."""
+
+    def check_classes(self, num_classes: int) -> None:
+        """Any number of classes will do."""
+
+    def label_space(self, num_classes: int) -> int:
+        return num_classes if self.scenario == Scenario.DOMAIN else self.num_tasks * num_classes
+
+    def labels(self, index: int, num_classes: int) -> Tensor:
+        first = 0 if self.scenario == Scenario.DOMAIN else index * num_classes
+        return torch.arange(first, first + num_classes)
+
+    def pixels(self, images: Tensor, index: int) -> Tensor:
+        sources = self.sources(index, *images.shape[-2:]).to(images.device)
+        flat = images.flatten(2)  # [N, C, H * W]
+        moved = flat.gather(2, sources.clamp(min=0).expand_as(flat))  # nine times faster than index_select on the CPU
+        return moved.masked_fill_(sources < 0, 0).view_as(images)
+
+
+@lru_cache
+def examine(name: str, data_root: Path, image_size: int | None, download: bool) -> tuple[int, tuple[int, int, int]]:
+    """Number of classes and image shape of a data set, decoded into the cache.
+
+    Once a process: a sweep asks it for every job, and to look through a large folder takes a while.
+    """
+    source = find(name, data_root, image_size, download)
+    return source.num_classes, source.read(verify=False).image_shape
+
+
+def select(labels: Tensor, max_per_class: int | None, validation: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Rows [n] of the training images to learn from and to validate on, class by class, in the order they come in.
+
+    At least one image of each class is left to learn from.
+    """
+    random = np.random.RandomState(seed)
+    numbers = labels.numpy()
+    kept, held = [], []
+    for number in np.unique(numbers):
+        rows = random.permutation(np.flatnonzero(numbers == number))[:max_per_class]
+        aside = min(round(validation * len(rows)), len(rows) - 1)
+        held.append(rows[:aside])
+        kept.append(rows[aside:])
+    return torch.from_numpy(np.sort(np.concatenate(kept))), torch.from_numpy(np.sort(np.concatenate(held)))
+
+
+def statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation a channel of images [N, C, H, W] uint8, scaled to [0, 1]."""
+    total = squares = torch.zeros(images.shape[1], dtype=torch.float64)
+    for chunk in images.split(1024):
+        values = chunk.double() / 255
+        total, squares = total + values.sum((0, 2, 3)), squares + values.square().sum((0, 2, 3))
+    count = images[:, 0].numel()
+    mean = total / count
+    # A channel that never changes has nothing to scale: one step of uint8 instead of a division by zero.
+    std = (squares / count - mean.square()).clamp(min=0).sqrt().clamp(min=1 / 255)
+    return tuple(mean.tolist()), tuple(std.tolist())

@@ -1,0 +1,97 @@
+"""What a tracker is: it hears of a run as it happens, and has no say in it."""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """What stands fixed before a run's first step."""
+
+    folder: Path
+    name: str  # for people, e.g. "ewc strength=100 · split_cifar100 · s0"
+    group: str  # alike for runs that differ in their seed only
+    id: str  # of this run in its folder: kept when it resumes
+    config: dict[str, Any]  # resolved, plain values
+    num_tasks: int
+    scenario: str  # the run's own
+    resumed: bool
+    command: str  # starts this run, and takes it up again
+
+
+class Tracker(Protocol):
+    """Hears of a run as it happens. Rows are plain JSON values; `seq` numbers them from the run's beginning.
+
+    A step row: kind "step", seq, task, epoch, step (since the run began), task_step, task_steps, loss (name -> value,
+    "total" among them), lr, timing. A task row: kind "task", seq, task, num_tasks, accuracy (scenario -> [T], null for
+    what was not measured), metrics (name -> value or null, of the tasks so far), timing.
+    """
+
+    def start(self, run: RunInfo) -> None: ...
+
+    def step(self, row: dict[str, Any]) -> None: ...
+
+    def task(self, row: dict[str, Any]) -> None: ...
+
+    def finish(self, results: dict[str, Any]) -> None:
+        """The run ended well; `results` is the content of results.json."""
+        ...
+
+    def close(self, failed: bool = False) -> None:
+        """Always called last, also after an exception, also when `start` was never reached."""
+        ...
+
+    def line(self) -> str:
+        """What the terminal says of this tracker when all is over; empty for nothing."""
+        ...
+
+
+class Null:
+    """Hears nothing. A tracker derives from it and overrides what it wants to hear."""
+
+    def start(self, run: RunInfo) -> None: ...
+
+    def step(self, row: dict[str, Any]) -> None: ...
+
+    def task(self, row: dict[str, Any]) -> None: ...
+
+    def finish(self, results: dict[str, Any]) -> None: ...
+
+    def close(self, failed: bool = False) -> None: ...
+
+    def line(self) -> str:
+        return ""
+
+
+class Many:
+    """Several trackers, each told in turn."""
+
+    def __init__(self, trackers: Sequence[Tracker]) -> None:
+        self.trackers = trackers
+
+    def start(self, run: RunInfo) -> None:
+        for tracker in self.trackers:
+            tracker.start(run)
+
+    def step(self, row: dict[str, Any]) -> None:
+        for tracker in self.trackers:
+            tracker.step(row)
+
+    def task(self, row: dict[str, Any]) -> None:
+        for tracker in self.trackers:
+            tracker.task(row)
+
+    def finish(self, results: dict[str, Any]) -> None:
+        for tracker in self.trackers:
+            tracker.finish(results)
+
+    def close(self, failed: bool = False) -> None:
+        with ExitStack() as stack:  # one that raises must not keep the others open
+            for tracker in reversed(self.trackers):
+                stack.callback(tracker.close, failed)
+
+    def line(self) -> str:
+        return "\n".join(filter(None, (tracker.line() for tracker in self.trackers)))

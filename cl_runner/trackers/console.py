@@ -1,0 +1,221 @@
+"""The terminal: bars while a run goes, a line a task, tables at the end."""
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console as Terminal
+from rich.logging import RichHandler
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.style import Style
+from rich.table import Table
+from rich.text import Text
+
+from cl_runner.trackers.base import Null, RunInfo
+
+Rows = list[list[float | None]]
+
+PIPE_WIDTH = 120  # columns where there is no terminal: a log file, a CI page
+LOW, HIGH = (176, 112, 64), (40, 150, 160)  # text colours of accuracy 0 and 1: legible on black and on white
+
+
+def the_console() -> Terminal:
+    """The process's terminal, to be shared by tables, bars and log records."""
+    console = Terminal()
+    return console if console.is_terminal else Terminal(width=PIPE_WIDTH)
+
+
+@contextmanager
+def log_to(console: Terminal) -> Iterator[None]:
+    """Show what the project logs, from INFO up, without breaking the bars on the same console."""
+    handler = RichHandler(logging.INFO, console, show_path=False, omit_repeated_times=False, log_time_format="%H:%M:%S")
+    with _handled_by(handler):
+        yield
+
+
+@contextmanager
+def log_file(folder: Path) -> Iterator[None]:
+    """Append everything the project logs to `run.log`."""
+    handler = logging.FileHandler(folder / "run.log", encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    with _handled_by(handler):
+        yield
+
+
+@contextmanager
+def _handled_by(handler: logging.Handler) -> Iterator[None]:
+    logger = logging.getLogger("cl_runner")
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG)  # each handler has a level of its own
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+        handler.close()
+
+
+class Console(Null):
+    """Shows a run on `console`. Bars only where somebody looks: in a pipe or a log there is a line a task instead.
+
+    wandb_line: asked for its one line when all is over.
+    """
+
+    def __init__(self, console: Terminal | None = None, wandb_line: Callable[[], str] = lambda: "") -> None:
+        self.console, self._wandb_line = console or Terminal(), wandb_line
+        self._run: RunInfo | None = None
+        self._progress: Progress | None = None
+        self._bars: dict[str, TaskID] = {}
+        self._since = 0.0
+
+    def start(self, run: RunInfo) -> None:
+        self._run = run
+        self._since = time.monotonic()
+        self.console.print(Text.assemble((run.name, "bold"), " (resumed)" if run.resumed else ""), soft_wrap=True)
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}", style="dim"),
+            TimeRemainingColumn(),
+            console=self.console,
+            transient=True,
+            refresh_per_second=4,
+            expand=True,
+            disable=not self.console.is_terminal,
+        )
+        self._bars = {
+            "tasks": self._progress.add_task("tasks  ", total=run.num_tasks, note=""),
+            "batches": self._progress.add_task("batches", total=None, note=""),
+        }
+        self._progress.start()
+
+    def step(self, row: dict[str, Any]) -> None:
+        if self._progress is not None:
+            loss, speed = row["loss"]["total"], row["timing"]["images_per_second"]
+            done, total = row["task_step"], row["task_steps"]
+            note = f"loss {loss:.4g} · {speed:,.0f} images/s"
+            self._progress.update(self._bars["batches"], completed=done, total=total, note=note)
+            self._progress.update(self._bars["tasks"], completed=row["task"])
+
+    def task(self, row: dict[str, Any]) -> None:
+        if self._run is None or self._progress is None:
+            return
+        self._progress.update(self._bars["tasks"], completed=row["task"] + 1)
+        self._progress.reset(self._bars["batches"], note="")
+        now = time.monotonic()
+        parts = {
+            "task": f"{row['task'] + 1}/{row['num_tasks']}",
+            "accuracy": f"{percent(row['accuracy'][self._run.scenario][row['task']])} %",
+            "average": f"{percent(row['metrics']['average_accuracy'])} %",
+            "forgetting": f"{percent(row['metrics']['average_forgetting'])} %",
+            "seconds": f"{now - self._since:.1f}",
+        }
+        self._since = now
+        self.console.print(
+            Text("   ").join(Text.assemble((name, "dim"), f" {value:>6}") for name, value in parts.items())
+        )
+
+    def finish(self, results: dict[str, Any]) -> None:
+        self._stop_bars()
+        if self._run is not None:
+            show_tables(results, self._run.scenario, self.console)
+
+    def close(self, failed: bool = False) -> None:
+        self._stop_bars()
+        if self._run is not None:
+            if failed:
+                again = Text.assemble(("stopped", "bold red"), "; go on with: ", self._run.command)
+                self.console.print(again, soft_wrap=True)
+            show_whereabouts(self._run.folder, self._wandb_line(), self.console)
+            self._run = None
+
+    def _stop_bars(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+
+def show_results(results: dict[str, Any], folder: Path, console: Terminal) -> None:
+    """A finished run as it was shown when it ended; `results` is the content of results.json."""
+    show_tables(results, results["config"]["stream"]["scenario"], console)
+    show_whereabouts(folder, "", console)
+
+
+def show_tables(results: dict[str, Any], scenario: str, console: Terminal) -> None:
+    """The run's own accuracy matrix, every metric in every scenario, and where the time went."""
+    rows = results["accuracy"][scenario]
+    digits = next((digits for digits in (1, 0) if _matrix_width(len(rows), digits) <= console.width), None)
+    console.print(_per_task(rows) if digits is None else _matrix(rows, digits, f"accuracy, {scenario}, %"))
+    console.print(_metrics(results["metrics"], [scenario, *(name for name in results["accuracy"] if name != scenario)]))
+    seconds = " · ".join(f"{phase} {value:.1f}" for phase, value in results["seconds"].items())
+    console.print(Text.assemble(("seconds  ", "dim"), seconds), soft_wrap=True)
+
+
+def show_whereabouts(folder: Path, wandb_line: str, console: Terminal) -> None:
+    """The run's folder, and W&B's line; never wrapped, so that they can be copied."""
+    console.print(Text.assemble(("folder   ", "dim"), str(folder)), soft_wrap=True)
+    if wandb_line:
+        console.print(Text(wandb_line), soft_wrap=True)
+
+
+def percent(value: float | None, digits: int = 1) -> str:
+    return "–" if value is None else f"{100 * value:.{digits}f}"
+
+
+def _matrix_width(tasks: int, digits: int) -> int:
+    return 9 + tasks * (len(percent(1.0, digits)) + 2)
+
+
+def _matrix(rows: Rows, digits: int, title: str) -> Table:
+    """Tasks learned down, tasks measured across; a task's own row in bold."""
+    table = Table(box=SIMPLE_HEAD, title=title, title_style="bold", title_justify="left")
+    table.add_column("after", justify="right", style="dim")
+    for task in range(len(rows)):
+        table.add_column(str(task), justify="right", no_wrap=True)
+    for i, row in enumerate(rows):
+        cells = (_cell(value, digits, bold=i == j) for j, value in enumerate(row))
+        table.add_row(str(i), *cells)
+    return table
+
+
+def _cell(value: float | None, digits: int, bold: bool) -> Text:
+    if value is None:
+        return Text("")
+    red, green, blue = (round(low + value * (high - low)) for low, high in zip(LOW, HIGH, strict=True))
+    return Text(percent(value, digits), Style(color=f"rgb({red},{green},{blue})", bold=bold))
+
+
+def _per_task(rows: Rows) -> Table:
+    """For a stream too long for its matrix to fit: each task as it was learned, and in the end."""
+    table = Table(box=SIMPLE_HEAD)
+    for name in ("task", "learned, %", "in the end, %"):
+        table.add_column(name, justify="right")
+    for task, end in enumerate(rows[-1]):
+        table.add_row(str(task), _cell(rows[task][task], 1, bold=False), _cell(end, 1, bold=False))
+    return table
+
+
+def _metrics(metrics: dict[str, float | None], scenarios: list[str]) -> Table:
+    """A row a metric, a column a scenario, the run's own first; what has no scenario stands in the first."""
+    table = Table(box=SIMPLE_HEAD)
+    table.add_column("metric")
+    for scenario in scenarios:
+        table.add_column(scenario, justify="right")
+    for name in (name for name in metrics if "/" not in name):
+        rest = [_value(name, metrics[key]) if (key := f"{name}/{other}") in metrics else "" for other in scenarios[1:]]
+        table.add_row(name, _value(name, metrics[name]), *rest)
+    return table
+
+
+def _value(name: str, value: float | None) -> str:
+    """In percent what is a share of right answers, or a difference of two."""
+    is_share = name.endswith(("accuracy", "forgetting", "transfer", "agreement"))
+    if value is None:
+        return "–"
+    return f"{percent(value)} %" if is_share else f"{value:.4g}"

@@ -1,0 +1,115 @@
+"""The run's folder: the truth, of which every other tracker is a view."""
+
+import csv
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from cl_runner.folder import write_atomically
+from cl_runner.trackers.base import Null, RunInfo
+
+JOURNAL = "steps.jsonl"
+
+
+class Local(Null):
+    """Writes `steps.jsonl` as the run goes, and `accuracy.csv`, `accuracy.png`, `results.json` when it is done.
+
+    journal_offset: bytes of the journal that the checkpoint vouches for. Rows beyond them come from steps that will be
+    taken again, so `start` cuts them off. None: a resumed run keeps its journal, until `rewind`; a new one has none.
+    """
+
+    def __init__(self, journal_offset: int | None = None) -> None:
+        self._offset = journal_offset
+        self._journal: BinaryIO | None = None
+        self._run: RunInfo | None = None
+
+    def start(self, run: RunInfo) -> None:
+        run.folder.mkdir(parents=True, exist_ok=True)
+        self._run = run
+        self._journal = (run.folder / JOURNAL).open("ab")
+        if not run.resumed:
+            self.rewind(0)
+        elif self._offset is not None:
+            self.rewind(self._offset)
+
+    @property
+    def offset(self) -> int:
+        """Bytes of the journal so far, safely on disk: what a checkpoint may vouch for."""
+        if self._journal is None:
+            return self._offset or 0
+        os.fsync(self._journal.fileno())
+        return self._journal.tell()
+
+    def rewind(self, offset: int) -> None:
+        """Forget the journal's rows beyond `offset` bytes; before `start` or after it."""
+        self._offset = offset
+        if self._journal is not None:
+            size = os.fstat(self._journal.fileno()).st_size
+            self._journal.truncate(min(offset, size))  # never longer: that would fill it with zero bytes
+            self._journal.seek(0, os.SEEK_END)
+
+    def step(self, row: dict[str, Any]) -> None:
+        self._append(row)
+
+    def task(self, row: dict[str, Any]) -> None:
+        self._append(row)
+
+    def _append(self, row: dict[str, Any]) -> None:
+        if self._journal is not None:
+            self._journal.write(to_json(row).encode() + b"\n")
+            self._journal.flush()
+
+    def finish(self, results: dict[str, Any]) -> None:
+        if self._run is None:
+            return
+        write_atomically(self._run.folder / "results.json", to_json(results, indent=2) + "\n")
+        write_accuracy(self._run.folder / "accuracy.csv", results["accuracy"])
+        draw_accuracy(self._run.folder / "accuracy.png", results, self._run.scenario, self._run.name)
+
+    def close(self, failed: bool = False) -> None:
+        if self._journal is not None:
+            self._journal.close()
+            self._journal = None
+
+
+def read_journal(folder: Path) -> list[dict[str, Any]]:
+    """The journal's rows; a last line that a killed process left torn is not one."""
+    path = folder / JOURNAL
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith(b"\n")]
+
+
+def to_json(value: Any, indent: int | None = None) -> str:
+    """Strict JSON: a number that is not finite becomes null."""
+    return json.dumps(_finite(value), allow_nan=False, ensure_ascii=False, indent=indent)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def write_accuracy(path: Path, accuracy: dict[str, list[list[float | None]]]) -> None:
+    """One line for each entry that was measured: scenario, after_task, task, accuracy; tasks counted from 0."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["scenario", "after_task", "task", "accuracy"])
+        for scenario, rows in accuracy.items():
+            writer.writerows((scenario, *entry) for entry in entries(rows))
+
+
+def entries(rows: list[list[float | None]]) -> list[tuple[int, int, float]]:
+    """(after_task, task, accuracy) of what was measured in a matrix."""
+    return [(i, j, value) for i, row in enumerate(rows) for j, value in enumerate(row) if value is not None]
+
+
+def draw_accuracy(path: Path, results: dict[str, Any], scenario: str, name: str) -> None:
+    """The picture of the run's own matrix, as PNG."""
+    from cl_runner.trackers.figures import accuracy_figure, to_png  # matplotlib: not before the first step
+
+    write_atomically(path, to_png(accuracy_figure(results["accuracy"][scenario], name, results["metrics"])))

@@ -1,0 +1,49 @@
+import sys
+
+import pytest
+import torch
+
+from cl_runner.__main__ import main
+
+torch.set_num_threads(1)  # the suite runs in several processes
+
+SMALL = [
+    "stream=split_digits",
+    "model=mlp",
+    "model.widths=[16]",
+    "optimizer.lr=0.01",
+    "trainer.epochs=2",
+    "tracker=local",
+    "device=cpu",
+]
+
+
+@pytest.fixture
+def cl_runner(tmp_path, monkeypatch, capsys):
+    """Call the command line in an empty folder: overrides -> (exit status, what it printed)."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("CL_RUNNER_DATA", raising=False)
+
+    def call(*overrides: str, small: bool = True) -> tuple[int, str]:
+        words = [*SMALL, *overrides] if small else list(overrides)
+        monkeypatch.setattr(sys, "argv", ["cl-runner", *words])
+        status = 0
+        try:
+            main()
+        except SystemExit as end:
+            status = end.code if isinstance(end.code, int) else 1
+        captured = capsys.readouterr()
+        return status, captured.out + captured.err
+
+    return call
+
+
+@pytest.fixture
+def the_run(tmp_path):
+    """The one run's folder below `outputs`."""
+
+    def find():
+        (folder,) = [path for path in (tmp_path / "outputs").iterdir() if path.is_dir()]
+        return folder
+
+    return find

@@ -1,0 +1,215 @@
+import pytest
+import torch
+
+from cl_runner.errors import ConfigError
+from cl_runner.fisher import Exact, Probe
+from cl_runner.models.efficientnet import EfficientNetLite0
+from cl_runner.models.model import Output, PretrainedView
+from cl_runner.strategies import EWC, Finetune
+from cl_runner.strategies.anchors import snapshot, trainable
+from cl_runner.streams.split import Split
+from tests.toys import learn, toy_model, toy_stream, toy_trainer
+
+DIGITS = Split(name="digits", num_tasks=5)
+
+
+def exact(**settings):
+    return Exact(**{"num_samples": None, "batch_size": 16, **settings})
+
+
+def penalty(strategy):
+    batch = strategy.stream.tasks[0].train[:4]
+    return strategy.penalties(batch, strategy.model(batch.images))
+
+
+def moved(model, amount=0.1):
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += amount
+
+
+def test_the_penalty_is_zero_where_it_is_anchored_and_has_no_gradient_there():
+    stream = toy_stream()
+    model = toy_model(stream)
+    strategy = EWC(fisher=exact())
+    learn(strategy, stream, model, tasks=1)
+    model.zero_grad()
+    loss = penalty(strategy)["ewc"]
+    loss.backward()
+    assert loss.item() == 0
+    assert all(parameter.grad is None or not parameter.grad.any() for parameter in model.parameters())
+
+
+def test_the_penalty_is_factor_times_strength_times_fisher_times_squared_distance():
+    stream = toy_stream()
+    model = toy_model(stream)
+    strategy = EWC(fisher=exact(), strength=30.0, factor=0.5)
+    learn(strategy, stream, model, tasks=1)
+    fisher = exact()(model, stream.tasks[0].train)
+    moved(model, 0.1)
+    expected = 0.5 * 30.0 * sum((values * 0.1**2).sum() for values in fisher.values.values())
+    torch.testing.assert_close(penalty(strategy)["ewc"], expected)
+
+
+def test_a_term_a_task_adds_up_over_tasks():
+    stream = toy_stream()
+    model = toy_model(stream)
+    strategy = EWC(fisher=exact())
+    learn(strategy, stream, model, tasks=2)
+    assert len(strategy.terms) == 2
+    (first, at_first), (second, at_second) = strategy.terms
+    weights = trainable(model)
+    by_hand = sum(
+        (F.values[name] * (weights[name] - at[name]) ** 2).sum()
+        for F, at in ((first, at_first), (second, at_second))
+        for name in at
+    )
+    torch.testing.assert_close(penalty(strategy)["ewc"], 0.5 * 100.0 * by_hand)
+
+
+def test_the_running_sum_decays_and_is_anchored_to_the_last_weights():
+    stream = toy_stream()
+    model = toy_model(stream)
+    strategy = EWC(fisher=exact(), accumulation="sum", decay=0.5)
+    learn(strategy, stream, model, tasks=1)
+    (first, _), model_copy = strategy.terms[0], snapshot(trainable(model))
+    moved(model, 0.05)
+    strategy.after_task(stream.tasks[0])
+    second = exact()(model, stream.tasks[0].train)
+    (summed, anchor) = strategy.terms[0]
+    assert len(strategy.terms) == 1
+    for name, values in summed.values.items():
+        torch.testing.assert_close(values, 0.5 * first.values[name] + second.values[name])
+        torch.testing.assert_close(anchor[name], model_copy[name] + 0.05)
+
+
+def test_a_strong_penalty_holds_the_weights_that_matter():
+    distances = {}
+    for strength in (0.0, 20.0):
+        stream = toy_stream("domain")
+        model = toy_model(stream)
+        strategy = EWC(fisher=exact(), strength=strength)
+        learn(strategy, stream, model, tasks=1)
+        fisher, at = strategy.terms[0]
+        learn_second(strategy, stream, model)
+        weights = trainable(model)
+        distances[strength] = fisher.quadratic({name: weights[name] - at[name] for name in at}).item()
+    assert distances[20.0] < 0.2 * distances[0.0]
+
+
+def learn_second(strategy, stream, model):
+    terms = strategy.terms
+    trainer, _ = toy_trainer(strategy, stream, model)
+    strategy.terms = terms
+    model.reveal(stream.tasks[1])
+    trainer.learn(stream.tasks[1], stream.tasks[1].train)
+
+
+def test_a_partly_frozen_backbone_is_no_error():
+    stream = toy_stream()
+    model = toy_model(stream)
+    model.backbone[1].weight.requires_grad_(False)
+    strategy = EWC(fisher=exact())
+    learn(strategy, stream, model)
+    assert "backbone.1.weight" not in strategy.terms[0][1]
+    assert "backbone.1.bias" in strategy.terms[0][1]
+
+
+def test_a_wholly_frozen_backbone_is_no_error_either():
+    stream = toy_stream()
+    model = toy_model(stream, pretrained=True)
+    model.backbone.requires_grad_(False)
+    learn(EWC(fisher=exact()), stream, model)
+
+
+@pytest.mark.parametrize("scenario", ["task", "class"])
+def test_no_anchor_covers_a_head_row_that_is_not_revealed(scenario):
+    stream = toy_stream(scenario)
+    model = toy_model(stream)
+    strategy = EWC(fisher=exact())
+    learn(strategy, stream, model, tasks=1)
+    fisher, _ = strategy.terms[0]
+    assert fisher.values["head.weight"][:2].any()
+    assert not fisher.values["head.weight"][2:].any()
+    assert not fisher.values["head.bias"][2:].any()
+
+
+def test_the_head_can_be_left_out():
+    stream = toy_stream()
+    strategy = EWC(fisher=exact(), head=False)
+    learn(strategy, stream, toy_model(stream), tasks=1)
+    fisher, anchor = strategy.terms[0]
+    assert {name.split(".")[0] for name in [*anchor, *fisher.values]} == {"backbone"}
+
+
+def test_the_pretrained_weights_are_task_zero_with_the_fisher_of_their_own_head():
+    stream = toy_stream()
+    model = toy_model(stream, pretrained=True)
+    before = snapshot(trainable(model, head=False))
+    expected = exact()(PretrainedView(model), stream.tasks[0].train)
+    strategy = EWC(fisher=exact(), strength=2.0)
+    learn(strategy, stream, model, tasks=1)
+    ((fisher, anchor),) = strategy.pretrained_term
+    assert anchor.keys() == fisher.values.keys() == before.keys()
+    for name, value in before.items():
+        torch.testing.assert_close(anchor[name], value)
+        torch.testing.assert_close(fisher.values[name], expected.values[name])
+
+
+def test_the_pretrained_anchor_acts_in_the_first_task_already():
+    stream = toy_stream()
+    rows = learn(EWC(fisher=Probe(), anchor="pretrained"), stream, toy_model(stream, pretrained=True), tasks=1)
+    assert rows[-1]["loss"]["ewc_pretrained"] > 0
+    assert "ewc" not in rows[-1]["loss"]
+
+
+def test_the_pretrained_strength_can_be_set_apart():
+    stream = toy_stream()
+    strategy = EWC(fisher=Probe(), strength=1.0, pretrained_strength=3.0)
+    learn(strategy, stream, toy_model(stream, pretrained=True), tasks=1)
+    moved(strategy.model)
+    strategy.terms = list(strategy.pretrained_term)
+    terms = penalty(strategy)
+    torch.testing.assert_close(terms["ewc_pretrained"], 3 * terms["ewc"])
+
+
+@pytest.mark.parametrize("anchor", ["pretrained", "both"])
+def test_an_explicit_pretrained_anchor_needs_a_pretrained_head(anchor):
+    strategy = EWC(fisher=exact(), anchor=anchor)
+    strategy.check(DIGITS, EfficientNetLite0(pretrained=True))
+    with pytest.raises(ConfigError, match=r"strategy\.anchor: expected auto or previous"):
+        strategy.check(DIGITS, EfficientNetLite0(pretrained=False))
+
+
+def test_strength_zero_is_fine_tuning():
+    weights = []
+    for strategy in (EWC(fisher=exact(), strength=0.0), Finetune()):
+        stream = toy_stream()
+        model = toy_model(stream)
+        learn(strategy, stream, model)
+        weights.append(model.state_dict())
+    for name, value in weights[0].items():
+        torch.testing.assert_close(value, weights[1][name])
+
+
+def test_the_fisher_pass_leaves_modes_and_statistics_alone():
+    stream = toy_stream()
+    model = toy_model(stream, norm=True)
+    strategy = EWC(fisher=exact())
+    trainer, _ = toy_trainer(strategy, stream, model)
+    model.reveal(stream.tasks[0])
+    trainer.learn(stream.tasks[0], stream.tasks[0].train)
+    before = {name: value.clone() for name, value in model.named_buffers()}
+    modes = {name: module.training for name, module in model.named_modules()}
+    strategy.after_task(stream.tasks[0])
+    assert any(modes.values())
+    assert modes == {name: module.training for name, module in model.named_modules()}
+    assert all(torch.equal(value, before[name]) for name, value in model.named_buffers())
+
+
+def test_output_is_not_needed_for_the_penalty():
+    stream = toy_stream()
+    strategy = EWC(fisher=exact())
+    learn(strategy, stream, toy_model(stream), tasks=1)
+    nothing = torch.empty(0)
+    assert strategy.penalties(stream.tasks[0].train[:0], Output(nothing, nothing, nothing))["ewc"] == 0

@@ -1,0 +1,144 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from cl_runner.errors import ConfigError
+from cl_runner.models.efficientnet import EfficientNetLite0
+from cl_runner.strategies import LwF
+from cl_runner.streams.split import Split
+from tests.toys import learn, toy_model, toy_stream, toy_trainer
+
+DIGITS = Split(name="digits", num_tasks=5)
+
+
+def at_task(strategy, stream, model, index):
+    """Learn the tasks before `index`, then stand at its beginning."""
+    learn(strategy, stream, model, tasks=index)
+    model.reveal(stream.tasks[index])
+    strategy.before_task(stream.tasks[index])
+    return stream.tasks[index].train
+
+
+def test_the_student_starts_each_task_in_full_agreement_with_its_teacher():
+    stream = toy_stream()
+    model = toy_model(stream)
+    strategy = LwF()
+    batch = at_task(strategy, stream, model, 1)
+    torch.testing.assert_close(strategy.penalties(batch, model(batch.images))["lwf"], torch.tensor(0.0))
+
+
+def test_the_teacher_is_still_while_the_student_trains():
+    stream = toy_stream()
+    model = toy_model(stream, norm=True, pretrained=True)
+    strategy = LwF()
+    data = at_task(strategy, stream, model, 1)
+    teachers = [strategy.teacher, strategy.pretrained]
+    before = [{name: value.clone() for name, value in teacher.state_dict().items()} for teacher in teachers]
+    student = {name: value.clone() for name, value in model.state_dict().items()}
+    trainer, _ = toy_trainer_in_place(strategy, stream, model)
+    trainer.learn(stream.tasks[1], data)
+    model.train()
+    for teacher, state in zip(teachers, before, strict=True):
+        assert not any(module.training for module in teacher.modules())
+        assert all(torch.equal(value, state[name]) for name, value in teacher.state_dict().items())
+    assert not torch.equal(student["backbone.2.running_mean"], model.state_dict()["backbone.2.running_mean"])
+
+
+def toy_trainer_in_place(strategy, stream, model):
+    """A trainer for a strategy that is already set up."""
+    kept = strategy.teacher, strategy.pretrained, strategy.old_groups, strategy.number
+    made = toy_trainer(strategy, stream, model)
+    strategy.teacher, strategy.pretrained, strategy.old_groups, strategy.number = kept
+    return made
+
+
+def perturbed(model):
+    with torch.no_grad():
+        for parameter in model.backbone.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("squared", [True, False])
+def test_the_distillation_is_the_kl_divergence_at_the_temperature(squared):
+    strategy = LwF(temperature=3.0, squared_temperature=squared)
+    student, teacher = torch.randn(2, 7, 4, generator=torch.Generator().manual_seed(0)).unbind()
+    by_hand = 0.0
+    for s, t in zip(student, teacher, strict=True):
+        p, q = torch.softmax(t / 3, 0), torch.softmax(s / 3, 0)
+        by_hand += (p * (p / q).log()).sum() / 7
+    torch.testing.assert_close(strategy.distillation(student, teacher), by_hand * (9 if squared else 1))
+
+
+def test_each_earlier_task_has_a_softmax_of_its_own_or_all_share_one():
+    stream = toy_stream()
+    model = toy_model(stream)
+    strategy = LwF(softmax="task")
+    batch = at_task(strategy, stream, model, 2)
+    target = model(batch.images).logits.detach()
+    perturbed(model)
+    output = model(batch.images)
+
+    def kl(columns):
+        student, teacher = (output.logits[:, columns] / 2).log_softmax(1), (target[:, columns] / 2).log_softmax(1)
+        return 4 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+
+    torch.testing.assert_close(strategy.penalties(batch, output)["lwf"], kl([0, 1]) + kl([2, 3]))
+    strategy.softmax = "joint"
+    strategy.before_task(stream.tasks[2])
+    strategy.teacher.load_state_dict(
+        {**model.state_dict(), **{k: v for k, v in strategy.teacher.state_dict().items() if "head" in k}}
+    )
+    assert strategy.old_groups == [[0, 1, 2, 3]]
+
+
+def test_the_first_task_has_no_previous_teacher_but_the_pretrained_one():
+    stream = toy_stream()
+    rows = learn(LwF(), stream, toy_model(stream, pretrained=True), tasks=2)
+    first = [row["loss"] for row in rows if row["task"] == 0]
+    second = [row["loss"] for row in rows if row["task"] == 1]
+    assert all("lwf" not in losses and losses["lwf_pretrained"] > 0 for losses in first)
+    assert all(losses["lwf"] > 0 and losses["lwf_pretrained"] > 0 for losses in second)
+
+
+def test_the_pretrained_teacher_is_the_model_as_it_came_under_its_own_head():
+    stream = toy_stream()
+    model = toy_model(stream, pretrained=True)
+    batch = stream.tasks[0].train
+    came = model.pretrained_head(model(batch.images).features).detach()
+    strategy = LwF(teacher="pretrained", temperature=1.0)
+    at_task(strategy, stream, model, 2)
+    now = model.pretrained_head(model(batch.images).features)
+    expected = F.kl_div(now.log_softmax(1), came.log_softmax(1), reduction="batchmean", log_target=True)
+    terms = strategy.penalties(batch, model(batch.images))
+    assert list(terms) == ["lwf_pretrained"]
+    torch.testing.assert_close(terms["lwf_pretrained"], expected)
+
+
+@pytest.mark.parametrize(
+    ("weighting", "task", "distillation"), [("constant", 1, 1), ("tasks", 1, 2), ("average", 1 / 3, 2 / 3)]
+)
+def test_the_weights_in_the_third_task(weighting, task, distillation):
+    stream = toy_stream()
+    model = toy_model(stream)
+    plain, weighted = LwF(), LwF(weighting=weighting)
+    batch = at_task(weighted, stream, model, 2)
+    plain.setup(model, stream)
+    plain.before_task(stream.tasks[2])
+    perturbed(model)
+    output = model(batch.images)
+    torch.testing.assert_close(weighted.task_loss(batch, output), task * plain.task_loss(batch, output))
+    expected = distillation * plain.penalties(batch, output)["lwf"]
+    torch.testing.assert_close(weighted.penalties(batch, output)["lwf"], expected)
+
+
+@pytest.mark.parametrize("scenario", ["domain", "class"])
+def test_it_distils_in_the_other_scenarios_too(scenario):
+    stream = toy_stream(scenario)
+    rows = learn(LwF(), stream, toy_model(stream))
+    assert all(row["loss"]["lwf"] > 0 for row in rows if row["task"] == 2)
+
+
+@pytest.mark.parametrize("teacher", ["pretrained", "both"])
+def test_an_explicit_pretrained_teacher_needs_a_pretrained_head(teacher):
+    with pytest.raises(ConfigError, match=r"strategy\.teacher: expected auto or previous"):
+        LwF(teacher=teacher).check(DIGITS, EfficientNetLite0(pretrained=False))

@@ -1,0 +1,179 @@
+import inspect
+from pathlib import Path
+
+import pytest
+import yaml
+from omegaconf import OmegaConf
+
+from cl_runner.config import (
+    CONF,
+    PROVIDED,
+    _import,
+    build,
+    check,
+    compose_jobs,
+    digest,
+    run_folder,
+    validated,
+)
+from cl_runner.errors import ConfigError
+
+MLP = ["model=mlp"]
+COMPONENT_FILES = sorted(
+    file for file in CONF.glob("[a-z]*/*.yaml") if "_target_" in (yaml.safe_load(file.read_text()) or {})
+)
+
+
+def checked(*overrides):
+    (cfg,) = compose_jobs([*MLP, *overrides])
+    return check(cfg)
+
+
+def config(*overrides):
+    (cfg,) = compose_jobs([*MLP, *overrides])
+    return validated(cfg)
+
+
+@pytest.mark.parametrize("file", COMPONENT_FILES, ids=lambda file: f"{file.parent.name}/{file.stem}")
+def test_every_argument_of_every_component_stands_in_its_yaml_with_its_default(file):
+    node = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
+    parameters = inspect.signature(_import(node.pop("_target_"))).parameters
+    assert set(node) == set(parameters) - PROVIDED.get(file.parent.name, set())
+
+
+@pytest.mark.parametrize("file", sorted(CONF.glob("[a-z]*/*.yaml")), ids=lambda file: f"{file.parent.name}/{file.stem}")
+def test_every_choice_says_in_a_line_what_it_is(file):
+    first = [line for line in file.read_text().splitlines() if line.startswith("# ") and "@package" not in line][0]
+    assert 10 < len(first) <= 120
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("trainer.epohcs=3", "trainer.epohcs: unknown key; did you mean epochs?"),
+        ("+trainer.epohcs=3", "trainer.epohcs: unknown key; did you mean epochs?"),
+        ("++trainer.epohcs=3", "trainer.epohcs: unknown key; did you mean epochs?"),
+        ("stratgey=ewc", "stratgey: unknown key; did you mean strategy?"),
+        ("+colour=red", "colour: unknown key; known: "),
+        ("fisher.numsamples=3", "fisher.numsamples: unknown key; did you mean num_samples?"),
+        ("strategy.strength=abc", "strategy.strength: expected float, got 'abc'"),
+        ("strategy.strength=-1", "strategy.strength: expected at least 0, got -1"),
+        ("strategy.anchor=here", "strategy.anchor: expected 'auto', 'previous', 'pretrained' or 'both', got 'here'"),
+        ("strategy.factor=2.0", "strategy.factor: expected 0.5 or 1.0, got 2.0"),
+        ("strategy=ewk", "strategy: expected one of cumulative, dropout, ewc"),
+        ("trainer.epochs=0", "trainer.epochs: expected at least 1, got 0"),
+        ("trainer.epochs=1.5", "trainer.epochs: expected int"),
+        ("trainer.epochs=true", "trainer.epochs: expected int, got True"),
+        ("trainer.iterations=0", "trainer.iterations: expected at least 1"),
+        ("trainer.precision=fp8", "trainer.precision: expected 'fp32', 'tf32' or 'bf16', got 'fp8'"),
+        ("seed=-1", "seed: expected at least 0, got -1"),
+        ("seed=abc", "seed: expected int, got 'abc'"),
+        ("rerun=maybe", "rerun: expected bool, got 'maybe'"),
+        ("device=tpu", "device: expected auto, cpu, mps, cuda or cuda:N, got 'tpu'"),
+        ("device=cuda:99", "device: expected one of auto, cpu"),
+        ("stream.num_tasks=3", "stream.num_tasks: expected "),
+        ("stream.num_tasks=0", "stream.num_tasks: expected at least 1"),
+        ("stream.scenario=online", "stream.scenario: expected 'task', 'domain' or 'class', got 'online'"),
+        ("optimizer.lr=-1", "optimizer: Invalid learning rate: -1"),
+        ("optimizer.betas=[0.9]", "optimizer.betas"),
+        ("scheduler=step scheduler.milestones=[2]", "scheduler.milestones.0: expected less than 1, got 2"),
+        ("model._target_=os.system", "model._target_: expected a name in cl_runner, torch.optim, torchvision, timm"),
+        ("model._target_=cl_runner.folder.os.getcwd", "model._target_: expected a class or function of cl_runner"),
+        ("model._target_=cl_runner.models.nothing.Here", "model._target_: expected something importable"),
+        ("stream.scenario=class strategy=independent", "strategy: expected stream.scenario=task for Independent"),
+        ("strategy.anchor=pretrained", "strategy.anchor: expected auto or previous"),
+        ("strategy=lwf strategy.teacher=both", "strategy.teacher: expected auto or previous"),
+        ("strategy=l2 strategy.towards=pretrained", "strategy.towards: expected zero or previous"),
+        ("stream.scenario=domain trainer.active_logits=current", "trainer.active_logits: expected all or null"),
+        ("strategy=ewc,lwf", "strategy: a sweep over several values needs -m"),
+        ("data_root=${nothing}", "data_root: "),
+        ("stream=image_folder", "stream.name: "),
+        ("trainer.epochs", "command line: "),
+    ],
+)
+def test_what_cannot_work_is_said_in_one_line_that_names_the_field(override, message):
+    with pytest.raises(ConfigError) as error:
+        for cfg in compose_jobs([*MLP, *override.split(" ")]):
+            check(cfg)
+    assert str(error.value).startswith(message)
+    assert "\n" not in str(error.value)
+
+
+def test_a_plugin_may_be_named_once_it_is_listed(tmp_path, monkeypatch):
+    (tmp_path / "my_methods.py").write_text(
+        "from cl_runner.strategies import Finetune\nclass Mine(Finetune):\n    '''Mine.'''\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    overrides = ["strategy=finetune", "strategy._target_=my_methods.Mine"]
+    with pytest.raises(ConfigError, match=r"strategy\._target_"):
+        checked(*overrides)
+    assert type(checked(*overrides, "plugins=[my_methods]").strategy).__name__ == "Mine"
+
+
+def test_a_multirun_is_the_product_of_its_sweeps():
+    jobs = compose_jobs(["-m", *MLP, "strategy=finetune,lwf", "seed=range(1,4)", "optimizer.lr=0.1,0.2"])
+    seen = [(job.strategy._target_.rpartition(".")[2], job.seed, job.optimizer.lr) for job in jobs]
+    assert len(set(seen)) == 12
+    assert seen[0] == ("Finetune", 1, 0.1)
+    assert seen[-1] == ("LwF", 3, 0.2)
+
+
+def test_an_experiment_and_its_protocol_can_be_overridden():
+    (cfg,) = compose_jobs(["experiment=vandeven_fisher_mnist"])
+    assert (cfg.strategy.accumulation, cfg.strategy.strength, cfg.trainer.iterations) == ("sum", 1e4, 2000)
+    (cfg,) = compose_jobs(["experiment=vandeven_fisher_mnist", "strategy=finetune"])
+    assert dict(cfg.strategy) == {"_target_": "cl_runner.strategies.Finetune"}
+    (cfg,) = compose_jobs(["experiment=vandeven_fisher_mnist", "strategy.strength=7", "fisher=empirical"])
+    assert cfg.strategy.strength == 7
+    assert cfg.strategy.fisher._target_.endswith("Empirical")
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (["strategy.strength=1"], ["strategy.strength=1.0"]),
+        (["device=cpu"], ["device=auto"]),
+        (["data_root=here"], ["data_root=there"]),
+        (["tracker=local"], ["tracker=wandb"]),
+        (["trainer.log_every=1"], ["trainer.log_every=7"]),
+        (["rerun=true"], []),
+        (["strategy=lwf", "fisher=exact"], ["strategy=lwf", "fisher=probe"]),
+        (["trainer.iterations=5", "trainer.epochs=1"], ["trainer.iterations=5", "trainer.epochs=2"]),
+    ],
+)
+def test_the_hash_is_blind_to_what_does_not_change_the_work(one, other):
+    assert digest(config(*one)) == digest(config(*other))
+
+
+@pytest.mark.parametrize(
+    "override", ["seed=1", "strategy.strength=2", "fisher=exact", "stream.scenario=class", "trainer.epochs=9"]
+)
+def test_the_hash_sees_what_does(override):
+    assert digest(config(override)) != digest(config())
+
+
+def test_a_group_is_everything_but_the_seed():
+    def group(*overrides):
+        return checked(*overrides).group
+
+    assert group("seed=1") == group("seed=2") != group("seed=1", "strategy.strength=2")
+    assert group("seed=1", "stream.class_order=${seed}") == group("seed=2", "stream.class_order=${seed}")
+    assert group("seed=1", "stream.seed=5") != group("seed=1")
+
+
+def test_the_folders_name_can_be_read():
+    folder = run_folder(config("seed=3", "output_root=here"))
+    assert folder.parent == Path("here")
+    assert folder.name.startswith("ewc-split_digits-mlp-s3-")
+
+
+def test_build_builds_nodes_inside_nodes():
+    strategy = build(config("fisher=exact")["strategy"])
+    assert type(strategy.fisher).__name__ == "Exact"
+
+
+def test_a_config_folder_of_the_users_own_is_searched(tmp_path):
+    (tmp_path / "strategy").mkdir()
+    (tmp_path / "strategy" / "mine.yaml").write_text("_target_: cl_runner.strategies.Finetune\n")
+    (cfg,) = compose_jobs([*MLP, "--config-dir", str(tmp_path), "strategy=mine"])
+    assert cfg.strategy._target_.endswith("Finetune")

@@ -1,0 +1,56 @@
+"""Who may import whom."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "cl_runner"
+FLOORS = [
+    {"errors", "folder", "streams", "metrics", "trackers", "config", "schedulers", ""},
+    {"models", "memory"},
+    {"fisher"},
+    {"strategies"},
+    {"trainer", "checkpoint", "evaluate"},
+    {"run"},
+    {"__main__", "report"},
+]
+FLOOR = {module: number for number, floor in enumerate(FLOORS) for module in floor}
+ONLY_IN = {"hydra": {"__main__", "config"}, "omegaconf": {"__main__", "config"}, "wandb": {"trackers/wandb"}}
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def imported(file: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def part(name: str) -> str:
+    """cl_runner.models.model.Model -> models"""
+    return name.split(".")[1] if name.count(".") else ""
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_a_module_imports_from_its_own_floor_downwards_only(file):
+    own = file.relative_to(PACKAGE).with_suffix("").parts[0]
+    floor = FLOOR["" if own == "__init__" else own]
+    upwards = {name for name in imported(file) if name.startswith("cl_runner") and FLOOR.get(part(name), 0) > floor}
+    assert not upwards, f"{file.name} reaches up to {upwards}"
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_hydra_and_wandb_stay_where_they_belong(file):
+    own = str(file.relative_to(PACKAGE).with_suffix(""))
+    for package, homes in ONLY_IN.items():
+        if own not in homes:
+            assert not any(name.split(".")[0] == package for name in imported(file))
+
+
+def test_every_part_of_the_package_has_a_floor():
+    parts = {file.relative_to(PACKAGE).with_suffix("").parts[0] for file in FILES} - {"__init__"}
+    assert parts <= set(FLOOR)

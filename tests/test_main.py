@@ -1,0 +1,188 @@
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors import safe_open
+
+QUIET = {**os.environ, "WANDB_SILENT": "true"}
+
+
+def test_a_run_leaves_everything_in_its_folder(cl_runner, the_run):
+    status, said = cl_runner()
+    assert status == 0, said
+    folder = the_run()
+    present = {path.name for path in folder.iterdir()}
+    assert present == {
+        ".hydra",
+        "config.yaml",
+        "status.json",
+        "results.json",
+        "accuracy.csv",
+        "accuracy.png",
+        "steps.jsonl",
+        "run.log",
+        "model.safetensors",
+    }
+    assert folder.name in said.replace("\n", "")
+
+    results = json.loads((folder / "results.json").read_text(), parse_constant=pytest.fail)
+    expected = ["schema", "config", "environment", "metrics", "accuracy", "zero_shot", "seconds", "peak_memory"]
+    assert list(results) == expected
+    assert json.loads((folder / "status.json").read_text())["state"] == "done"
+    assert yaml.safe_load((folder / "config.yaml").read_text()) == results["config"]
+
+    matrix = results["accuracy"]["task"]
+    assert [[value is None for value in row] for row in matrix] == [[j > i for j in range(5)] for i in range(5)]
+    rows = list(csv.DictReader((folder / "accuracy.csv").open()))
+    assert {(row["scenario"], int(row["after_task"]), int(row["task"])): float(row["accuracy"]) for row in rows} == {
+        (scenario, i, j): value
+        for scenario, matrix in results["accuracy"].items()
+        for i, row in enumerate(matrix)
+        for j, value in enumerate(row)
+        if value is not None
+    }
+    journal = [json.loads(line) for line in (folder / "steps.jsonl").read_text().splitlines()]
+    assert [row["seq"] for row in journal] == list(range(len(journal)))
+    assert [row["task"] for row in journal if row["kind"] == "task"] == list(range(5))
+    assert results["metrics"]["average_accuracy"] == pytest.approx(sum(matrix[-1]) / 5)
+
+
+def test_the_weights_of_a_run_are_another_runs_pretrained_weights(cl_runner, tmp_path, the_run):
+    cl_runner("strategy=finetune")
+    weights = the_run() / "model.safetensors"
+    status, said = cl_runner(
+        "strategy=ewc", "strategy.anchor=both", f"model.pretrained={weights}", "output_root=second"
+    )
+    assert status == 0, said
+    (second,) = (tmp_path / "second").iterdir()
+    metrics = json.loads((second / "results.json").read_text())["metrics"]
+    assert 0 < metrics["drift_agreement"] <= 1
+    with safe_open(weights, "pt") as file:
+        assert "visible" not in " ".join(file.keys())
+
+
+def test_the_same_command_again_shows_the_finished_run(cl_runner, the_run):
+    cl_runner()
+    folder = the_run()
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    status, said = cl_runner()
+    assert status == 0
+    assert "This run is done" in said
+    assert "average_accuracy" in said.replace(" ", "_")
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+def test_it_warns_when_other_versions_are_installed_now(cl_runner, the_run):
+    cl_runner()
+    results = json.loads((the_run() / "results.json").read_text())
+    results["environment"]["torch"] = "0.4.1"
+    (the_run() / "results.json").write_text(json.dumps(results))
+    _, said = cl_runner()
+    assert "warning: it was made with torch 0.4.1" in said
+    assert torch.__version__ in said
+
+
+def test_rerun_moves_the_old_folder_aside_first(cl_runner, tmp_path):
+    cl_runner()
+    status, said = cl_runner("rerun=true")
+    assert status == 0, said
+    names = sorted(path.name for path in (tmp_path / "outputs").iterdir())
+    assert len(names) == 2
+    assert names[1] == names[0] + ".1"
+    first, second = (json.loads((tmp_path / "outputs" / name / "results.json").read_text()) for name in names)
+    assert first["accuracy"] == second["accuracy"]
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "trainer.epochs=0",
+        "strategy.strenght=1",
+        "strategy=nothing",
+        "stream=split_mnist",
+        "model.pretrained=nowhere.pt",
+    ],
+)
+def test_bad_input_is_one_line_and_status_2_and_makes_no_folder(cl_runner, tmp_path, override):
+    status, said = cl_runner(override, "stream.download=false")
+    assert status == 2
+    assert len(said.strip().splitlines()) == 1
+    assert said.startswith(f"cl-runner: {override.partition('=')[0]}") or "data_root" in said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_one_bad_job_of_a_multirun_is_refused_before_the_first_starts(cl_runner, tmp_path):
+    status, said = cl_runner("-m", "strategy.strength=1,-1")
+    assert status == 2
+    assert "strategy.strength" in said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_multirun_makes_a_folder_a_job(cl_runner, tmp_path):
+    status, said = cl_runner("-m", "strategy=finetune,lwf", "seed=0,1", "trainer.epochs=1")
+    assert status == 0, said
+    folders = [path for path in (tmp_path / "outputs").iterdir() if path.is_dir()]
+    assert len(folders) == 4
+    assert all(json.loads((path / "status.json").read_text())["state"] == "done" for path in folders)
+
+
+def test_a_run_that_fails_says_why_in_one_line_and_leaves_the_traceback(cl_runner, the_run):
+    status, said = cl_runner("optimizer=sgd", "optimizer.lr=1e30", "trainer.log_every=1")
+    assert status == 1
+    assert "NonFiniteLossError" in said
+    assert "Traceback" not in said
+    state = json.loads((the_run() / "status.json").read_text())
+    assert state["state"] == "failed"
+    assert "NonFiniteLossError" in state["traceback"]
+    assert "Traceback" in (the_run() / "run.log").read_text()
+
+
+def test_list_names_every_choice(cl_runner):
+    status, said = cl_runner("list", small=False)
+    assert status == 0
+    for word in ("split_digits", "efficientnet_lite0", "ewc", "lwf", "exact", "adam", "wandb", "vandeven_fisher_mnist"):
+        assert word in said
+    status, said = cl_runner("list", "colours", small=False)
+    assert status == 2
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["--help"], ["--cfg", "job"], ["list"], ["--version"]],
+    ids=lambda words: words[0],
+)
+def test_asking_about_the_configuration_imports_no_torch(words, tmp_path):
+    script = (
+        "import sys; from cl_runner.__main__ import main\n"
+        "try: main()\n"
+        "except SystemExit as end: assert not end.code, end.code\n"
+        "assert not {'torch', 'wandb', 'torchvision', 'timm'} & set(sys.modules)"
+    )
+    command = [sys.executable, "-c", script, *words]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=QUIET)
+    assert done.returncode == 0, done.stderr
+
+
+def test_shell_completion_imports_no_torch(tmp_path):
+    script = "import sys; from cl_runner.__main__ import main; main()\nassert not {'torch', 'wandb'} & set(sys.modules)"
+    env = {**QUIET, "COMP_LINE": "cl-runner strategy=e", "COMP_POINT": "20"}
+    command = [sys.executable, "-c", script, "-sc", "query=bash"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    assert "strategy=ewc" in done.stdout
+
+
+def test_python_m_is_the_same(tmp_path):
+    words = ["stream=split_digits", "model=mlp", "model.widths=[4]", "trainer.epochs=1", "tracker=local"]
+    done = subprocess.run(
+        [sys.executable, "-m", "cl_runner", *words], cwd=tmp_path, capture_output=True, text=True, env=QUIET
+    )
+    assert done.returncode == 0, done.stderr
+    assert "wandb" not in done.stdout
+    assert len(list(Path(tmp_path, "outputs").iterdir())) == 1

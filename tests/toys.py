@@ -1,0 +1,76 @@
+"""Small streams and models to try things on."""
+
+from functools import partial
+
+import torch
+from torch import nn
+
+from cl_runner.models.model import Model
+from cl_runner.models.preprocess import Preprocess
+from cl_runner.schedulers import constant
+from cl_runner.strategies.base import Strategy
+from cl_runner.streams.base import Examples, Scenario, Stream, Task
+from cl_runner.trainer import Position, Trainer, Work
+
+SHAPE = (1, 4, 4)
+
+
+def toy_stream(scenario: str = "task", num_tasks: int = 3, size: int = 24, seed: int = 0) -> Stream:
+    """Two classes a task, each a noisy pattern of 4 x 4 pixels: learned in a few steps."""
+    generator = torch.Generator().manual_seed(seed)
+    shared = scenario == "domain"
+
+    def task(index: int) -> Task:
+        classes = (0, 1) if shared else (2 * index, 2 * index + 1)
+        patterns = torch.randint(256, (2, *SHAPE), generator=generator)
+
+        def examples(split_seed: int) -> Examples:
+            draw = torch.Generator().manual_seed(1000 * seed + 10 * index + split_seed)
+            which = torch.arange(size) % 2
+            noise = torch.randint(-60, 61, (size, *SHAPE), generator=draw)
+            images = (patterns[which] + noise).clamp(0, 255).to(torch.uint8)
+            return Examples(images, torch.tensor(classes)[which], torch.full((size,), index))
+
+        sets = {"train": examples(1), "validation": examples(2)[:0], "test": examples(3)}
+        return Task(index, classes, sets.__getitem__)
+
+    tasks = [task(index) for index in range(num_tasks)]
+    return Stream(Scenario(scenario), tasks, 2 if shared else 2 * num_tasks, SHAPE, None, None)
+
+
+def toy_model(
+    stream: Stream, *, pretrained: bool = False, norm: bool = False, seed: int = 0, active_logits=None
+) -> Model:
+    """One hidden layer of 8; with `pretrained`, a frozen head of 5 outputs beside the new one."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        middle: list[nn.Module] = [nn.BatchNorm1d(8)] if norm else []
+        backbone = nn.Sequential(nn.Flatten(), nn.Linear(16, 8), *middle, nn.ReLU(), nn.Dropout(0.0))
+        head = nn.Linear(8, 5) if pretrained else None
+        return Model(Preprocess(1), backbone, 8, stream, active_logits, pretrained_head=head, seed=seed)
+
+
+def toy_trainer(strategy: Strategy, stream: Stream, model: Model, **settings) -> tuple[Trainer, list[dict]]:
+    """A trainer that is ready to learn, and the journal that it writes."""
+    rows: list[dict] = []
+    trainer = Trainer(**{"epochs": 4, "batch_size": 8, **settings})
+    strategy.setup(model, stream)
+    optimizer = partial(torch.optim.SGD, lr=0.1)
+    trainer.start(Work(model, strategy, optimizer, constant, rows.append, Position()))
+    return trainer, rows
+
+
+def learn(strategy: Strategy, stream: Stream, model: Model, tasks: int | None = None, **settings) -> list[dict]:
+    """Learn the first `tasks` tasks, as a run does. Returns the journal."""
+    trainer, rows = toy_trainer(strategy, stream, model, **settings)
+    for task in stream.tasks[:tasks]:
+        torch.manual_seed(task.index)
+        model.reveal(task)
+        if strategy.offline and task.index < len(stream) - 1:
+            continue
+        strategy.before_task(task)
+        data = strategy.training_data(task)
+        if len(data):
+            trainer.learn(task, data)
+        strategy.after_task(task)
+    return rows
