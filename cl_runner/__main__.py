@@ -7,6 +7,8 @@ import traceback
 from typing import TYPE_CHECKING, Any
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from cl_runner.config import CONF, VERSION_BASE, check, choices, compose_jobs
@@ -33,8 +35,11 @@ def main() -> None:
 
 def run_jobs(argv: list[str]) -> None:
     """Check every job that the command line asks for, then let Hydra carry them out."""
+    from cl_runner.trackers.console import log_to, the_console
+
     try:
-        jobs = [check(cfg) for cfg in compose_jobs(argv)]
+        with log_to(the_console()):  # data may have to be downloaded and decoded
+            jobs = [check(cfg) for cfg in compose_jobs(argv)]
     except ConfigError as error:
         print(f"cl-runner: {error}", file=sys.stderr)
         sys.exit(2)
@@ -49,8 +54,8 @@ def run_jobs(argv: list[str]) -> None:
     except KeyboardInterrupt:
         print("cl-runner: stopped; the same command goes on after the last finished task", file=sys.stderr)
         sys.exit(130)
-    except Exception as error:
-        print(f"cl-runner: {type(error).__name__}: {error}", file=sys.stderr)
+    except Exception as error:  # of a job of a multirun: the others were carried out
+        _say(error)
         sys.exit(1)
 
 
@@ -59,7 +64,17 @@ def hydra_main(cfg: DictConfig) -> float | None:
     """One job. Returns the run's average accuracy."""
     from cl_runner.__main__ import carry_out  # under `python -m` this module is called __main__; workers know its name
 
-    return carry_out(cfg)
+    try:
+        return carry_out(cfg)
+    except Exception as error:
+        if HydraConfig.get().mode is RunMode.MULTIRUN:
+            raise  # the sweep goes on, and knows
+        _say(error)
+        sys.exit(1)
+
+
+def _say(error: Exception) -> None:
+    print(f"cl-runner: {type(error).__name__}: {error}", file=sys.stderr)
 
 
 def carry_out(cfg: DictConfig) -> float | None:

@@ -91,6 +91,10 @@ class Experiment:
         return partial(build, self.config["scheduler"])
 
     @property
+    def hash(self) -> str:
+        return digest(self.config)
+
+    @property
     def folder(self) -> Path:
         return run_folder(self.config)
 
@@ -143,7 +147,7 @@ def validated(cfg: DictConfig) -> dict[str, Any]:
     except ValidationError as error:
         raise _config_error("", error) from None
     allowed = (*ALLOWED, *plain["plugins"])
-    for name in (*COMPONENTS, "fisher"):
+    for name in ("fisher", *COMPONENTS):
         plain[name] = _checked_node(name, plain[name], allowed, PROVIDED.get(name, set()))
     return plain
 

@@ -144,7 +144,10 @@ class State:
 
     def metrics(self) -> dict[str, float | None]:
         zero_shot = {str(name): torch.tensor(row, dtype=torch.float64) for name, row in self.zero_shot.items()}
-        return {**metrics.summarise(self.matrices(), zero_shot, str(self.stream.scenario)), **self.moved}
+        return {
+            **metrics.summarise(self.matrices(), zero_shot, str(self.stream.scenario), self.position.tasks),
+            **self.moved,
+        }
 
     def summary(self) -> dict[str, Any]:
         """What a task's journal row says."""
@@ -270,7 +273,7 @@ def _results(experiment: Experiment, state: State) -> dict[str, Any]:
             **state.metrics(),
             "validation_accuracy": sum(validation) / len(validation) if validation else None,
         },
-        "accuracy": {name: [_plain(row) for row in matrix.tolist()] for name, matrix in state.matrices().items()},
+        "accuracy": {name: metrics.to_rows(matrix) for name, matrix in state.matrices().items()},
         "zero_shot": {str(name): _plain(row) for name, row in state.zero_shot.items()},
         "seconds": {**state.clock.seconds, "total": sum(state.clock.seconds.values())},
         "peak_memory": state.clock.peak_memory,

@@ -130,18 +130,13 @@ class Estimator(ABC):
             raise ValueError(f"{name}: no output enters for task {task} (logits={self.logits}); reveal the task first")
         if not self.needs_labels:
             return
-        known = (batch.labels >= 0) & (batch.labels < entering.shape[1])
-        known &= entering.gather(1, batch.labels.clamp(0, entering.shape[1] - 1)[:, None])[:, 0]
+        known = (entering & (batch.labels[:, None] == torch.arange(entering.shape[1]).to(batch.labels))).any(1)
         if not known.all():
             row = int((~known).nonzero()[0])
-            label, task, there = (
-                int(batch.labels[row]),
-                int(batch.task_ids[row]),
-                entering[row].nonzero()[:, 0].tolist(),
-            )
+            there = f"those of task {int(batch.task_ids[row])}: {entering[row].nonzero()[:, 0].tolist()}"
             raise ValueError(
-                f"{name}: expected labels among the outputs that enter (logits={self.logits}), for task {task} {there}, "
-                f"got {label}"
+                f"{name}: expected labels among the outputs that enter (logits={self.logits}), {there}; "
+                f"got {int(batch.labels[row])}"
             )
 
 
@@ -162,13 +157,12 @@ class Exact(Estimator):
         first = entering.byte().sort(dim=1, descending=True, stable=True).indices[:, : int(entering.sum(1).max())]
         p = logits.softmax(1).gather(1, first)  # [B, M]
         tails = p.flip(1).cumsum(1).flip(1)
-        after = tails[:, 1:].clamp_min(torch.finfo(p.dtype).tiny)  # nothing left: nothing to tell it apart from
-        scale = (p[:, :-1] * (tails[:, 1:] / tails[:, :-1].clamp_min(torch.finfo(p.dtype).tiny))).sqrt()
-        others = (p[:, None] / after[:, :, None]).triu(1)  # [B, M-1, M]
+        divisors = tails.clamp_min(torch.finfo(p.dtype).tiny)  # no probability left: nothing to be told apart from
+        scale = (p[:, :-1] * (tails[:, 1:] / divisors[:, :-1])).sqrt()
+        others = (p[:, None] / divisors[:, 1:, None]).triu(1)  # [B, M-1, M]
         columns = scale[:, :, None] * (torch.eye(p.shape[1]).to(p)[:-1] - others)
-        return columns.new_zeros(*columns.shape[:2], logits.shape[1]).scatter(
-            2, first[:, None].expand_as(columns), columns
-        )
+        vectors = columns.new_zeros(*columns.shape[:2], logits.shape[1])
+        return vectors.scatter(2, first[:, None].expand_as(columns), columns)
 
 
 @dataclass(kw_only=True)
@@ -182,7 +176,8 @@ class Sampled(Estimator):
 
     def noise(self, num_samples: int, num_classes: int, generator: torch.Generator) -> Tensor:
         """[N, draws, K], of the exponential distribution: divided by p_c, the clock that rings first is c with p_c."""
-        return torch.empty(num_samples, self.draws, num_classes).exponential_(generator=generator)
+        clocks = torch.empty(num_samples, self.draws, num_classes).exponential_(generator=generator)
+        return clocks.clamp_min(torch.finfo(clocks.dtype).tiny)  # 0 / 0 would be an output that does not enter
 
     def passes(self, num_classes: int) -> int:
         return self.draws

@@ -94,7 +94,7 @@ class _Sample:
 
 
 def _samples(model: Model | PretrainedView, examples: Examples, logits: Logits) -> Iterator[_Sample]:
-    for batch in examples.batches(1):
+    for batch in examples.to(model.device).batches(1):
         z = model(batch.images).logits
         if logits == "visible":
             entering = model.restrict(z, batch.task_ids)[0] > -torch.inf

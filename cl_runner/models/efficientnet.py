@@ -26,6 +26,10 @@ class EfficientNetLite0(ImageArchitecture):
         if self.named and self.pretrained is not True:
             raise ConfigError("model.pretrained", f"expected true (ImageNet), false or a file, got {self.pretrained!r}")
 
+    @property
+    def has_pretrained_head(self) -> bool:
+        return self.named or super().has_pretrained_head  # known without importing timm, which takes seconds
+
     def published(self) -> Inputs:
         return recorded(NAME)
 

@@ -26,8 +26,8 @@ ACTIVATIONS: dict[Activation, type[nn.Module]] = {
 def perceptron(
     inputs: int, widths: Sequence[int], activation: Activation = "relu", dropout: float = 0.0
 ) -> nn.Sequential:
-    """[B, inputs] -> [B, widths[-1]]; linear, activation and dropout a width."""
-    layers: OrderedDict[str, nn.Module] = OrderedDict()
+    """[B, ...], flattened to [B, inputs] -> [B, widths[-1]]; linear, activation and dropout a width."""
+    layers: OrderedDict[str, nn.Module] = OrderedDict(flatten=nn.Flatten())
     for index, width in enumerate(widths, start=1):
         layers[f"linear{index}"] = nn.Linear(inputs, width)
         layers[f"activation{index}"] = ACTIVATIONS[activation]()
@@ -57,5 +57,4 @@ class MLP(Architecture):
         for layer in layers:
             if isinstance(layer, nn.Linear) and self.init != "torch":
                 draw(layer, self.init, generator)
-        layers.insert(0, nn.Flatten())
         return Net(layers)

@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from cl_runner.errors import ConfigError
-from cl_runner.models.architecture import ImageArchitecture
+from cl_runner.models.architecture import ImageArchitecture, refused
 from cl_runner.models.weights import Inputs, Net, Shape, nearest
 
 
@@ -20,6 +20,7 @@ class Timm(ImageArchitecture):
 
     name: str = "vit_base_patch16_224.augreg_in21k"
     pretrained: bool | str = True
+    channels_last: bool = False
 
     @property
     def label(self) -> str:
@@ -81,11 +82,10 @@ def create(name: str, shape: Shape, pretrained: bool) -> Net:
         options["img_size"] = tuple(size)
     try:
         net = timm.create_model(name, pretrained=pretrained, **options)
-    except TypeError as error:
-        raise ConfigError("model.image_size", f"timm cannot build {name} for images of {shape} ({error})") from error
     except OSError as error:
-        message = f"timm could not fetch the weights of {name}; give a file ({str(error).splitlines()[0]})"
-        raise ConfigError("model.pretrained", message) from error
+        raise ConfigError("model.pretrained", f"expected weights of {name} that timm can fetch ({error})") from error
+    except (TypeError, ValueError, AssertionError) as error:
+        raise refused(f"timm/{name}", shape, error) from error
     return take_apart(net, config.classifier if config is not None else None)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from cl_runner.errors import ConfigError
-from cl_runner.models.architecture import ImageArchitecture
+from cl_runner.models.architecture import ImageArchitecture, refused
 from cl_runner.models.weights import Inputs, Net, Shape, nearest
 
 SIZE_ARGUMENTS = {"vit": "image_size", "maxvit": "input_size"}  # of networks that are built for one size of image
@@ -70,8 +70,10 @@ class TorchVision(ImageArchitecture):
         try:
             net = models.get_model(self.name, **options)
         except OSError as error:
-            message = f"torchvision could not fetch {self._chosen()}; give a file ({error})"
+            message = f"expected weights that torchvision can fetch, got {self._chosen()!r} ({error})"
             raise ConfigError("model.pretrained", message) from error
+        except ValueError as error:
+            raise refused(self.label, shape, error) from error
         return take_apart(net, AUXILIARY.get(self.family, ()))
 
     def _weights(self) -> Mapping[str, Any]:

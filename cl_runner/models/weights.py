@@ -4,7 +4,7 @@ import json
 import pickle
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal
@@ -87,7 +87,7 @@ class Net:
 class WeightsFile:
     path: Path
     state: dict[str, Tensor]
-    inputs: Inputs | None = field(default=None)  # None: the file does not say
+    inputs: Inputs | None  # None: the file does not say
 
 
 def file_of(pretrained: bool | str) -> Path | None:

@@ -19,7 +19,6 @@ log = logging.getLogger(__name__)
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
 LAYOUT = "{train,test}/<class>/*.png|jpg|jpeg"
-GRAY_MODES = ("1", "L")
 CHUNK = 256  # images that a thread takes at a time
 
 
@@ -72,14 +71,14 @@ class ImageFolder:
 def decode(paths: list[Path], size: int | None, channels: int | None) -> Tensor:
     """[N, C, H, W] uint8. C is `channels`, or else 1 when every image is gray and 3 when not."""
     first = _open(paths[0], size)
-    guess = channels or (1 if first.mode in GRAY_MODES else 3)
+    guess = channels or (1 if first.mode == "L" else 3)
     images = np.empty((len(paths), guess, first.height, first.width), np.uint8)
 
     def fill(start: int) -> bool:
         """Whether this chunk could be held in so many channels."""
         for row, path in enumerate(paths[start : start + CHUNK], start):
             image = _open(path, size)
-            if guess == 1 and channels is None and image.mode not in GRAY_MODES:
+            if guess == 1 and channels is None and image.mode != "L":
                 return False
             if image.size != first.size:
                 sizes = f"{first.width}x{first.height} in {paths[0]} and {image.width}x{image.height} in {path}"
@@ -96,15 +95,15 @@ def decode(paths: list[Path], size: int | None, channels: int | None) -> Tensor:
 
 
 def _open(path: Path, size: int | None) -> Image.Image:
+    """The image in mode L if it is gray and RGB if not."""
     try:
         with Image.open(path) as image:
-            image.load()
-            if size is None:
-                return image
-            image = image if image.mode in GRAY_MODES else image.convert("RGB")
-            return ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
+            if image.mode.startswith("I"):
+                raise ValueError("it has 16 or 32 bits a channel, not 8")  # Pillow would cut them off at 255
+            image = image.convert("L" if image.mode in ("1", "L") else "RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ConfigError("data_root", f"expected an image, got {path}: {error}") from error
+    return image if size is None else ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
 
 
 def _classes(folder: Path) -> dict[str, list[os.DirEntry[str]]]:

@@ -69,7 +69,7 @@ class Recipe(ABC):
 
     def __post_init__(self) -> None:
         self.scenario = Scenario(self.scenario)  # a config holds its plain name
-        if Path(self.name).name != self.name or self.name.startswith("."):
+        if not self.name or Path(self.name).name != self.name or self.name.startswith("."):
             raise ConfigError("stream.name", f"expected a data set or a folder in the data root, got '{self.name}'")
         if (self.mean is None) != (self.std is None):
             raise ConfigError("stream.std", f"expected mean and std or neither, got mean {self.mean}, std {self.std}")

@@ -91,7 +91,15 @@ def with_a_broken_image(folder: Path) -> Path:
     return broken
 
 
-@pytest.mark.parametrize("damage", [without_test, without_a_test_class, without_images, with_a_broken_image])
+def with_16_bits(folder: Path) -> Path:
+    deep = folder / "test" / "a" / "000.png"
+    Image.fromarray(np.full((6, 6), 40000, np.uint16)).save(deep)
+    return deep
+
+
+@pytest.mark.parametrize(
+    "damage", [without_test, without_a_test_class, without_images, with_a_broken_image, with_16_bits]
+)
 def test_a_folder_that_will_not_do_is_named_in_one_line(tmp_path: Path, damage) -> None:
     write_folder(tmp_path / "birds", ["a", "b"])
     path = damage(tmp_path / "birds")

@@ -119,9 +119,9 @@ def test_a_task_row_has_each_tasks_accuracy_and_the_metrics_so_far(written: tupl
 
 
 def test_each_task_brings_a_picture_of_one_size(written: tuple[Written, Written]) -> None:
-    pictures = [row["eval/matrix"] for row in written[0].history if "eval/matrix" in row]
-    assert [(picture["width"], picture["height"]) for picture in pictures] == [(1600, 800)] * 3
-    assert all((written[0].path / "files" / picture["path"]).is_file() for picture in pictures)
+    pictures = [row for row in written[0].history if "eval/matrix.path" in row]
+    assert [(row["eval/matrix.width"], row["eval/matrix.height"]) for row in pictures] == [(1600, 800)] * 3
+    assert all((written[0].path / "files" / row["eval/matrix.path"]).is_file() for row in pictures)
 
 
 def test_eval_curves_run_over_tasks(written: tuple[Written, Written]) -> None:
@@ -139,7 +139,7 @@ def test_the_summary_has_every_defined_metric_under_its_flat_name(written: tuple
 
 @pytest.mark.parametrize("scenario", ["class", "task"])
 def test_the_matrix_comes_as_one_long_table(written: tuple[Written, Written], scenario: str) -> None:
-    table = json.loads((written[0].path / "files" / written[0].summary[f"accuracy/{scenario}"]["path"]).read_text())
+    table = json.loads((written[0].path / "files" / written[0].summary[f"accuracy/{scenario}.path"]).read_text())
     rows = results()["accuracy"][scenario]
     assert table["columns"] == ["after_task", "task", "accuracy"]
     assert table["data"] == [[i, j, value] for i, row in enumerate(rows) for j, value in enumerate(row) if j <= i]
@@ -179,11 +179,34 @@ def test_a_client_that_raises_ends_no_run_and_is_told_once(
         tracker.finish(results())
         tracker.close()
     assert asked == [0]
-    assert [record.getMessage() for record in caplog.records] == [
+    assert [record.getMessage() for record in caplog.records if record.name.startswith("cl_runner")] == [
         "W&B: gave up (OSError: no space left); the run goes on, and its folder has everything"
     ]
     assert tracker.line().startswith("W&B: gave up (OSError: no space left); send what it has with: wandb sync ")
     assert "WANDB_DATA_DIR" not in os.environ
+
+
+def test_a_client_that_became_slow_is_not_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def log(values: dict[str, Any], step: int, commit: bool) -> None:
+        asked.append(step)
+        time.sleep(0.02)
+
+    monkeypatch.setattr("cl_runner.trackers.wandb.PATIENCE_SECONDS", 0.01)
+    tracker = Wandb()
+    tracker._run = SimpleNamespace(log=log)
+    tell(tracker, journal_rows()[:3])
+    assert asked == [0]
+    assert tracker.line() == "W&B: gave up (a call took 0 seconds)"
+
+
+def test_a_tracker_is_made_without_importing_wandb_or_torch() -> None:
+    made = (
+        "import sys; from cl_runner.trackers.wandb import Wandb; Wandb(); print({'wandb', 'torch'} & set(sys.modules))"
+    )
+    told = subprocess.run([sys.executable, "-c", made], capture_output=True, text=True, check=True)
+    assert told.stdout == "set()\n"
 
 
 def test_without_its_package_wandb_is_told_once_and_ends_no_run(
