@@ -11,7 +11,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from cl_runner.config import CONF, VERSION_BASE, check, choices, compose_jobs
+from cl_runner.config import CONF, VERSION_BASE, check, choices, compose_jobs, in_order
 from cl_runner.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -39,7 +39,8 @@ def run_jobs(argv: list[str]) -> None:
 
     try:
         with log_to(the_console()):  # data may have to be downloaded and decoded
-            jobs = [check(cfg) for cfg in compose_jobs(argv)]
+            sys.argv[1:] = in_order(argv)
+            jobs = [check(cfg) for cfg in compose_jobs(sys.argv[1:])]
     except ConfigError as error:
         print(f"cl-runner: {error}", file=sys.stderr)
         sys.exit(2)

@@ -108,9 +108,10 @@ def label(config: dict[str, Any]) -> str:
     """Strategy, stream and model, readable."""
 
     def short(node: dict[str, Any]) -> str:
-        return node["_target_"].rpartition(".")[2].lower()
+        target = _import(node["_target_"])
+        return getattr(target, "kind", target.__name__.lower())
 
-    stream = f"{short(config['stream'])}_{Path(config['stream']['name']).name}"
+    stream = f"{short(config['stream'])}_{config['stream']['name']}"
     return f"{short(config['strategy'])}-{stream}-{config['model'].get('name') or short(config['model'])}"
 
 
@@ -174,13 +175,28 @@ def digest(config: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:8]
 
 
+def in_order(argv: list[str]) -> list[str]:
+    """The command line with its options first: Hydra wants them so, people do not.
+
+    Raises ConfigError for an option of Hydra's that would make it run another configuration than the one checked.
+    """
+    arguments = get_args_parser().parse_intermixed_args(argv)
+    for option in ("config_name", "config_path", "experimental_rerun"):
+        if getattr(arguments, option, None):
+            raise ConfigError(
+                "command line", f"--{option.replace('_', '-')} is not supported; --config-dir adds to conf/"
+            )
+    options = ["--multirun"] if arguments.multirun else []
+    return [*options, *(["--config-dir", arguments.config_dir] if arguments.config_dir else []), *arguments.overrides]
+
+
 def compose_jobs(argv: list[str]) -> list[DictConfig]:
-    """Every configuration that a command line asks for: one, or with -m the product of its sweeps.
+    """Every configuration that a command line (`in_order`) asks for: one, or with -m the product of its sweeps.
 
     Raises ConfigError for what Hydra itself would refuse.
     """
+    arguments = get_args_parser().parse_args(argv)
     try:
-        arguments = get_args_parser().parse_args(argv)
         overrides = OverridesParser.create().parse_overrides(arguments.overrides)
     except HydraException as error:
         raise ConfigError("command line", _first_lines(error)) from None

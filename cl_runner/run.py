@@ -72,9 +72,9 @@ def _run(experiment: Experiment, folder: RunFolder, journal: Local, tracker: Tra
         tracker.task(row) if row["kind"] == "task" else tracker.step(row)
 
     experiment.trainer.start(
-        Work(model, strategy, experiment.make_optimizer, experiment.make_scheduler, record, state.position)
+        Work(model, strategy, experiment.make_optimizer, experiment.make_scheduler, record, state.position),
+        state.optimizer_state,
     )
-    state.restore_optimizer()
     for task in stream.tasks[state.position.tasks :]:
         _seed(experiment.trainer.seed, task.index)
         model.reveal(task)
@@ -124,7 +124,7 @@ class State:
         self.drift = Drift(model, stream, samples, self.trainer.eval_batch_size) if samples else None
         self.moved: dict[str, float] = {}
         self.zero_shot: dict[Scenario, list[float]] = {}
-        self._optimizer_state: dict[str, Any] | None = None
+        self.optimizer_state: dict[str, Any] | None = None
 
     def measure(self, task: Task) -> None:
         """One more row of every matrix."""
@@ -186,12 +186,8 @@ class State:
         self.zero_shot = {Scenario(name): row for name, row in state["zero_shot"].items()}
         self.journal.rewind(state["journal"])
         self.clock.add(state["seconds"], state["peak_memory"])
-        self._optimizer_state = state["optimizer"]
+        self.optimizer_state = state["optimizer"]
         log.info("going on after task %d of %d", self.position.tasks, len(self.stream))
-
-    def restore_optimizer(self) -> None:
-        if self._optimizer_state is not None:
-            self.trainer.optimizer.load_state_dict(self._optimizer_state)
 
     def save_weights(self) -> None:
         """The final weights under plain names, usable as `model.pretrained=PATH`."""

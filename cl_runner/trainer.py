@@ -83,11 +83,9 @@ class Trainer:
         self.keep_checkpoint, self.seed = keep_checkpoint, seed
         self.optimizer: Optimizer | None = None
 
-    def start(self, work: Work) -> None:
-        """Take up the pieces of a run."""
-        self.work = work
-        if self.optimizer_state == "keep":
-            self.optimizer = self._new_optimizer()
+    def start(self, work: Work, kept: dict[str, Any] | None = None) -> None:
+        """Take up the pieces of a run, and the optimizer's state where an earlier process kept one."""
+        self.work, self._kept = work, kept
 
     def optimizer_to_keep(self) -> dict[str, Any] | None:
         """What the next task's optimizer starts from, if it does not start afresh."""
@@ -104,7 +102,6 @@ class Trainer:
         steps = budget or self.epochs * steps_a_pass
         if self.optimizer is None or self.optimizer_state == "reset":
             self.optimizer = self._new_optimizer()
-            keep_unreached_rows(work.model.head, self.optimizer)
         self.scheduler = work.make_scheduler(optimizer=self.optimizer, steps=steps)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         journal = Journal(work, task, steps, steps_a_pass, self.log_every)
@@ -154,7 +151,13 @@ class Trainer:
                 yield batch
 
     def _new_optimizer(self) -> Optimizer:
-        return self.work.make_optimizer(params=[p for p in self.work.model.parameters() if p.requires_grad])
+        model = self.work.model
+        optimizer = self.work.make_optimizer(params=[p for p in model.parameters() if p.requires_grad])
+        if self._kept is not None:
+            optimizer.load_state_dict(self._kept)
+        if self.optimizer_state == "reset":
+            keep_unreached_rows(model.head, optimizer)
+        return optimizer
 
     def _autocast(self) -> AbstractContextManager:
         return torch.autocast(self.work.model.device.type, torch.bfloat16, enabled=self.precision == "bf16")

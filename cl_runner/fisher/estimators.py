@@ -145,7 +145,7 @@ class Exact(Estimator):
 
     The vectors √p_c (e_c - p) of the textbook are linearly dependent. These are the columns of the matrix's Cholesky
     factor: the e_c against the outputs after it, √(p_c s_{c+1} / s_c) (e_c - Σ_{j>c} p_j e_j / s_{c+1}) with
-    s_c = Σ_{j≥c} p_j. A task of two classes takes one pass, and no 1 - p cancels where the model is sure.
+    s_c = Σ_{j≥c} p_j. A task of two classes takes one pass.
     """
 
     def passes(self, num_classes: int) -> int:
@@ -229,12 +229,15 @@ class Argmax(Estimator):
         return _unit(logits.argmax(1, keepdim=True), p) - p
 
 
+@dataclass(kw_only=True)
 class Batched(Estimator):
     """The squared gradient of a batch's mean loss, averaged over batches: what much code calls the empirical Fisher.
 
     Too small by about the batch size, which is part of its definition; only to reproduce papers. A short last batch
     counts as much as any other, as in that code.
     """
+
+    batch_size: Count = 128
 
     needs_labels = True
     together = True

@@ -1,0 +1,352 @@
+"""The fast estimators, held to the definitions as loops."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from cl_runner.fisher import per_sample, reference
+from cl_runner.fisher.curvature import Diagonal
+from cl_runner.fisher.estimators import (
+    Argmax,
+    Batched,
+    Empirical,
+    Estimator,
+    Exact,
+    Logits,
+    Probe,
+    Reversed,
+    Sampled,
+)
+from cl_runner.models.model import Model, PretrainedView
+from cl_runner.streams.base import Examples, Scenario
+
+from .cases import BACKBONES, CHANNELS, FEATURES, OUTPUTS, SIDE, distance, examples, model
+
+ESTIMATORS: dict[str, Estimator] = {
+    "exact": Exact(),
+    "sampled": Sampled(draws=3),
+    "probe": Probe(draws=3),
+    "empirical": Empirical(),
+    "argmax": Argmax(),
+    "reversed": Reversed(),
+    "batched": Batched(),
+}
+PER_SAMPLE = [name for name in ESTIMATORS if name != "batched"]
+
+
+def by_definition(estimator: Estimator, model: Model | PretrainedView, examples: Examples) -> Diagonal:
+    """What `reference` says `estimator` is."""
+    noise = estimator.noise(len(examples), len(model.revealed), torch.Generator().manual_seed(estimator.seed))
+    definition: Callable[..., Diagonal] = getattr(reference, type(estimator).__name__.lower())
+    drawn = {"sampled": {"clocks": noise}, "probe": {"signs": noise}, "batched": {"batch_size": estimator.batch_size}}
+    return definition(model, examples, logits=estimator.logits, **drawn.get(definition.__name__, {}))
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_it_is_its_definition(name: str, backbone: str) -> None:
+    estimator, subject = replace(ESTIMATORS[name], batch_size=4), model(backbone)
+    # Eleven samples: the last batch of four is short.
+    assert distance(estimator(subject, examples(11)), by_definition(estimator, subject, examples(11))) < 1e-10
+
+
+@pytest.mark.parametrize("scenario", Scenario)
+@pytest.mark.parametrize("logits", ["visible", "seen", "all"])
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_it_is_its_definition_whatever_outputs_enter(name: str, logits: Logits, scenario: Scenario) -> None:
+    estimator, subject = replace(ESTIMATORS[name], logits=logits), model(scenario=scenario)
+    assert distance(estimator(subject, examples()), by_definition(estimator, subject, examples())) < 1e-10
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_it_is_its_definition_when_few_gradients_fit_into_memory(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    estimator, subject = replace(ESTIMATORS[name], logits="all"), model()
+    expected = by_definition(estimator, subject, examples())
+    monkeypatch.setattr(per_sample, "BUDGET", 2 * sum(values.numel() for values in subject.parameters()))
+    assert distance(estimator(subject, examples()), expected) < 1e-10
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_it_is_its_definition_for_a_pretrained_model_under_its_own_head(name: str) -> None:
+    torch.manual_seed(1)
+    view = PretrainedView(model(pretrained_head=nn.Linear(FEATURES, 9)))
+    estimator = ESTIMATORS[name].for_pretrained()
+    found = estimator(view, examples())
+    assert all(name.startswith("backbone.") for name in found.values)
+    assert distance(found, by_definition(estimator, view, examples())) < 1e-10
+
+
+@pytest.mark.parametrize("name", PER_SAMPLE)
+@pytest.mark.parametrize("precision", [torch.float32, torch.float64])
+def test_the_batch_size_changes_nothing(name: str, precision: torch.dtype) -> None:
+    estimator, subject, data = ESTIMATORS[name], model("batch norm").to(precision), examples(70)
+    alone = replace(estimator, batch_size=1)(subject, data)
+    for batch_size in (7, 64):
+        assert distance(replace(estimator, batch_size=batch_size)(subject, data), alone) < 1e-5
+
+
+def test_batched_shrinks_with_the_batch_as_it_is_defined_to() -> None:
+    subject, data = model(), examples(64)
+    traces = [float(Batched(batch_size=size)(subject, data).trace()) for size in (1, 8, 64)]
+    assert traces[0] == pytest.approx(float(Empirical()(subject, data).trace()))
+    assert traces[0] > 2 * traces[1] > 4 * traces[2]
+
+
+def test_a_short_last_batch_counts_as_much_as_any_other_in_batched() -> None:
+    subject, data = model(), examples(5)
+    parts = [Batched(batch_size=4)(subject, part) for part in (data[:4], data[4:])]
+    assert distance(Batched(batch_size=4)(subject, data), parts[0].plus(parts[1]).scaled(0.5)) < 1e-10
+
+
+def test_exact_takes_one_pass_less_than_there_are_outputs_whatever_the_tasks_in_a_batch() -> None:
+    subject = model()
+    subject.visible[1] = False
+    subject.visible[1, 2] = True  # a task of one class: nothing to tell apart, no curvature
+    data = examples()
+    own = Exact()(subject, data[data.task_ids == 0])
+    mixed = Exact()(subject, data)
+    assert distance(mixed.scaled(len(data) / int((data.task_ids == 0).sum())), own) < 1e-10
+    assert Exact()(subject, data[data.task_ids == 1]).trace() == 0
+    assert [Exact().passes(outputs) for outputs in (1, 2, 10)] == [0, 1, 9]
+
+
+@pytest.mark.parametrize("name", ["sampled", "probe"])
+def test_a_drawing_estimator_takes_a_pass_a_draw(name: str) -> None:
+    assert ESTIMATORS[name].passes(100) == 3
+
+
+@pytest.mark.parametrize(("lead", "tolerance"), [(30, 1e-4), (300, 0)], ids=["almost", "beyond float32"])
+def test_exact_keeps_what_curvature_float32_can_hold_of_a_model_that_is_sure(lead: float, tolerance: float) -> None:
+    subject = model("linear")
+    with torch.no_grad():
+        subject.head.bias[[0, 3]] += lead
+    expected = reference.exact(subject, examples())
+    found = Exact()(subject.float(), examples())
+    assert 0 < expected.trace() < 1e-6
+    assert distance(found, expected) <= tolerance if tolerance else found.trace() == 0
+
+
+@pytest.mark.parametrize("estimator", [Sampled(draws=4000), Probe(draws=4000)], ids=["sampled", "probe"])
+def test_it_is_exact_on_average(estimator: Estimator) -> None:
+    subject, data = model("linear"), examples(3)
+    expected = Exact()(subject, data).trace()
+    few = [float(replace(estimator, draws=100, seed=1 + seed)(subject, data).trace()) for seed in range(12)]
+    error = torch.tensor(few).std() * (100 / 4000) ** 0.5
+    assert float((estimator(subject, data).trace() - expected).abs()) < 4 * float(error)
+    assert float(error) < 0.05 * float(expected)
+
+
+def test_empirical_is_exact_on_average_when_labels_come_from_the_model() -> None:
+    subject = model(scenario=Scenario.CLASS).eval()
+    one = examples(1)
+    many = Examples(one.images.expand(4000, -1, -1, -1), one.labels.repeat(4000), one.task_ids.repeat(4000))
+    p = subject.restrict(subject(one.images).logits, one.task_ids).softmax(1)
+    labels = p[0].multinomial(4000, replacement=True, generator=torch.Generator().manual_seed(0))
+    found = Empirical(batch_size=500)(subject, replace(many, labels=labels))
+    assert distance(found, Exact()(subject, one)) < 0.1
+
+
+def test_of_a_model_that_is_sure_a_probe_says_more_than_a_sampled_label() -> None:
+    subject, data = model(scenario=Scenario.CLASS), examples(200)
+    with torch.no_grad():
+        subject.head.weight *= 10
+    exact = Exact()(subject, data)
+
+    def error(estimator: Estimator) -> float:
+        return sum(distance(replace(estimator, seed=seed)(subject, data), exact) for seed in range(3)) / 3
+
+    assert error(Probe()) < 0.7 * error(Sampled())
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_modes_buffers_and_gradients_are_as_they_were(name: str) -> None:
+    subject = model("batch norm")
+    subject.backbone[1].eval()
+    subject.backbone[0].weight.grad = torch.ones_like(subject.backbone[0].weight)
+    with untouched(subject):
+        ESTIMATORS[name](subject, examples())
+
+
+class Counting(nn.Module):
+    """Writes to its buffers in every mode, and may fail."""
+
+    def __init__(self, fails: bool) -> None:
+        super().__init__()
+        self.linear, self.dropout, self.fails = nn.Linear(CHANNELS * SIDE * SIDE, FEATURES), nn.Dropout(), fails
+        self.register_buffer("written", torch.zeros(()))
+        self.register_buffer("replaced", torch.zeros(()))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        self.written += 1
+        self.replaced = self.replaced + 1
+        if self.fails:
+            raise RuntimeError("as told")
+        return self.dropout(self.linear(inputs.flatten(1)))
+
+
+def test_buffers_are_as_they_were_whatever_the_model_does_to_them() -> None:
+    subject = model(Counting(fails=False))
+    with untouched(subject):
+        Exact()(subject, examples())
+
+
+def test_modes_and_buffers_are_as_they_were_after_an_exception() -> None:
+    subject = model(Counting(fails=True))
+    with untouched(subject), pytest.raises(RuntimeError, match="as told"):
+        Exact()(subject, examples())
+
+
+class untouched:  # noqa: N801
+    """What a model holds is the same, in value and in place, after the block."""
+
+    def __init__(self, subject: Model) -> None:
+        self.subject = subject
+
+    def __enter__(self) -> None:
+        self.before, self.held = self.look(), copy.deepcopy(self.look())
+
+    def __exit__(self, *_: object) -> None:
+        after = self.look()
+        assert after.keys() == self.held.keys()
+        for key, value in self.held.items():
+            if isinstance(value, Tensor):
+                assert after[key] is self.before[key], key
+                assert torch.equal(after[key], value), key
+            else:
+                assert after[key] == value, key
+
+    def look(self) -> dict[str, object]:
+        modes = {f"{name} mode": module.training for name, module in self.subject.named_modules()}
+        live = dict(self.subject.named_parameters())
+        asked = {f"{name} asks": values.requires_grad for name, values in live.items()}
+        gradients = {f"{name} grad": values.grad for name, values in live.items()}
+        return modes | asked | gradients | dict(self.subject.named_buffers()) | live
+
+
+def test_it_sees_images_without_augmentation() -> None:
+    subject = model()
+    drawn = [subject.preprocess(examples().images) for _ in range(2)]
+    assert not torch.equal(*drawn), "the model augments"
+    first, second = (Exact()(subject, examples()) for _ in range(2))
+    assert distance(first, second) == 0
+
+
+def test_it_draws_nothing_from_the_global_generator() -> None:
+    subject, before = model(), torch.get_rng_state()
+    Sampled(num_samples=5)(subject, examples())
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("name", ["exact", "sampled", "probe"])
+def test_its_seed_chooses_the_samples_and_the_draws(name: str) -> None:
+    estimator, subject = replace(ESTIMATORS[name], num_samples=6), model()
+    first, same, other = (replace(estimator, seed=seed)(subject, examples()) for seed in (0, 0, 1))
+    assert distance(first, same) == 0
+    assert distance(first, other) > 1e-3
+
+
+def test_samples_are_drawn_without_replacement() -> None:
+    subject, data = model(), examples()
+    everything = Exact()(subject, data)
+    assert distance(Exact(num_samples=11)(subject, data), everything) < 1e-12
+    assert distance(Exact(num_samples=100)(subject, data), everything) < 1e-12
+    # The ten drawn and the one left out make up the whole.
+    tens = Exact(num_samples=10)(subject, data)
+    left_out = [everything.scaled(11).plus(Exact()(subject, data[i : i + 1]), -1).scaled(0.1) for i in range(11)]
+    assert min(distance(tens, candidate) for candidate in left_out) < 1e-10
+
+
+def test_an_estimator_is_the_same_after_a_call() -> None:
+    estimator = Probe(num_samples=5)
+    before = copy.deepcopy(vars(estimator))
+    estimator(model(), examples())
+    assert vars(estimator) == before
+
+
+def test_every_trainable_parameter_is_there_and_no_frozen_one() -> None:
+    subject = model("frozen")
+    found = Probe()(subject, examples()).values
+    trainable = {name: values for name, values in subject.named_parameters() if values.requires_grad}
+    assert found.keys() == trainable.keys()
+    assert len(trainable) < len(list(subject.parameters()))
+    assert all(found[name].shape == values.shape for name, values in trainable.items())
+
+
+def test_rows_of_the_head_that_do_not_enter_have_no_curvature() -> None:
+    head = Exact()(model(), examples()).values["head.weight"]
+    assert (head[:5] > 0).any(1).all()
+    assert (head[5] == 0).all()
+
+
+def test_a_model_without_trainable_parameters_has_an_empty_fisher() -> None:
+    assert Exact()(model().requires_grad_(False), examples()).values == {}
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.float64])
+def test_a_fisher_has_the_precision_of_its_parameters_and_asks_for_no_gradient(precision: torch.dtype) -> None:
+    found = Exact()(model().to(precision), examples()).values.values()
+    assert {values.dtype for values in found} == {precision}
+    assert not any(values.requires_grad for values in found)
+
+
+def test_neither_autocast_nor_no_grad_around_a_call_changes_it() -> None:
+    subject = model("conv").float()
+    plain = Exact()(subject, examples())
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        assert distance(Exact()(subject, examples()), plain) == 0
+
+
+def test_a_model_in_channels_last_has_the_same_fisher() -> None:
+    subject = model("conv")
+    plain = Exact()(subject, examples())
+    subject.preprocess.memory_format = torch.channels_last
+    assert distance(Exact()(subject.to(memory_format=torch.channels_last), examples()), plain) < 1e-10
+
+
+@pytest.mark.parametrize("name", [name for name, estimator in ESTIMATORS.items() if estimator.needs_labels])
+def test_labels_that_do_not_enter_are_refused(name: str) -> None:
+    data = replace(examples(), labels=torch.full((11,), 4), task_ids=torch.zeros(11, dtype=torch.int64))
+    with pytest.raises(ValueError, match=rf"fisher={name}: .*task 0: \[0, 1\]; got 4"):
+        ESTIMATORS[name](model(), data)
+
+
+@pytest.mark.parametrize("label", [-1, OUTPUTS])
+def test_labels_outside_the_head_are_refused(label: int) -> None:
+    with pytest.raises(ValueError, match=f"got {label}"):
+        Empirical(logits="all")(model(), replace(examples(), labels=torch.full((11,), label)))
+
+
+@pytest.mark.parametrize("name", [name for name, estimator in ESTIMATORS.items() if not estimator.needs_labels])
+def test_labels_are_not_looked_at_where_none_are_needed(name: str) -> None:
+    subject, wrong = model(), replace(examples(), labels=torch.full((11,), 99))
+    assert distance(ESTIMATORS[name](subject, wrong), ESTIMATORS[name](subject, examples())) == 0
+
+
+def test_a_task_that_is_not_revealed_is_refused() -> None:
+    subject = model()
+    subject.visible[1] = False
+    with pytest.raises(ValueError, match="no output enters for task 1"):
+        Exact()(subject, examples())
+
+
+def test_no_examples_are_refused() -> None:
+    with pytest.raises(ValueError, match="expected at least one, got none"):
+        Exact()(model(), examples(0))
+
+
+def test_estimators_that_need_labels_give_way_to_a_probe_for_a_pretrained_model() -> None:
+    settings = {"pretrained_samples": 20, "batch_size": 3, "logits": "all", "seed": 4}
+    for estimator in ESTIMATORS.values():
+        stand_in = replace(estimator, num_samples=1000, **settings).for_pretrained()
+        assert type(stand_in) is (Probe if estimator.needs_labels else type(estimator))
+        assert vars(stand_in).items() >= (settings | {"num_samples": 20}).items()
+
+
+def test_true_labels_are_refused_under_the_pretrained_head() -> None:
+    view = PretrainedView(model(pretrained_head=nn.Linear(FEATURES, 9)))
+    with pytest.raises(ValueError, match="for_pretrained"):
+        Empirical()(view, examples())

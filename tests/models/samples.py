@@ -1,0 +1,33 @@
+"""A stream's outside, and files of weights, for models to be built from."""
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from cl_runner.models.model import Model
+from cl_runner.streams.base import Examples, Scenario, Stream, Task
+
+RGB, GRAY = (3, 32, 32), (1, 8, 8)
+
+
+def nothing(_: str) -> Examples:
+    return Examples(torch.empty(0), torch.empty(0), torch.empty(0))
+
+
+def stream_of(shape=RGB, scenario="class", mean=None, std=None, augment=(), classes=((0, 1), (2, 3), (4, 5))) -> Stream:
+    tasks = [Task(index, chosen, nothing) for index, chosen in enumerate(classes)]
+    size = 1 + max(max(chosen) for chosen in classes)
+    return Stream(Scenario(scenario), tasks, size, shape, mean, std, augment, crop_padding=2)
+
+
+def images(shape=RGB, count: int = 4) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(256, (count, *shape), generator=generator, dtype=torch.uint8)
+
+
+def saved(model: Model, path: Path) -> str:
+    """As a finished run leaves its weights."""
+    save_file(model.plain_state(), path, model.weights_metadata())
+    return str(path)
