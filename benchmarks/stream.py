@@ -150,10 +150,11 @@ def main() -> None:
                 runner.append(runner_seconds(architecture, stream, batch_size, Path(folder)))
                 if arguments.peer and name == "mlp":
                     peer.append(avalanche_seconds(arguments.peer, size))
-        times = [statistics.median(seconds) if seconds else None for seconds in (bare, runner, peer)]
-        shown = [f"{seconds:.2f}" if seconds else "-" for seconds in times]
-        beside = f"{times[2] / times[1]:.2f}" if times[2] else "-"
-        print(f"| {name} | {shown[0]} | {shown[1]} | {times[1] / times[0]:.2f} | {goal} | {shown[2]} | {beside} |")
+        ours, theirs = statistics.median(runner), statistics.median(bare)
+        beside = "- | -"
+        if peer:
+            beside = f"{statistics.median(peer):.2f} | {statistics.median(peer) / ours:.2f}"
+        print(f"| {name} | {theirs:.2f} | {ours:.2f} | {ours / theirs:.2f} | {goal} | {beside} |")
 
 
 if __name__ == "__main__":

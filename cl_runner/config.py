@@ -136,15 +136,15 @@ def validated(cfg: DictConfig) -> dict[str, Any]:
 
     Raises ConfigError.
     """
-    cfg = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
+    own = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
     try:
-        plain = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+        plain: Any = OmegaConf.to_container(own, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         field = error.full_key or "config"
         raise ConfigError(str(field), str(error).splitlines()[0]) from None
     _refuse_unknown("", plain, Settings.model_fields)
     try:
-        Settings(**plain)
+        Settings.model_validate(plain)
     except ValidationError as error:
         raise _config_error("", error) from None
     allowed = (*ALLOWED, *plain["plugins"])

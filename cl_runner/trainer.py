@@ -81,7 +81,7 @@ class Trainer:
         self.precision, self.compile, self.deterministic = precision, compile, deterministic
         self.log_every, self.eval_batch_size, self.drift_samples = log_every, eval_batch_size, drift_samples
         self.keep_checkpoint, self.seed = keep_checkpoint, seed
-        self.optimizer: Optimizer | None = None
+        self.optimizer: Any = None  # an Optimizer once the first task is learned
 
     def start(self, work: Work, kept: dict[str, Any] | None = None) -> None:
         """Take up the pieces of a run, and the optimizer's state where an earlier process kept one."""
@@ -108,7 +108,7 @@ class Trainer:
         work.model.train()
         for batch in self._batches(data, budget, generator):
             losses = self.step(batch.to(work.model.device))
-            journal.add(losses, self.scheduler.get_last_lr()[0], len(batch))
+            journal.add(losses, float(self.scheduler.get_last_lr()[0]), len(batch))
         journal.flush()
 
     def step(self, batch: Examples) -> dict[str, Tensor]:

@@ -1,5 +1,6 @@
 """How a Fisher is held, and the quadratic that it makes."""
 
+from collections.abc import Container
 from dataclasses import dataclass
 from typing import Protocol, Self
 
@@ -26,6 +27,10 @@ class Curvature(Protocol):
 
     def scaled(self, factor: float) -> Self: ...
 
+    def only(self, names: Container[str]) -> Self:
+        """The block of these parameters, as if the others did not exist."""
+        ...
+
     def trace(self) -> Tensor: ...
 
 
@@ -50,6 +55,9 @@ class Diagonal:
 
     def scaled(self, factor: float) -> "Diagonal":
         return Diagonal({name: factor * values for name, values in self.values.items()})
+
+    def only(self, names: Container[str]) -> "Diagonal":
+        return Diagonal({name: values for name, values in self.values.items() if name in names})
 
     def trace(self) -> Tensor:
         return torch.stack([values.sum() for values in self.values.values()]).sum() if self.values else torch.zeros(())

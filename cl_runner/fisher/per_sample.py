@@ -1,6 +1,7 @@
 """Squared per-sample gradients by `torch.func`: one forward a sample, shared by all its backwards, under `vmap`."""
 
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -79,7 +80,7 @@ class SquaredGradients:
             images = images[None] if together else images[:, None]
             outputs = outputs.transpose(0, 1)[None] if together else outputs[:, :, None]
             for some in outputs.split(self._most, dim=1):
-                for name, gradients in vmap(self._gradients)(images, some).items():
+                for name, gradients in _vmapped(self._gradients, images, some).items():
                     _add_squares(partial[name], gradients)
         for name, values in partial.items():
             self._sums[name] += values
@@ -106,6 +107,13 @@ class _Logits(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         return self.model.encode(inputs).logits
+
+
+def _vmapped(gradients: Callable[[Tensor, Tensor], Parameters], inputs: Tensor, vectors: Tensor) -> Parameters:
+    with warnings.catch_warnings():
+        # Pooling of channels_last images has no batching rule in vmap: slower, no less right, and nothing a user can help.
+        warnings.filterwarnings("ignore", "There is a performance drop")
+        return vmap(gradients)(inputs, vectors)
 
 
 def _most_gradients(parameters: Parameters) -> int:

@@ -7,8 +7,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from cl_runner.errors import ConfigError
 from cl_runner.fisher.cost import announce
-from cl_runner.fisher.curvature import Curvature, Diagonal, Parameters
+from cl_runner.fisher.curvature import Curvature, Parameters
 from cl_runner.fisher.estimators import FisherEstimator
 from cl_runner.models.architecture import Architecture
 from cl_runner.models.model import Model, Output, PretrainedView
@@ -45,13 +46,16 @@ class EWC(Strategy):
         anchor: Source = "auto",
         accumulation: Literal["separate", "sum"] = "separate",
         decay: Annotated[float, Field(ge=0, le=1)] = 1.0,
-        factor: Literal[0.5, 1.0] = 0.5,
+        factor: float = 0.5,
         head: bool = True,
     ) -> None:
         """`pretrained_strength`: null for the same as `strength`; `accumulation`: a term a task, or one sum of all
         Fishers, each new task multiplying the old sum by `decay`, around the last weights; `head`: whether the new
         head is held too (the pretrained weights are the backbone's alone)."""
-        self.fisher, self.strength, self.anchor = fisher, strength, anchor
+        if factor not in (0.5, 1.0):
+            raise ConfigError("strategy.factor", f"expected 0.5 or 1.0, got {factor}")
+        self.fisher, self.strength = fisher, strength
+        self.anchor: Source = anchor
         self.pretrained_strength = strength if pretrained_strength is None else pretrained_strength
         self.accumulation, self.decay, self.factor, self.head = accumulation, decay, factor, head
 
@@ -87,12 +91,9 @@ class EWC(Strategy):
         if not wants_previous(self.anchor):
             return
         weights = snapshot(trainable(self.model, head=self.head))
-        fisher = self._held(self.fisher(self.model, task.train), weights)
+        fisher = self.fisher(self.model, task.train).only(weights)
         if self.accumulation == "separate" or not self.terms:
             self.terms.append((fisher, weights))
         else:
             summed, _ = self.terms[0]
             self.terms = [(summed.scaled(self.decay).plus(fisher), weights)]
-
-    def _held(self, fisher: Diagonal, weights: Parameters) -> Diagonal:
-        return Diagonal({name: values for name, values in fisher.values.items() if name in weights})

@@ -39,7 +39,8 @@ class LwF(Strategy):
         `weighting`: of the task's loss and of the previous tasks' distillation in task k = 1, 2, …: (1, 1), (1, k-1)
         or (1/k, 1-1/k), the latter times `strength`; `softmax`: one for each earlier task's outputs, their losses
         added (the paper), or one over all of them; `pretrained_strength`: null for the same as `strength`."""
-        self.strength, self.source = strength, teacher
+        self.strength = strength
+        self.source: Source = teacher
         self.pretrained_strength = strength if pretrained_strength is None else pretrained_strength
         self.temperature, self.squared_temperature = temperature, squared_temperature
         self.weighting, self.softmax = weighting, softmax

@@ -151,15 +151,15 @@ def test_empirical_is_exact_on_average_when_labels_come_from_the_model() -> None
 
 
 def test_of_a_model_that_is_sure_a_probe_says_more_than_a_sampled_label() -> None:
-    subject, data = model(scenario=Scenario.CLASS), examples(200)
+    subject, data = model(scenario=Scenario.CLASS), examples(100)
     with torch.no_grad():
-        subject.head.weight *= 10
+        subject.head.bias[0] += 10
     exact = Exact()(subject, data)
 
     def error(estimator: Estimator) -> float:
-        return sum(distance(replace(estimator, seed=seed)(subject, data), exact) for seed in range(3)) / 3
+        return sum(distance(replace(estimator, seed=seed)(subject, data), exact) for seed in range(5)) / 5
 
-    assert error(Probe()) < 0.7 * error(Sampled())
+    assert error(Probe()) < 0.5 * error(Sampled())
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)
@@ -171,31 +171,23 @@ def test_modes_buffers_and_gradients_are_as_they_were(name: str) -> None:
         ESTIMATORS[name](subject, examples())
 
 
-class Counting(nn.Module):
-    """Writes to its buffers in every mode, and may fail."""
+class Failing(nn.Module):
+    """Writes to its buffers also in eval mode, and fails."""
 
-    def __init__(self, fails: bool) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.linear, self.dropout, self.fails = nn.Linear(CHANNELS * SIDE * SIDE, FEATURES), nn.Dropout(), fails
+        self.linear, self.dropout = nn.Linear(CHANNELS * SIDE * SIDE, FEATURES), nn.Dropout()
         self.register_buffer("written", torch.zeros(()))
         self.register_buffer("replaced", torch.zeros(()))
 
     def forward(self, inputs: Tensor) -> Tensor:
         self.written += 1
         self.replaced = self.replaced + 1
-        if self.fails:
-            raise RuntimeError("as told")
-        return self.dropout(self.linear(inputs.flatten(1)))
-
-
-def test_buffers_are_as_they_were_whatever_the_model_does_to_them() -> None:
-    subject = model(Counting(fails=False))
-    with untouched(subject):
-        Exact()(subject, examples())
+        raise RuntimeError("as told")
 
 
 def test_modes_and_buffers_are_as_they_were_after_an_exception() -> None:
-    subject = model(Counting(fails=True))
+    subject = model(Failing())
     with untouched(subject), pytest.raises(RuntimeError, match="as told"):
         Exact()(subject, examples())
 

@@ -1,11 +1,14 @@
 """A stream's outside, and files of weights, for models to be built from."""
 
+from functools import partial
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from cl_runner.models import CNN, MLP, Conv5, EfficientNetLite0, ResNet18, Timm, TorchVision
 from cl_runner.models.model import Model
 from cl_runner.streams.base import Examples, Scenario, Stream, Task
 
@@ -31,3 +34,21 @@ def saved(model: Model, path: Path) -> str:
     """As a finished run leaves its weights."""
     save_file(model.plain_state(), path, model.weights_metadata())
     return str(path)
+
+
+SMALL = {
+    "mlp": partial(MLP, widths=[16, 8]),
+    "cnn": partial(CNN, widths=[4, 8]),
+    "conv5": Conv5,
+    "conv5 and layers": partial(Conv5, widths=[16]),
+    "resnet18": partial(ResNet18, width=4),
+    "resnet18 reduced": partial(ResNet18, width=4, last_relu=False),
+    "resnet18 imagenet": partial(ResNet18, width=4, stem="imagenet"),
+    "efficientnet_lite0": EfficientNetLite0,
+    "torchvision": partial(TorchVision, name="shufflenet_v2_x0_5"),
+    "torchvision squeezenet": partial(TorchVision, name="squeezenet1_1"),
+    "timm": partial(Timm, name="test_resnet"),
+    "timm vit": partial(Timm, name="test_vit"),
+    "timm distilled": partial(Timm, name="deit_tiny_distilled_patch16_224"),
+}
+every_architecture = pytest.mark.parametrize("make", SMALL.values(), ids=SMALL.keys())
