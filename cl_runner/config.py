@@ -338,7 +338,12 @@ def _config_error(path: str, error: ValidationError) -> ConfigError:
 
 
 def _expected(message: str) -> str:
-    message = message.removeprefix("Input should be ").removeprefix("a valid ").removeprefix("an instance of ")
+    message = (
+        message.removeprefix("Input should be ")
+        .removeprefix("Value should have ")
+        .removeprefix("a valid ")
+        .removeprefix("an instance of ")
+    )
     plain = {"number": "float", "integer": "int", "string": "str", "boolean": "bool", "dictionary": "a mapping"}
     message = re.sub(r"^String should match pattern .*", "auto, cpu, mps, cuda or cuda:N", message)
     return plain.get(message, message.replace("None", "null").replace("greater than or equal to", "at least"))

@@ -3,9 +3,8 @@
 import logging
 import time
 from collections.abc import Callable
-from typing import Protocol
 
-from cl_runner.fisher.curvature import Curvature
+from cl_runner.fisher.estimators import FisherEstimator
 from cl_runner.models.model import Model, PretrainedView
 from cl_runner.streams.base import Examples
 
@@ -15,16 +14,8 @@ LONG = 100  # backward passes for every training image of the task
 TRIAL = 8  # samples that the estimate is measured on
 
 
-class Costed(Protocol):
-    num_samples: int | None
-
-    def passes(self, num_classes: int) -> int: ...
-
-    def __call__(self, model: Model | PretrainedView, examples: Examples) -> Curvature: ...
-
-
 def announce(
-    estimator: Costed,
+    estimator: FisherEstimator,
     model: Model | PretrainedView,
     examples: Examples,
     clock: Callable[[], float] = time.perf_counter,

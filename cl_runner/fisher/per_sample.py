@@ -111,7 +111,7 @@ class _Logits(nn.Module):
 
 def _vmapped(gradients: Callable[[Tensor, Tensor], Parameters], inputs: Tensor, vectors: Tensor) -> Parameters:
     with warnings.catch_warnings():
-        # Pooling of channels_last images has no batching rule in vmap: slower, no less right, and nothing a user can help.
+        # Pooling of channels_last images has no batching rule in vmap: slower, no less right, nothing a user can help.
         warnings.filterwarnings("ignore", "There is a performance drop")
         return vmap(gradients)(inputs, vectors)
 

@@ -215,8 +215,11 @@ class Architecture(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class ImageArchitecture(Architecture):
-    """One whose layers are convolutions; channels_last: keep images and
-    weights in NHWC order, in which a step of a convolutional net takes a twentieth to a third less time (on a CPU)."""
+    """One whose layers are convolutions.
+
+    channels_last: images and weights in NHWC order; a training step of a convolutional net then takes 4 to 36 % less
+    time on a CPU (EfficientNet-Lite0, ResNet-18, CNN).
+    """
 
     channels_last: bool = True
 

@@ -35,7 +35,7 @@ ALL = {
     "ncm": NCM,
     "l1": L1,
     "l2": L2,
-    "dropout": lambda: Dropout(rate=0.2),
+    "dropout": lambda: Dropout(rate=0.1),
     "ewc": lambda: EWC(fisher=Probe(), strength=1.0),
     "lwf": LwF,
 }
