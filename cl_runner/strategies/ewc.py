@@ -41,7 +41,7 @@ class EWC(Strategy):
         self,
         *,
         fisher: FisherEstimator,
-        strength: Annotated[float, Field(ge=0)] = 100.0,
+        strength: Annotated[float, Field(ge=0)] = 10_000.0,
         pretrained_strength: Annotated[float, Field(ge=0)] | None = None,
         anchor: Source = "auto",
         accumulation: Literal["separate", "sum"] = "separate",

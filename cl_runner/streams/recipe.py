@@ -36,6 +36,7 @@ class Recipe(ABC):
 
     name: a known data set (`datasets.KNOWN`) or else a folder of images under the data root.
     scenario: task and class give every task labels of its own; in domain the tasks share theirs.
+    max_tasks: end the stream after so many tasks; labels, head and permutations stay those of the whole stream.
     pad_to: bring images to this many pixels each way with black around them.
     normalize: hand the model the data set's mean and standard deviation; else images stay in [0, 1].
     mean, std: used by `normalize`, a value a channel of images in [0, 1]; None: the published ones of a known data
@@ -54,6 +55,7 @@ class Recipe(ABC):
     name: str
     scenario: Scenario
     num_tasks: Count
+    max_tasks: Count | None = None
     pad_to: Count | None = None
     normalize: bool = False
     mean: list[float] | None = None
@@ -71,6 +73,9 @@ class Recipe(ABC):
         self.scenario = Scenario(self.scenario)  # a config holds its plain name
         if not self.name or Path(self.name).name != self.name or self.name.startswith("."):
             raise ConfigError("stream.name", f"expected a data set or a folder in the data root, got '{self.name}'")
+        if self.max_tasks is not None and self.max_tasks > self.num_tasks:
+            expected = f"expected at most num_tasks={self.num_tasks}"
+            raise ConfigError("stream.max_tasks", f"{expected}, got {self.max_tasks}")
         if (self.mean is None) != (self.std is None):
             raise ConfigError("stream.std", f"expected mean and std or neither, got mean {self.mean}, std {self.std}")
         self._num_source_classes: int | None = None
@@ -101,7 +106,7 @@ class Recipe(ABC):
         self._check(source.num_classes, data.image_shape)
         mean, std = self._statistics(data.train_images)
         parts = self._parts(data, device)
-        tasks = [self._task(index, parts) for index in range(self.num_tasks)]
+        tasks = [self._task(index, parts) for index in range(self.max_tasks or self.num_tasks)]
         channels, height, width = parts["test"].images.shape[1:]
         return Stream(
             scenario=self.scenario,

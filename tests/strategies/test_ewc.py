@@ -31,7 +31,7 @@ def moved(model, amount=0.1):
 def test_the_penalty_is_zero_where_it_is_anchored_and_has_no_gradient_there():
     stream = toy_stream()
     model = toy_model(stream)
-    strategy = EWC(fisher=exact())
+    strategy = EWC(fisher=exact(), strength=1.0)
     learn(strategy, stream, model, tasks=1)
     model.zero_grad()
     loss = penalty(strategy)["ewc"]
@@ -54,7 +54,7 @@ def test_the_penalty_is_factor_times_strength_times_fisher_times_squared_distanc
 def test_a_term_a_task_adds_up_over_tasks():
     stream = toy_stream()
     model = toy_model(stream)
-    strategy = EWC(fisher=exact())
+    strategy = EWC(fisher=exact(), strength=1.0)
     learn(strategy, stream, model, tasks=2)
     assert len(strategy.terms) == 2
     (first, at_first), (second, at_second) = strategy.terms
@@ -64,13 +64,13 @@ def test_a_term_a_task_adds_up_over_tasks():
         for F, at in ((first, at_first), (second, at_second))
         for name in at
     )
-    torch.testing.assert_close(penalty(strategy)["ewc"], 0.5 * 100.0 * by_hand)
+    torch.testing.assert_close(penalty(strategy)["ewc"], 0.5 * by_hand)
 
 
 def test_the_running_sum_decays_and_is_anchored_to_the_last_weights():
     stream = toy_stream()
     model = toy_model(stream)
-    strategy = EWC(fisher=exact(), accumulation="sum", decay=0.5)
+    strategy = EWC(fisher=exact(), strength=1.0, accumulation="sum", decay=0.5)
     learn(strategy, stream, model, tasks=1)
     (first, _), model_copy = strategy.terms[0], snapshot(trainable(model))
     moved(model, 0.05)
@@ -109,7 +109,7 @@ def test_a_partly_frozen_backbone_is_no_error():
     stream = toy_stream()
     model = toy_model(stream)
     model.backbone[1].weight.requires_grad_(False)
-    strategy = EWC(fisher=exact())
+    strategy = EWC(fisher=exact(), strength=1.0)
     learn(strategy, stream, model)
     assert "backbone.1.weight" not in strategy.terms[0][1]
     assert "backbone.1.bias" in strategy.terms[0][1]
@@ -119,14 +119,14 @@ def test_a_wholly_frozen_backbone_is_no_error_either():
     stream = toy_stream()
     model = toy_model(stream, pretrained=True)
     model.backbone.requires_grad_(False)
-    learn(EWC(fisher=exact()), stream, model)
+    learn(EWC(fisher=exact(), strength=1.0), stream, model)
 
 
 @pytest.mark.parametrize("scenario", ["task", "class"])
 def test_no_anchor_covers_a_head_row_that_is_not_revealed(scenario):
     stream = toy_stream(scenario)
     model = toy_model(stream)
-    strategy = EWC(fisher=exact())
+    strategy = EWC(fisher=exact(), strength=1.0)
     learn(strategy, stream, model, tasks=1)
     fisher, _ = strategy.terms[0]
     assert fisher.values["head.weight"][:2].any()
@@ -136,7 +136,7 @@ def test_no_anchor_covers_a_head_row_that_is_not_revealed(scenario):
 
 def test_the_head_can_be_left_out():
     stream = toy_stream()
-    strategy = EWC(fisher=exact(), head=False)
+    strategy = EWC(fisher=exact(), strength=1.0, head=False)
     learn(strategy, stream, toy_model(stream), tasks=1)
     fisher, anchor = strategy.terms[0]
     assert {name.split(".")[0] for name in [*anchor, *fisher.values]} == {"backbone"}
@@ -158,7 +158,7 @@ def test_the_pretrained_weights_are_task_zero_with_the_fisher_of_their_own_head(
 
 def test_the_pretrained_anchor_acts_in_the_first_task_already():
     stream = toy_stream()
-    rows = learn(EWC(fisher=Probe(), anchor="pretrained"), stream, toy_model(stream, pretrained=True), tasks=1)
+    rows = learn(EWC(fisher=Probe(), strength=1.0, anchor="pretrained"), stream, toy_model(stream, pretrained=True), tasks=1)
     assert rows[-1]["loss"]["ewc_pretrained"] > 0
     assert "ewc" not in rows[-1]["loss"]
 
@@ -195,7 +195,7 @@ def test_strength_zero_is_fine_tuning():
 def test_the_fisher_pass_leaves_modes_and_statistics_alone():
     stream = toy_stream()
     model = toy_model(stream, norm=True)
-    strategy = EWC(fisher=exact())
+    strategy = EWC(fisher=exact(), strength=1.0)
     trainer, _ = toy_trainer(strategy, stream, model)
     model.reveal(stream.tasks[0])
     trainer.learn(stream.tasks[0], stream.tasks[0].train)
@@ -209,7 +209,7 @@ def test_the_fisher_pass_leaves_modes_and_statistics_alone():
 
 def test_output_is_not_needed_for_the_penalty():
     stream = toy_stream()
-    strategy = EWC(fisher=exact())
+    strategy = EWC(fisher=exact(), strength=1.0)
     learn(strategy, stream, toy_model(stream), tasks=1)
     nothing = torch.empty(0)
     assert strategy.penalties(stream.tasks[0].train[:0], Output(nothing, nothing, nothing))["ewc"] == 0

@@ -74,3 +74,15 @@ def test_what_cannot_be_split_is_refused_before_data_is_read(arguments: dict, fi
     with pytest.raises(ConfigError, match=choices) as error:
         Split(**{"name": "mnist", "num_tasks": 5, **arguments})
     assert error.value.field == field
+
+
+def test_a_stream_that_ends_early_keeps_its_labels() -> None:
+    whole, short = split_digits(class_order=3), split_digits(class_order=3, max_tasks=2)
+    assert len(short) == 2
+    assert short.num_classes == whole.num_classes == 10
+    assert torch.equal(short.tasks[1].train.images, whole.tasks[1].train.images)
+
+
+def test_it_cannot_end_later_than_it_does() -> None:
+    with pytest.raises(ConfigError, match=r"stream\.max_tasks: expected at most num_tasks=5, got 6"):
+        Split(name="digits", num_tasks=5, max_tasks=6)
