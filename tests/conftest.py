@@ -7,6 +7,14 @@ from cl_runner.__main__ import main
 
 torch.set_num_threads(1)  # the suite runs in several processes
 
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
 SMALL = [
     "stream=split_digits",
     "model=mlp",

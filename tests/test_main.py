@@ -178,8 +178,19 @@ def test_shell_completion_imports_no_torch(tmp_path):
     assert "strategy=ewc" in done.stdout
 
 
+TINY = ["stream=split_digits", "model=mlp", "model.widths=[4]", "trainer.epochs=1", "tracker=local"]
+
+
+def test_a_run_that_is_tracked_locally_imports_no_wandb(tmp_path):
+    script = "import sys; from cl_runner.__main__ import main; main(); assert 'wandb' not in sys.modules"
+    done = subprocess.run(
+        [sys.executable, "-c", script, *TINY], cwd=tmp_path, capture_output=True, text=True, env=QUIET
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def test_python_m_is_the_same(tmp_path):
-    words = ["stream=split_digits", "model=mlp", "model.widths=[4]", "trainer.epochs=1", "tracker=local"]
+    words = TINY
     done = subprocess.run(
         [sys.executable, "-m", "cl_runner", *words], cwd=tmp_path, capture_output=True, text=True, env=QUIET
     )

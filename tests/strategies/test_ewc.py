@@ -158,7 +158,9 @@ def test_the_pretrained_weights_are_task_zero_with_the_fisher_of_their_own_head(
 
 def test_the_pretrained_anchor_acts_in_the_first_task_already():
     stream = toy_stream()
-    rows = learn(EWC(fisher=Probe(), strength=1.0, anchor="pretrained"), stream, toy_model(stream, pretrained=True), tasks=1)
+    rows = learn(
+        EWC(fisher=Probe(), strength=1.0, anchor="pretrained"), stream, toy_model(stream, pretrained=True), tasks=1
+    )
     assert rows[-1]["loss"]["ewc_pretrained"] > 0
     assert "ewc" not in rows[-1]["loss"]
 
