@@ -48,7 +48,7 @@ def runner_seconds(architecture, stream: Stream, batch_size: int, folder: Path) 
     strategy.setup(model, stream)
     journal = Local()
     journal.start(RunInfo(folder, "bench", "bench", "bench", {}, 1, "domain", False, ""))
-    trainer = Trainer(batch_size=batch_size)
+    trainer = Trainer(epochs=1, batch_size=batch_size)
     trainer.start(Work(model, strategy, partial(torch.optim.SGD, lr=0.01), constant, journal.step, Position()))
     (task,) = stream.tasks
     model.reveal(task)

@@ -52,7 +52,7 @@ class Trainer:
     def __init__(
         self,
         *,
-        epochs: Count = 1,
+        epochs: Count = 5,
         iterations: Count | None = None,
         batch_size: Count = 32,
         accumulate: Count = 1,

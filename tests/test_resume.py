@@ -57,8 +57,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(strategy, tasks, tmp_path, pr
     overrides = [f"strategy={strategy}", f"model.pretrained={pretrained}", "optimizer=sgd", "optimizer.momentum=0.9"]
     if tasks == 3:
         overrides.append("trainer.optimizer_state=keep")
-    if strategy == "ewc" and tasks == 3:
-        overrides.append("strategy.accumulation=sum")
+    if strategy == "ewc":
+        overrides += ["strategy.strength=10", f"strategy.accumulation={'sum' if tasks == 3 else 'separate'}"]
     whole, whole_path = carry_out(experiment(tmp_path, *overrides), "whole")
     if strategy != "ncm":  # trains nothing: no step to be stopped at
         with pytest.raises(ConnectionAbortedError):
