@@ -4,14 +4,15 @@ import os
 import sys
 import time
 import traceback
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from cl_runner.config import CONF, VERSION_BASE, check, choices, compose_jobs, in_order
+from cl_runner.compose import CONF, VERSION_BASE, choices, compose_jobs, in_order
+from cl_runner.config import check
 from cl_runner.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -24,13 +25,23 @@ ASKS_HYDRA = {"--help", "-h", "--hydra-help", "--version", "--cfg", "-c", "--inf
 def main() -> None:
     """What the `cl-runner` script runs. Exit status: 0 done, 1 a run failed, 2 the configuration cannot work."""
     argv = sys.argv[1:]
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come back here; they are said once, in one line
     if argv[:1] == ["list"]:
         list_choices(argv[1:])
     elif any(word.partition("=")[0] in ASKS_HYDRA for word in argv):
+        if "--cfg" in argv or "-c" in argv:
+            try_composing(argv)
         hydra_main()
     else:
         run_jobs(argv)
+
+
+def try_composing(argv: list[str]) -> None:
+    """Say in a line why there is no such configuration to show."""
+    try:
+        if len(compose_jobs(in_order(argv))) > 1:
+            raise ConfigError("command line", "--cfg shows one configuration, not those of a sweep")
+    except ConfigError as error:
+        _refuse(error)
 
 
 def run_jobs(argv: list[str]) -> None:
@@ -42,8 +53,8 @@ def run_jobs(argv: list[str]) -> None:
             sys.argv[1:] = in_order(argv)
             jobs = [check(cfg) for cfg in compose_jobs(sys.argv[1:])]
     except ConfigError as error:
-        print(f"cl-runner: {error}", file=sys.stderr)
-        sys.exit(2)
+        _refuse(error)
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come back here; they are said once, in one line
     for job in jobs:
         move_aside(job)
     if all(is_done(job) for job in jobs):  # Hydra would write into their folders
@@ -74,14 +85,20 @@ def hydra_main(cfg: DictConfig) -> float | None:
         sys.exit(1)
 
 
+def _refuse(error: ConfigError) -> NoReturn:
+    print(f"cl-runner: {error}", file=sys.stderr)
+    sys.exit(2)
+
+
 def _say(error: Exception) -> None:
     print(f"cl-runner: {type(error).__name__}: {error}", file=sys.stderr)
 
 
 def carry_out(cfg: DictConfig) -> float | None:
     """Run one experiment in its folder, and leave word of how it ended."""
+    from cl_runner.clock import environment
     from cl_runner.folder import RunFolder
-    from cl_runner.run import environment, run
+    from cl_runner.run import run
     from cl_runner.trackers.console import Console, log_file, log_to, the_console
 
     experiment = check(cfg)
@@ -91,8 +108,7 @@ def carry_out(cfg: DictConfig) -> float | None:
         return folder.results["metrics"]["average_accuracy"]
     folder.path.mkdir(parents=True, exist_ok=True)
     folder.write_config(experiment.config)
-    folder.update_status(
-        state="running",
+    folder.start(
         pid=os.getpid(),
         started=time.time(),
         command=" ".join(sys.argv),
@@ -125,8 +141,8 @@ def move_aside(experiment: "Experiment") -> None:
 
 def show(experiment: "Experiment") -> None:
     """Show a finished run as it was shown when it ended."""
+    from cl_runner.clock import environment
     from cl_runner.folder import RunFolder
-    from cl_runner.run import environment
     from cl_runner.trackers.console import show_results, the_console
 
     folder, now = RunFolder(experiment.folder), environment(experiment.device)

@@ -1,25 +1,19 @@
-"""From the command line to checked components: compose, check, build. The only place that builds a `_target_`."""
+"""From a configuration to checked components: check, build. The only place that builds a `_target_`."""
 
 import hashlib
 import importlib
 import inspect
-import itertools
 import json
+import os
 import re
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import hydra
-from hydra import compose, initialize_config_dir
-from hydra._internal.utils import get_args_parser
-from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
@@ -29,22 +23,29 @@ from cl_runner.errors import ConfigError
 if TYPE_CHECKING:  # torch takes seconds to import: `--help` and completion do without
     import torch
 
-_HERE = Path(__file__).resolve().parent
-CONF = _HERE / "conf" if (_HERE / "conf").is_dir() else _HERE.parent / "conf"
-VERSION_BASE = "1.3" if hydra.__version__ < "1.4" else None
-
 OmegaConf.register_new_resolver("run_folder", lambda *, _root_: str(run_folder(validated(_root_))), replace=True)
 OmegaConf.register_new_resolver("run_folder_name", lambda *, _root_: run_folder(validated(_root_)).name, replace=True)
 
 # A config is not a program: only these may be named by a `_target_`, beside what `plugins` lists.
 ALLOWED = ("cl_runner", "torch.optim", "torchvision", "timm")
 
+# What each component must be. The scheduler is any callable that takes what a run provides.
+KINDS = {
+    "stream": "cl_runner.streams.recipe.Recipe",
+    "model": "cl_runner.models.architecture.Architecture",
+    "strategy": "cl_runner.strategies.base.Strategy",
+    "fisher": "cl_runner.fisher.estimators.Estimator",
+    "optimizer": "torch.optim.Optimizer",
+    "trainer": "cl_runner.trainer.Trainer",
+    "tracker": "cl_runner.trackers.base.Null",
+}
 COMPONENTS = ("stream", "model", "strategy", "optimizer", "scheduler", "trainer", "tracker")
 PROVIDED = {"optimizer": {"params"}, "scheduler": {"optimizer", "steps"}}  # arguments that come when a run builds them
 
 # These change where and how a run is carried out and watched, not what it computes.
 NOT_HASHED = ("device", "data_root", "output_root", "rerun", "fisher", "tracker", "trainer.log_every")
 NOT_HASHED += ("trainer.keep_checkpoint", "stream.download", "stream.max_device_gb")
+_STRICT = ConfigDict(strict=True, arbitrary_types_allowed=True, allow_inf_nan=False)
 ANY_SEED = 2**31 - 1  # stands for the seed where runs that differ in nothing else are one group
 
 
@@ -53,7 +54,7 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    seed: Annotated[int, Field(ge=0)]
+    seed: Annotated[int, Field(ge=0, lt=2**32)]
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")]
     data_root: str
     output_root: str
@@ -124,10 +125,12 @@ def check(cfg: DictConfig) -> Experiment:
     built = {name: _named(name, partial(build, config[name])) for name in COMPONENTS if name not in PROVIDED}
     experiment = Experiment(config=config, group=_group(cfg), device=_device(config["device"]), **built)
     _check_optimizer(experiment)
+    _check_output_root(config["output_root"])
     experiment.model.check()
-    experiment.stream.prepare(config["data_root"])
     experiment.strategy.check(experiment.stream, experiment.model)
-    _check_active_logits(config)
+    _check_active_logits(config["trainer"]["active_logits"], experiment.stream.scenario)
+    experiment.stream.prepare(config["data_root"])  # late: it may download and decode
+    experiment.model.check_images(experiment.stream.image_shape)
     return experiment
 
 
@@ -172,76 +175,17 @@ def digest(config: dict[str, Any]) -> str:
         for parent in parents:
             node = node[parent]
         node.pop(key, None)
+    weights = Path(str(plain["model"].get("pretrained"))).expanduser()
+    if weights.is_file():  # what is in the file counts, not where it lies
+        plain["model"]["pretrained"] = _file_digest(weights, weights.stat().st_mtime_ns)
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:8]
 
 
-def in_order(argv: list[str]) -> list[str]:
-    """The command line with its options first: Hydra wants them so, people do not.
-
-    Raises ConfigError for an option of Hydra's that would make it run another configuration than the one checked.
-    """
-    arguments = get_args_parser().parse_intermixed_args(argv)
-    for option in ("config_name", "config_path", "experimental_rerun"):
-        if getattr(arguments, option, None):
-            raise ConfigError(
-                "command line", f"--{option.replace('_', '-')} is not supported; --config-dir adds to conf/"
-            )
-    options = ["--multirun"] if arguments.multirun else []
-    return [*options, *(["--config-dir", arguments.config_dir] if arguments.config_dir else []), *arguments.overrides]
-
-
-def compose_jobs(argv: list[str]) -> list[DictConfig]:
-    """Every configuration that a command line (`in_order`) asks for: one, or with -m the product of its sweeps.
-
-    Raises ConfigError for what Hydra itself would refuse.
-    """
-    arguments = get_args_parser().parse_args(argv)
-    try:
-        overrides = OverridesParser.create().parse_overrides(arguments.overrides)
-    except HydraException as error:
-        raise ConfigError("command line", _first_lines(error)) from None
-    search = [f"hydra.searchpath=[file://{Path(arguments.config_dir).resolve()}]"] if arguments.config_dir else []
-    with initialize_config_dir(str(CONF), version_base=VERSION_BASE):
-        groups = set(GlobalHydra.instance().config_loader().list_groups(""))
-        choices = []
-        for override in overrides:
-            if override.is_sweep_override():
-                if not arguments.multirun:
-                    raise ConfigError(override.get_key_element(), "a sweep over several values needs -m (--multirun)")
-                values = list(override.sweep_string_iterator())
-            else:
-                values = [override.get_value_element_as_str()] if override.value() is not None else ["null"]
-            key = override.get_key_element()
-            # An unknown key is let in here, for the check to name it together with the nearest valid one.
-            plain_key = override.type is not None and not key.startswith(("+", "~", "hydra")) and "/" not in key
-            prefix = "++" if plain_key and key.partition("@")[0] not in groups else ""
-            choices.append([key if override.is_delete() else f"{prefix}{key}={value}" for value in values])
-        return [_composed([*search, *job]) for job in itertools.product(*choices)]
-
-
-def choices() -> dict[str, dict[str, str]]:
-    """group -> choice -> what its YAML's first line says of it."""
-    files = sorted(file for file in CONF.glob("[a-z]*/*.yaml"))
-    found: dict[str, dict[str, str]] = {}
-    for file in files:
-        first = next((line for line in file.read_text().splitlines() if line.startswith("# ") and "@" not in line), "")
-        found.setdefault(file.parent.name, {})[file.stem] = first.removeprefix("# ")
-    return found
-
-
-def _composed(overrides: list[str]) -> DictConfig:
-    try:
-        return compose("config", overrides=overrides)
-    except MissingConfigException as error:
-        group, _, choice = str(error.missing_cfg_file or "").rpartition("/")
-        options = ", ".join(error.options or ()) or "nothing"
-        raise ConfigError(group or "command line", f"expected one of {options}, got {choice!r}") from None
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError("command line", _first_lines(error)) from None
-
-
-def _first_lines(error: Exception) -> str:
-    return " ".join(line.strip() for line in str(error).splitlines()[:2])
+@lru_cache
+def _file_digest(path: Path, changed: int) -> str:
+    """`changed` is only there so that a file is read again when it is another."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _group(cfg: DictConfig) -> str:
@@ -256,7 +200,7 @@ def _naming(field: str):
     """What a component says against its arguments becomes an error that names it."""
     try:
         yield
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, AssertionError, RuntimeError) as error:
         raise ConfigError(field, str(error).splitlines()[0]) from error
 
 
@@ -270,6 +214,9 @@ def _checked_node(path: str, node: dict[str, Any], allowed: Iterable[str], provi
     if "_target_" not in node:
         raise ConfigError(f"{path}._target_", "expected the name of a class or function, got nothing")
     target = _import(node["_target_"], path, tuple(allowed))
+    kind = KINDS.get(path.rpartition(".")[2])
+    if kind and not (inspect.isclass(target) and issubclass(target, _import(kind))):
+        raise ConfigError(f"{path}._target_", f"expected a {kind.rpartition('.')[2]}, got {node['_target_']!r}")
     parameters = inspect.signature(target).parameters
     _refuse_unknown(path, {key: None for key in node if key != "_target_"}, parameters.keys() - provided)
     missing = [
@@ -280,27 +227,38 @@ def _checked_node(path: str, node: dict[str, Any], allowed: Iterable[str], provi
     if missing:
         raise ConfigError(f"{path}.{missing[0]}", "expected a value, got nothing")
     hints = inspect.get_annotations(target if inspect.isfunction(target) else target.__init__, eval_str=True)
-    return {
+    checked = {
         key: _checked_value(f"{path}.{key}", value, hints.get(key, Any), allowed) if key != "_target_" else value
         for key, value in node.items()
     }
+    # What a YAML leaves out has its default all the same: the work, and so its hash, are those of the whole YAML.
+    left_out = {
+        name: parameters[name].default
+        for name in parameters.keys() - checked.keys() - provided
+        if type(parameters[name].default) in (int, float, bool, str, type(None))
+    }
+    return {**checked, **left_out}
 
 
 def _checked_value(path: str, value: Any, hint: Any, allowed: Iterable[str]) -> Any:
     if isinstance(value, dict) and "_target_" in value:
         return _checked_node(path, value, allowed, set())
+    if path.rpartition(".")[2] in KINDS:
+        raise ConfigError(path, f"expected a component (a mapping with a _target_), got {value!r}")
     try:
-        adapter = TypeAdapter(hint, config=ConfigDict(strict=True, arbitrary_types_allowed=True))
+        adapter = TypeAdapter(hint, config=_STRICT)
         # As JSON a list may stand for a tuple and a string for an enum, and nothing else is converted.
         return adapter.dump_python(adapter.validate_json(json.dumps(value)), mode="json", warnings=False)
     except ValidationError as error:
         raise _config_error(path, error) from None
 
 
-def _import(target: str, path: str = "_target_", allowed: tuple[str, ...] | None = None) -> Any:
+def _import(target: Any, path: str = "_target_", allowed: tuple[str, ...] | None = None) -> Any:
     def permitted(name: str) -> bool:
         return allowed is None or any(name == prefix or name.startswith(prefix + ".") for prefix in allowed)
 
+    if not isinstance(target, str):
+        raise ConfigError(f"{path}._target_", f"expected the name of a class or function, got {target!r}")
     module_name, _, name = target.rpartition(".")
     if not permitted(target):
         raise ConfigError(
@@ -333,6 +291,8 @@ def _config_error(path: str, error: ValidationError) -> ConfigError:
     problems = error.errors()
     inner = [str(part) for part in problems[0]["loc"] if isinstance(part, int) or (not path and part)]
     field = ".".join([part for part in [path] if part] + inner)
+    if problems[0]["type"] == "missing":
+        return ConfigError(field, "expected a value, got nothing")
     wanted = dict.fromkeys(_expected(p["msg"]) for p in problems if "isinstance" not in p["msg"])
     return ConfigError(field or path, f"expected {' or '.join(wanted)}, got {problems[0]['input']!r}")
 
@@ -344,7 +304,14 @@ def _expected(message: str) -> str:
         .removeprefix("a valid ")
         .removeprefix("an instance of ")
     )
-    plain = {"number": "float", "integer": "int", "string": "str", "boolean": "bool", "dictionary": "a mapping"}
+    plain = {
+        "number": "float",
+        "integer": "int",
+        "string": "str",
+        "boolean": "bool",
+        "dictionary": "a mapping",
+        "array": "a list",
+    }
     message = re.sub(r"^String should match pattern .*", "auto, cpu, mps, cuda or cuda:N", message)
     return plain.get(message, message.replace("None", "null").replace("greater than or equal to", "at least"))
 
@@ -353,15 +320,26 @@ def _check_optimizer(experiment: Experiment) -> None:
     """Let the optimizer and the scheduler say now, on one dummy weight, what they would say later."""
     import torch
 
+    weight = torch.zeros(1, device=experiment.device, requires_grad=True)
+    weight.grad = torch.zeros_like(weight)
     with _naming("optimizer"):
-        optimizer = experiment.make_optimizer(params=[torch.zeros(1, requires_grad=True)])
+        optimizer = experiment.make_optimizer(params=[weight])
+        optimizer.step()
     with _naming("scheduler"):
         experiment.make_scheduler(optimizer=optimizer, steps=100)
 
 
-def _check_active_logits(config: dict[str, Any]) -> None:
-    active = config["trainer"]["active_logits"]
-    if config["stream"]["scenario"] == "domain" and active not in (None, "all"):
+def _check_output_root(output_root: str) -> None:
+    """Runs can be written where they are to be written."""
+    existing = Path(output_root).absolute()
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise ConfigError("output_root", f"expected a folder that can be written, got {output_root!r}")
+
+
+def _check_active_logits(active: str | None, scenario: str) -> None:
+    if scenario == "domain" and active not in (None, "all"):
         raise ConfigError(
             "trainer.active_logits",
             f"expected all or null where tasks share their classes (domain), got {active!r}",

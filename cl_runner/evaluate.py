@@ -10,9 +10,11 @@ from cl_runner.strategies.base import Strategy
 from cl_runner.streams.base import Examples, Scenario, Stream, Task, concatenate
 
 
-def measured_scenarios(stream: Stream) -> tuple[Scenario, ...]:
+def measured_scenarios(strategy: Strategy) -> tuple[Scenario, ...]:
     """The scenarios that one run's outputs answer for: a mask is all that tells task from class apart."""
-    return (Scenario.DOMAIN,) if stream.scenario is Scenario.DOMAIN else (Scenario.TASK, Scenario.CLASS)
+    if strategy.stream.scenario is Scenario.DOMAIN:
+        return (Scenario.DOMAIN,)
+    return (Scenario.TASK,) if strategy.needs_task_id else (Scenario.TASK, Scenario.CLASS)
 
 
 @torch.inference_mode()
@@ -22,7 +24,7 @@ def accuracies(strategy: Strategy, learned: int, batch_size: int, split: str = "
     NaN where a task's outputs do not exist yet (its classes are not learned, unless all tasks share them).
     """
     stream = strategy.stream
-    rows = {scenario: [math.nan] * len(stream) for scenario in measured_scenarios(stream)}
+    rows = {scenario: [math.nan] * len(stream) for scenario in measured_scenarios(strategy)}
     strategy.model.eval()
     for task in stream.tasks:
         examples = getattr(task, split)
@@ -54,6 +56,12 @@ def _accuracy(
     return {scenario: count.item() / len(examples) for scenario, count in hits.items()}
 
 
+def _evenly(examples: Examples, count: int) -> Examples:
+    """Up to `count` rows from all over the examples, which may lie class by class."""
+    count = min(count, len(examples))
+    return examples[torch.arange(count, device=examples.labels.device) * len(examples) // max(count, 1)]
+
+
 class Drift:
     """How far the backbone has moved: the pretrained head's answers on held-out images, then and now."""
 
@@ -62,7 +70,7 @@ class Drift:
         self.batch_size = batch_size
         self.view = PretrainedView(model)
         share = -(-samples // len(stream))
-        self.examples = concatenate([task.test[:share] for task in stream.tasks])[:samples]
+        self.examples = concatenate([_evenly(task.test, share) for task in stream.tasks])[:samples]
         self.before = self._log_probabilities()
 
     def measure(self) -> dict[str, float]:

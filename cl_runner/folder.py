@@ -30,6 +30,11 @@ class RunFolder:
     def results(self) -> dict[str, Any]:
         return read_json(self.path / "results.json")
 
+    def start(self, **fields: Any) -> None:
+        """The run begins or goes on: of what was said before, only its name stays."""
+        kept = {key: value for key, value in self.status.items() if key == "id"}
+        write_atomically(self.path / "status.json", json.dumps({**kept, "state": "running", **fields}, indent=2))
+
     def fail(self, error: BaseException, trace: str) -> None:
         """Leave word of what ended the run; its traceback is for `run.log` too."""
         logging.getLogger("cl_runner").debug("%s", trace)

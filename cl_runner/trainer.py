@@ -16,7 +16,7 @@ from cl_runner.errors import ConfigError
 from cl_runner.models.heads import keep_unreached_rows
 from cl_runner.models.model import ActiveLogits, Model, Output
 from cl_runner.strategies.base import Strategy
-from cl_runner.streams.base import Examples, Task
+from cl_runner.streams.base import Examples, Seed, Task, number_of_batches
 
 Count = Annotated[int, Field(ge=1)]
 
@@ -66,7 +66,7 @@ class Trainer:
         eval_batch_size: Count = 512,
         drift_samples: Annotated[int, Field(ge=0)] = 512,
         keep_checkpoint: bool = False,
-        seed: int = 0,
+        seed: Seed = 0,
     ) -> None:
         """`epochs` or, if given, `iterations`: the budget a task; iterations drop the short last batch of a pass.
         `accumulate`: micro-batches that a batch is computed in, with the same gradient and less memory.
@@ -98,17 +98,19 @@ class Trainer:
         """
         work, generator = self.work, torch.Generator().manual_seed(self.seed * 1_000_003 + task.index)
         budget = self.iterations and self.iterations * (len(work.strategy.stream) if work.strategy.offline else 1)
-        steps_a_pass = max(1, len(data) // self.batch_size) if budget else -(-len(data) // self.batch_size)
+        steps_a_pass = number_of_batches(len(data), self.batch_size, drop_last=budget is not None)
         steps = budget or self.epochs * steps_a_pass
         if self.optimizer is None or self.optimizer_state == "reset":
             self.optimizer = self._new_optimizer()
+        for group in self.optimizer.param_groups:  # a kept optimizer's rate is where the last task's schedule left it
+            group["lr"] = group.get("initial_lr", group["lr"])
         self.scheduler = work.make_scheduler(optimizer=self.optimizer, steps=steps)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         journal = Journal(work, task, steps, steps_a_pass, self.log_every)
         work.model.train()
         for batch in self._batches(data, budget, generator):
-            losses = self.step(batch.to(work.model.device))
-            journal.add(losses, float(self.scheduler.get_last_lr()[0]), len(batch))
+            rate = float(self.scheduler.get_last_lr()[0])
+            journal.add(self.step(batch.to(work.model.device)), rate, len(batch))
         journal.flush()
 
     def step(self, batch: Examples) -> dict[str, Tensor]:
@@ -118,7 +120,7 @@ class Trainer:
         optimizer.zero_grad(set_to_none=True)
         losses: dict[str, Tensor] = {}
         outputs = []
-        for part in batch.batches(-(-len(batch) // self.accumulate)):
+        for part in batch.split(self.accumulate):
             share = len(part) / len(batch)
             with self._autocast():
                 output = model(part.images)
@@ -141,10 +143,9 @@ class Trainer:
             for _ in range(self.epochs):
                 yield from data.batches(self.batch_size, generator)
             return
-        drop_last = len(data) >= self.batch_size
         made = 0
         while made < iterations:
-            for batch in data.batches(self.batch_size, generator, drop_last):
+            for batch in data.batches(self.batch_size, generator, drop_last=True):
                 if made == iterations:
                     return
                 made += 1

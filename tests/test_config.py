@@ -5,17 +5,8 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from cl_runner.config import (
-    CONF,
-    PROVIDED,
-    _import,
-    build,
-    check,
-    compose_jobs,
-    digest,
-    run_folder,
-    validated,
-)
+from cl_runner.compose import CONF, compose_jobs, in_order
+from cl_runner.config import PROVIDED, _import, build, check, digest, run_folder, validated
 from cl_runner.errors import ConfigError
 
 MLP = ["model=mlp"]
@@ -78,7 +69,7 @@ def test_every_choice_says_in_a_line_what_it_is(file):
         ("optimizer.betas=[0.9]", "optimizer.betas"),
         ("scheduler=step scheduler.milestones=[2]", "scheduler.milestones.0: expected less than 1, got 2"),
         ("model._target_=os.system", "model._target_: expected a name in cl_runner, torch.optim, torchvision, timm"),
-        ("model._target_=cl_runner.run.version", "model._target_: expected a class or function of cl_runner"),
+        ("model._target_=cl_runner.clock.version", "model._target_: expected a class or function of cl_runner"),
         ("model._target_=cl_runner.models.nothing.Here", "model._target_: expected something importable"),
         ("stream.scenario=class strategy=independent", "strategy: expected stream.scenario=task for Independent"),
         ("strategy.anchor=pretrained", "strategy.anchor: expected auto or previous"),
@@ -89,6 +80,24 @@ def test_every_choice_says_in_a_line_what_it_is(file):
         ("data_root=${nothing}", "data_root: "),
         ("stream=image_folder", "stream.name: "),
         ("trainer.epochs", "command line: "),
+        ("optimizer=null", "command line: "),
+        ("~optimizer", "optimizer: expected a value, got nothing"),
+        ("fisher=null", "command line: "),
+        ("strategy._target_=3", "strategy._target_: expected the name of a class or function, got 3"),
+        ("strategy=finetune strategy._target_=cl_runner.models.MLP", "strategy._target_: expected a Strategy, got"),
+        ("tracker._target_=cl_runner.folder.write_atomically", "tracker._target_: expected a Null, got"),
+        ("strategy.fisher=3", "strategy.fisher: expected a component (a mapping with a _target_), got 3"),
+        ("strategy.fisher=null", "strategy.fisher: expected a component"),
+        ("strategy.strength=inf", "strategy.strength: expected a finite number"),
+        ("trainer.seed=-1", "trainer.seed: expected at least 0, got -1"),
+        ("model.seed=99999999999999999999", "model.seed: expected less than 4294967296"),
+        ("seed=10000000000", "seed: expected less than 4294967296"),
+        ("optimizer.capturable=true", "optimizer: "),
+        ("strategy=ncm strategy.batch_size=0", "strategy.batch_size: expected at least 1"),
+        ("output_root=/dev/null/runs", "output_root: expected a folder that can be written"),
+        ("hydra.run.dir=elsewhere", "hydra.run.dir: expected output_root"),
+        ("stream=split_mnist data_root=none stream.scenario=class strategy=independent", "strategy: expected stream.s"),
+        ("optimizer.betas=3", "optimizer.betas: expected a list, got 3"),
     ],
 )
 def test_what_cannot_work_is_said_in_one_line_that_names_the_field(override, message):
@@ -107,6 +116,21 @@ def test_a_plugin_may_be_named_once_it_is_listed(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match=r"strategy\._target_"):
         checked(*overrides)
     assert type(checked(*overrides, "plugins=[my_methods]").strategy).__name__ == "Mine"
+
+
+def test_a_sweep_may_name_choices_by_a_pattern():
+    jobs = compose_jobs(["-m", *MLP, "strategy=glob(l*)"])
+    assert [job.strategy._target_.rpartition(".")[2] for job in jobs] == ["L1", "L2", "LwF"]
+
+
+def test_a_sweep_that_names_no_values_is_refused():
+    with pytest.raises(ConfigError, match="command line: "):
+        compose_jobs(["-m", *MLP, "trainer.epochs=interval(1,3)"])
+
+
+def test_a_config_folder_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="--config-dir: expected a folder"):
+        in_order(["--config-dir", str(tmp_path / "nothing"), *MLP])
 
 
 def test_a_multirun_is_the_product_of_its_sweeps():
@@ -136,6 +160,8 @@ def test_an_experiment_and_its_protocol_can_be_overridden():
         (["tracker=local"], ["tracker=wandb"]),
         (["trainer.log_every=1"], ["trainer.log_every=7"]),
         (["rerun=true"], []),
+        (["~trainer.epochs"], []),
+        (["~optimizer.eps"], []),
         (["strategy=lwf", "fisher=exact"], ["strategy=lwf", "fisher=probe"]),
         (["trainer.iterations=5", "trainer.epochs=1"], ["trainer.iterations=5", "trainer.epochs=2"]),
     ],
@@ -149,6 +175,14 @@ def test_the_hash_is_blind_to_what_does_not_change_the_work(one, other):
 )
 def test_the_hash_sees_what_does(override):
     assert digest(config(override)) != digest(config())
+
+
+def test_a_file_of_weights_is_hashed_by_what_is_in_it(tmp_path):
+    hashes = []
+    for name, content in (("a.pt", b"one"), ("b.pt", b"one"), ("a.pt", b"other")):
+        (tmp_path / name).write_bytes(content)
+        hashes.append(digest(config(f"model.pretrained={tmp_path / name}")))
+    assert hashes[0] == hashes[1] != hashes[2]
 
 
 def test_a_group_is_everything_but_the_seed():

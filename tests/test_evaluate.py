@@ -5,7 +5,7 @@ import torch
 
 from cl_runner.evaluate import Drift, accuracies
 from cl_runner.models.model import PretrainedView
-from cl_runner.strategies import Finetune
+from cl_runner.strategies import Finetune, Independent
 from cl_runner.streams.base import Scenario
 from tests.toys import learn, toy_model, toy_stream
 
@@ -70,6 +70,22 @@ def test_drift_is_nothing_before_learning_and_something_after():
     assert drift.measure() == {"drift_agreement": 1.0, "drift_kl": pytest.approx(0, abs=1e-12)}
     learn(Finetune(), stream, model, epochs=20)
     assert drift.measure()["drift_kl"] > 0.01
+
+
+def test_drift_looks_at_every_class_also_where_images_lie_class_by_class():
+    stream = toy_stream()
+    for task in stream.tasks:
+        order = task.test.labels.argsort(stable=True)
+        task.__dict__["test"] = task.test[order]
+    drift = Drift(toy_model(stream, pretrained=True), stream, samples=30, batch_size=7)
+    assert drift.examples.labels.bincount().tolist() == [5] * 6
+
+
+def test_what_needs_to_be_told_the_task_is_not_measured_without():
+    stream = toy_stream()
+    strategy = Independent()
+    learn(strategy, stream, toy_model(stream))
+    assert list(accuracies(strategy, 3, 16)) == [Scenario.TASK]
 
 
 def test_drift_is_the_agreement_and_divergence_under_the_pretrained_head():

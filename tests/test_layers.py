@@ -7,16 +7,20 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "cl_runner"
 FLOORS = [
-    {"errors", "folder", "streams", "metrics", "trackers", "config", "schedulers", ""},
+    {"errors", "folder", "streams", "metrics", "trackers", "config", "compose", "schedulers", "clock", ""},
     {"models", "memory"},
     {"fisher"},
     {"strategies"},
     {"trainer", "checkpoint", "evaluate"},
-    {"run"},
+    {"run", "state"},
     {"__main__", "report"},
 ]
 FLOOR = {module: number for number, floor in enumerate(FLOORS) for module in floor}
-ONLY_IN = {"hydra": {"__main__", "config"}, "omegaconf": {"__main__", "config"}, "wandb": {"trackers/wandb"}}
+ONLY_IN = {
+    "hydra": {"__main__", "compose"},
+    "omegaconf": {"__main__", "compose", "config"},
+    "wandb": {"trackers/wandb"},
+}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

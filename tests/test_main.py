@@ -3,12 +3,14 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 QUIET = {**os.environ, "WANDB_SILENT": "true"}
 
@@ -99,6 +101,38 @@ def test_rerun_moves_the_old_folder_aside_first(cl_runner, tmp_path):
     assert first["accuracy"] == second["accuracy"]
 
 
+def test_weights_of_another_shape_are_refused_before_there_is_a_folder(cl_runner, tmp_path, the_run):
+    cl_runner("strategy=finetune", "trainer.epochs=1")
+    weights = the_run() / "model.safetensors"
+    status, said = cl_runner(f"model.pretrained={weights}", "model.widths=[17]", "output_root=second")
+    assert status == 2, said
+    assert "wrong shape" in said
+    assert not (tmp_path / "second").exists()
+
+
+@pytest.mark.parametrize(
+    "words", [["model=nope"], ["strategy=null"], ["-m", "model=mlp,cnn"]], ids=lambda words: words[-1]
+)
+def test_asking_for_a_configuration_that_is_none_shows_no_traceback(words, tmp_path):
+    command = [sys.executable, "-m", "cl_runner", "--cfg", "job", *words]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=QUIET)
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_run_that_failed_and_then_succeeds_says_nothing_of_the_failure(cl_runner, the_run):
+    cl_runner("trainer.epochs=1")
+    folder = the_run()
+    for file in ("results.json", "status.json"):
+        (folder / file).unlink()
+    (folder / "status.json").write_text(json.dumps({"state": "failed", "error": "it broke", "traceback": "here"}))
+    status, said = cl_runner("trainer.epochs=1")
+    assert status == 0, said
+    state = json.loads((folder / "status.json").read_text())
+    assert state["state"] == "done"
+    assert not {"error", "traceback"} & set(state)
+
+
 @pytest.mark.parametrize(
     "override",
     [
@@ -187,6 +221,26 @@ def test_a_run_that_is_tracked_locally_imports_no_wandb(tmp_path):
         [sys.executable, "-c", script, *TINY], cwd=tmp_path, capture_output=True, text=True, env=QUIET
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_a_killed_run_goes_on_and_ends_as_if_it_had_not_been(tmp_path):
+    command = [sys.executable, "-m", "cl_runner", *TINY, "trainer.epochs=30", "strategy.strength=10"]
+    killed = subprocess.Popen([*command, "output_root=killed"], cwd=tmp_path, stdout=subprocess.DEVNULL, env=QUIET)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("killed/*/checkpoint/last.pt")):
+        assert killed.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    killed.kill()
+    killed.wait()
+    (folder,) = (tmp_path / "killed").iterdir()
+    assert not (folder / "results.json").exists()
+    for root in ("killed", "whole"):
+        subprocess.run([*command, f"output_root={root}"], cwd=tmp_path, check=True, capture_output=True, env=QUIET)
+    one, other = (load_file(tmp_path / root / folder.name / "model.safetensors") for root in ("killed", "whole"))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert "going on after task" in (folder / "run.log").read_text()
 
 
 def test_python_m_is_the_same(tmp_path):

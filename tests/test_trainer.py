@@ -149,14 +149,51 @@ def test_the_rate_is_stepped_with_every_batch():
     stream = toy_stream()
     trainer, rows = toy_trainer(Finetune(), stream, toy_model(stream), log_every=1)
     for scheduler, rates in (
-        (partial(step, milestones=[0.5], gamma=0.1), [0.1] * 5 + [0.01] * 7),
-        (cosine, [0.05 * (1 + math.cos(math.pi * t / 12)) for t in range(1, 13)]),
+        (partial(step, milestones=[0.5], gamma=0.1), [0.1] * 6 + [0.01] * 6),
+        (cosine, [0.05 * (1 + math.cos(math.pi * t / 12)) for t in range(12)]),
     ):
         rows.clear()
         trainer.work.make_scheduler = scheduler
         trainer.work.model.reveal(stream.tasks[0])
         trainer.learn(stream.tasks[0], stream.tasks[0].train)
         assert [row["lr"] for row in rows] == pytest.approx(rates, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["constant", "cosine", "step"])
+def test_a_kept_optimizer_starts_each_task_at_its_own_rate(name):
+    from functools import partial
+
+    from cl_runner import schedulers
+
+    make = {"step": partial(schedulers.step, milestones=[0.5])}.get(name) or getattr(schedulers, name)
+    stream = toy_stream()
+    trainer, rows = toy_trainer(Finetune(), stream, toy_model(stream), log_every=1, optimizer_state="keep")
+    trainer.work.make_scheduler = make
+    for task in stream.tasks:
+        trainer.work.model.reveal(task)
+        trainer.learn(task, task.train)
+    rates = [[row["lr"] for row in rows if row["task"] == task] for task in range(3)]
+    assert rates[0] == pytest.approx(rates[1])
+    assert rates[0] == pytest.approx(rates[2])
+    assert rates[2][0] == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2, 3])
+def test_no_batch_is_a_single_example(accumulate):
+    stream = toy_stream(size=25)  # three batches of eight, and one over
+    seen = []
+
+    class Watching(Finetune):
+        def penalties(self, batch, output):
+            seen.append(len(batch))
+            return {}
+
+    rows = learn(
+        Watching(), stream, toy_model(stream, norm=True), tasks=1, epochs=2, log_every=1, accumulate=accumulate
+    )
+    assert min(seen) > 1
+    assert sum(seen) == 50
+    assert len(rows) == rows[-1]["task_steps"] == 6
 
 
 def test_bf16_autocast_computes_in_bf16_and_keeps_fp32_weights():

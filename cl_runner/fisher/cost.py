@@ -30,7 +30,7 @@ def announce(
     seconds = (clock() - start) * samples / min(TRIAL, samples)
     log.warning(
         "the %s Fisher makes %d backward passes over %d samples: about %.0f s (fisher=probe or a smaller "
-        "fisher.num_samples is faster)",
+        "fisher.pretrained_samples is faster)",
         type(estimator).__name__.lower(),
         passes,
         samples,

@@ -5,6 +5,7 @@ with Σ v vᵀ = diag(p) - p pᵀ, exactly or on average, give its diagonal as �
 returned is the mean over samples.
 """
 
+import logging
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar, Literal, Protocol
@@ -17,7 +18,9 @@ from torch import Tensor
 from cl_runner.fisher.curvature import Curvature, Diagonal
 from cl_runner.fisher.per_sample import SquaredGradients, undisturbed
 from cl_runner.models.model import Model, PretrainedView
-from cl_runner.streams.base import Examples
+from cl_runner.streams.base import Examples, Seed
+
+log = logging.getLogger("cl_runner")
 
 Logits = Literal["visible", "seen", "all"]
 Count = Annotated[int, Field(ge=1)]
@@ -58,7 +61,7 @@ class Estimator(ABC):
     pretrained_samples: Count | None = None
     batch_size: Count = 64
     logits: Logits = "visible"
-    seed: int = 0
+    seed: Seed = 0
 
     needs_labels: ClassVar[bool] = False
     together: ClassVar[bool] = False  # a batch's samples share one gradient
@@ -78,6 +81,7 @@ class Estimator(ABC):
         """This estimator with `pretrained_samples`; a `Probe` where this one needs true labels."""
         if not self.needs_labels:
             return replace(self, num_samples=self.pretrained_samples)
+        log.info("fisher=%s needs true labels; the pretrained head has none, so probe takes its place", _name(self))
         return Probe(
             num_samples=self.pretrained_samples,
             pretrained_samples=self.pretrained_samples,
@@ -121,7 +125,7 @@ class Estimator(ABC):
         return logits.masked_fill(~model.revealed, -torch.inf) if self.logits == "seen" else logits
 
     def _check(self, model: Model | PretrainedView, batch: Examples, entering: Tensor) -> None:
-        name = f"fisher={type(self).__name__.lower()}"
+        name = f"fisher={_name(self)}"
         if self.needs_labels and isinstance(model, PretrainedView):
             raise ValueError(f"{name} needs true labels, and the pretrained head has none: ask `for_pretrained()`")
         blind = ~entering.any(1)
@@ -258,6 +262,10 @@ class Reversed(Estimator):
     def vectors(self, logits: Tensor, labels: Tensor, noise: Tensor) -> Tensor:
         p = torch.where(logits == -torch.inf, logits, -logits).softmax(1)[:, None]
         return _unit(labels[:, None], p) - p
+
+
+def _name(estimator: Estimator) -> str:
+    return type(estimator).__name__.lower()
 
 
 def _unit(classes: Tensor, like: Tensor) -> Tensor:

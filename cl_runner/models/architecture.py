@@ -4,7 +4,7 @@ import logging
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -21,7 +21,7 @@ from cl_runner.models.heads import Init
 from cl_runner.models.model import ActiveLogits, Model
 from cl_runner.models.preprocess import Preprocess
 from cl_runner.models.weights import Inputs, Net, Shape
-from cl_runner.streams.base import Stream
+from cl_runner.streams.base import Scenario, Seed, Stream
 
 Positive = Annotated[int, Field(ge=1)]
 
@@ -52,7 +52,7 @@ class Architecture(ABC):
     norm_stats: Literal["frozen", "adapt"] | None = None
     image_size: Positive | None = None
     head_init: Init = "torch"
-    seed: int = 0
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
         if self.pretrained == "":
@@ -105,6 +105,19 @@ class Architecture(ABC):
             still_names(self._outline.backbone, self.freeze)
         if self.file:
             weights.compare(self._outline, weights.read(self.file, self.key_map, "meta"), shapes=False)
+
+    def check_images(self, shape: Shape) -> None:
+        """Refuse images [C, H, W] that the network, or its file of weights, is not made for.
+
+        Raises ConfigError. Where a network cannot be tried without its numbers, `build` finds out.
+        """
+        file = weights.read(self.file, self.key_map, "meta") if self.file else None
+        inputs = self._resolved(self._own_inputs(file), Stream(Scenario.TASK, [], 1, shape, None, None))
+        with torch.device("meta"), suppress(NotImplementedError):
+            net = self.network(inputs.shape, published=False)
+            if file:
+                weights.compare(net, file, shapes=True)
+            self._num_features(net, inputs)
 
     @property
     def has_pretrained_head(self) -> bool:
@@ -166,15 +179,20 @@ class Architecture(ABC):
 
     def _assembled(self, stream: Stream) -> tuple[Inputs, Net]:
         """The network with its weights, and the images that it gets."""
-        if self.file:
-            file = weights.read(self.file, self.key_map)
-            inputs = self._resolved(file.inputs or self._usual_inputs(file.state), stream)
+        file = weights.read(self.file, self.key_map) if self.file else None
+        inputs = self._resolved(self._own_inputs(file), stream)
+        if file:
             return inputs, weights.load(self.network(inputs.shape, published=False), file)
-        inputs = self._resolved(self.published() if self.named else Inputs(), stream)
         net = self.network(inputs.shape, published=self.named)
         if self.named and net.head is None:
             log.info("%s has no classifier of one linear layer: its pretrained weights are no task zero", self.label)
         return inputs, net if self.named else replace(net, head=None)
+
+    def _own_inputs(self, file: weights.WeightsFile | None) -> Inputs:
+        """What the weights themselves say of images."""
+        if file:
+            return file.inputs or self._usual_inputs(file.state)
+        return self.published() if self.named else Inputs()
 
     def _usual_inputs(self, state: dict[str, Tensor]) -> Inputs:
         """What a file that does not say expects of images."""
@@ -203,6 +221,8 @@ class Architecture(ABC):
         try:
             with torch.no_grad():
                 features = net.backbone.eval()(torch.zeros(1, *inputs.shape))
+        except NotImplementedError:  # on the meta device, of a layer that has no shapes there
+            raise
         except (RuntimeError, AssertionError, ValueError) as error:
             raise refused(self.label, inputs.shape, error) from error
         finally:

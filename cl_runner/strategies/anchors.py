@@ -1,5 +1,6 @@
 """The weights that a penalty pulls towards, and how far the model is from them."""
 
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -43,23 +44,38 @@ def trainable(model: torch.nn.Module, *, head: bool = True) -> Parameters:
     }
 
 
-def snapshot(parameters: Parameters) -> Parameters:
-    return {name: parameter.detach().clone() for name, parameter in parameters.items()}
+@dataclass(frozen=True)
+class Anchor:
+    """Weights to hold to, as they were when the anchor was set."""
+
+    weights: Parameters
+    rows: Tensor  # [K] bool: the head's rows that had been revealed; no anchor covers one that has learned nothing yet
+
+    @classmethod
+    def at(cls, model: Model, *, head: bool = True) -> "Anchor":
+        weights = {name: value.detach().clone() for name, value in trainable(model, head=head).items()}
+        return cls(weights, model.revealed)
+
+    def distance(self, live: Parameters) -> Parameters:
+        """live - anchored, by name; zero for head rows that the anchor does not cover."""
+        delta = {name: live[name] - value for name, value in self.weights.items()}
+        for name in delta.keys() & {"head.weight", "head.bias"}:
+            # A product, not an index: selecting rows by a mask would wait for the device.
+            delta[name] = delta[name] * (self.rows[:, None] if name == "head.weight" else self.rows)
+        return delta
 
 
-def difference(parameters: Parameters, anchor: Parameters) -> Parameters:
-    """parameters - anchor, for the anchor's names."""
-    return {name: parameters[name] - value for name, value in anchor.items()}
+# Checkpoints are read with `weights_only=True`, which builds no class that is not named here.
+torch.serialization.add_safe_globals([Anchor])
 
 
 class NormPenalty(Strategy):
     """Fine-tune with a norm of the weights' distance from zero, the previous task's or the pretrained weights.
 
-    The head takes part with the rows that were revealed before the anchor was set: no anchor covers a row that has
-    not learned anything yet. The pretrained weights are the backbone's alone.
+    The pretrained weights are the backbone's alone.
     """
 
-    saved = ("anchor", "rows")
+    saved = ("anchors",)
 
     def __init__(self, strength: float, towards: Literal["zero", "previous", "pretrained"]) -> None:
         self.strength, self.towards = strength, towards
@@ -73,22 +89,18 @@ class NormPenalty(Strategy):
 
     def setup(self, model: Model, stream: Stream) -> None:
         super().setup(model, stream)
-        self.rows = model.revealed
-        self.anchor: Parameters = {}
-        if self.towards == "pretrained":
-            self.anchor = snapshot(trainable(model, head=False))
+        self.anchors = [Anchor.at(model, head=False)] if self.towards == "pretrained" else []
 
     def before_task(self, task: Task) -> None:
         if self.towards == "zero":
-            self.rows = self.model.revealed
-            self.anchor = {name: torch.zeros_like(value) for name, value in trainable(self.model).items()}
+            zeros = {name: torch.zeros_like(value) for name, value in trainable(self.model).items()}
+            self.anchors = [Anchor(zeros, self.model.revealed)]
 
     def after_task(self, task: Task) -> None:
         if self.towards == "previous":
-            self.rows = self.model.revealed
-            self.anchor = snapshot(trainable(self.model))
+            self.anchors = [Anchor.at(self.model)]
 
     def distances(self) -> list[Tensor]:
-        """weights - anchor, a tensor a parameter."""
-        delta = difference(trainable(self.model), self.anchor)
-        return [value[self.rows] if name.startswith("head.") else value for name, value in delta.items()]
+        """weights - anchor, a tensor a parameter; empty where nothing is anchored yet."""
+        live = trainable(self.model)
+        return [delta for anchor in self.anchors for delta in anchor.distance(live).values()]

@@ -17,6 +17,7 @@ class Strategy:
 
     saved: ClassVar[tuple[str, ...]] = ()  # attributes that a resumed run needs: tensors, containers of them, modules
     scenarios: ClassVar[frozenset[Scenario]] = frozenset(Scenario)  # where the method can work
+    needs_task_id: ClassVar[bool] = False  # predicts only where the task is told
     offline: ClassVar[bool] = False  # learns all the tasks in one go once the last has come
 
     model: Model

@@ -9,19 +9,11 @@ from torch import Tensor
 
 from cl_runner.errors import ConfigError
 from cl_runner.fisher.cost import announce
-from cl_runner.fisher.curvature import Curvature, Parameters
+from cl_runner.fisher.curvature import Curvature
 from cl_runner.fisher.estimators import FisherEstimator
 from cl_runner.models.architecture import Architecture
 from cl_runner.models.model import Model, Output, PretrainedView
-from cl_runner.strategies.anchors import (
-    Source,
-    check_source,
-    difference,
-    snapshot,
-    trainable,
-    wants_pretrained,
-    wants_previous,
-)
+from cl_runner.strategies.anchors import Anchor, Source, check_source, trainable, wants_pretrained, wants_previous
 from cl_runner.strategies.base import Strategy
 from cl_runner.streams.base import Examples, Stream, Task
 from cl_runner.streams.recipe import Recipe
@@ -65,35 +57,37 @@ class EWC(Strategy):
 
     def setup(self, model: Model, stream: Stream) -> None:
         super().setup(model, stream)
-        self.terms: list[tuple[Curvature, Parameters]] = []
-        self.pretrained_term: list[tuple[Curvature, Parameters]] = []
+        self.terms: list[tuple[Curvature, Anchor]] = []
+        self.pretrained_term: list[tuple[Curvature, Anchor]] = []
 
     def before_task(self, task: Task) -> None:
-        if task.index > 0 or not wants_pretrained(self.anchor, self.model):
+        anchor = Anchor.at(self.model, head=False)
+        if task.index > 0 or not anchor.weights or not wants_pretrained(self.anchor, self.model):
             return
         view, fisher, examples = PretrainedView(self.model), self.fisher.for_pretrained(), task.train
         announce(fisher, view, examples)
-        self.pretrained_term = [(fisher(view, examples), snapshot(trainable(self.model, head=False)))]
+        self.pretrained_term = [(fisher(view, examples), anchor)]
 
     def penalties(self, batch: Examples, output: Output) -> dict[str, Tensor]:
-        weights = trainable(self.model, head=self.head)
+        live = trainable(self.model, head=self.head)
         named = {
             "ewc": (self.strength, self.terms),
             "ewc_pretrained": (self.pretrained_strength, self.pretrained_term),
         }
         return {
-            name: self.factor * strength * torch.stack([F.quadratic(difference(weights, w)) for F, w in terms]).sum()
+            name: self.factor * strength * torch.stack([F.quadratic(at.distance(live)) for F, at in terms]).sum()
             for name, (strength, terms) in named.items()
             if terms
         }
 
     def after_task(self, task: Task) -> None:
-        if not wants_previous(self.anchor):
+        anchor = Anchor.at(self.model, head=self.head)
+        last = task.index == len(self.stream) - 1  # nothing comes that could be held
+        if last or not anchor.weights or not wants_previous(self.anchor):
             return
-        weights = snapshot(trainable(self.model, head=self.head))
-        fisher = self.fisher(self.model, task.train).only(weights)
+        fisher = self.fisher(self.model, task.train).only(anchor.weights)
         if self.accumulation == "separate" or not self.terms:
-            self.terms.append((fisher, weights))
+            self.terms.append((fisher, anchor))
         else:
             summed, _ = self.terms[0]
-            self.terms = [(summed.scaled(self.decay).plus(fisher), weights)]
+            self.terms = [(summed.scaled(self.decay).plus(fisher), anchor)]

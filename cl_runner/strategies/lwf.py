@@ -32,13 +32,14 @@ class LwF(Strategy):
         teacher: Source = "auto",
         temperature: Annotated[float, Field(gt=0)] = 2.0,
         squared_temperature: bool = True,
-        weighting: Literal["constant", "tasks", "average"] = "constant",
+        weighting: Literal["constant", "tasks", "average"] = "tasks",
         softmax: Literal["task", "joint"] = "task",
     ) -> None:
         """`squared_temperature`: multiply by T^2, so that gradients do not shrink with it (Hinton et al., 2015);
-        `weighting`: of the task's loss and of the previous tasks' distillation in task k = 1, 2, …: (1, 1), (1, k-1)
-        or (1/k, 1-1/k), the latter times `strength`; `softmax`: one for each earlier task's outputs, their losses
-        added (the paper), or one over all of them; `pretrained_strength`: null for the same as `strength`."""
+        `softmax`: one for each earlier task's outputs, their losses averaged, or one over all of them; `weighting`: of
+        the task's loss and of that distillation in task k = 1, 2, …: constant (1, 1), tasks (1, k-1), by which each
+        earlier task counts once (the paper), or average (1/k, 1-1/k), the latter times `strength`;
+        `pretrained_strength`: null for the same as `strength`."""
         self.strength = strength
         self.source: Source = teacher
         self.pretrained_strength = strength if pretrained_strength is None else pretrained_strength
@@ -53,7 +54,7 @@ class LwF(Strategy):
         super().setup(model, stream)
         self.teacher = _still(model)
         self.pretrained = _still(PretrainedView(model)) if wants_pretrained(self.source, model) else None
-        self.old_groups: list[list[int]] = []  # the earlier outputs, a list for each softmax
+        self.old_groups: list[Tensor] = []  # the earlier outputs, int64, for each softmax
         self.number = 1  # of the task, from 1
 
     def before_task(self, task: Task) -> None:
@@ -62,7 +63,7 @@ class LwF(Strategy):
         groups = dict.fromkeys(earlier.classes for earlier in self.stream.tasks[: task.index])
         if self.softmax == "joint" and groups:
             groups = {tuple(sorted({label for group in groups for label in group})): None}
-        self.old_groups = [list(group) for group in groups]
+        self.old_groups = [torch.tensor(group, device=self.model.device) for group in groups]
 
     def task_loss(self, batch: Examples, output: Output) -> Tensor:
         weight = 1 / self.number if self.weighting == "average" else 1.0
@@ -75,7 +76,7 @@ class LwF(Strategy):
             with torch.no_grad():
                 target = self.teacher.encode(output.inputs).logits
             losses = [self.distillation(output.logits[:, group], target[:, group]) for group in self.old_groups]
-            terms["lwf"] = weight * self.strength * torch.stack(losses).sum()
+            terms["lwf"] = weight * self.strength * torch.stack(losses).mean()
         if self.pretrained is not None:
             with torch.no_grad():
                 target = self.pretrained.encode(output.inputs).logits

@@ -1,9 +1,10 @@
 """Nearest class mean (Mensink et al., 2013; with cosine: SimpleCIL, Zhou et al., 2024, arXiv 2303.07338)."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor
 
 from cl_runner.models.model import Model
@@ -16,7 +17,9 @@ class NCM(Strategy):
 
     saved = ("sums", "counts")
 
-    def __init__(self, *, distance: Literal["cosine", "euclidean"] = "cosine", batch_size: int = 256) -> None:
+    def __init__(
+        self, *, distance: Literal["cosine", "euclidean"] = "cosine", batch_size: Annotated[int, Field(ge=1)] = 256
+    ) -> None:
         self.distance, self.batch_size = distance, batch_size
 
     def setup(self, model: Model, stream: Stream) -> None:

@@ -4,12 +4,17 @@ Shapes, here and everywhere: B batch, N examples, C channels, H x W pixels, D fe
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
+from itertools import pairwise
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch import Tensor
+
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what numpy's RandomState takes
 
 
 class Scenario(StrEnum):
@@ -48,21 +53,37 @@ class Examples:
         extras = {name: move(values) for name, values in self.extras.items()}
         return Examples(move(self.images), move(self.labels), move(self.task_ids), extras)
 
-    def with_extras(self, **extras: Tensor) -> "Examples":
-        return replace(self, extras={**self.extras, **extras})
-
     def batches(
         self, size: int, generator: torch.Generator | None = None, drop_last: bool = False
     ) -> Iterator["Examples"]:
-        """All rows once, `size` at a time: in order, or shuffled by `generator` (a CPU generator)."""
-        end = len(self) - len(self) % size if drop_last else len(self)
+        """All rows once, `size` at a time: in order, or shuffled by `generator` (a CPU generator).
+
+        The last batch is short, or left out with `drop_last` (unless it is the only one). A single row that is left
+        over joins the batch before it when shuffled: a batch of one has no statistics for a normalisation layer.
+        """
         if generator is None:
-            for start in range(0, end, size):
+            for start in range(0, len(self), size):
                 yield self[start : start + size]
             return
         order = torch.randperm(len(self), generator=generator).to(self.labels.device)
-        for start in range(0, end, size):
-            yield self[order[start : start + size]]
+        count = number_of_batches(len(self), size, drop_last)
+        for number in range(count):
+            last = number == count - 1 and not drop_last
+            yield self[order[number * size :] if last else order[number * size : (number + 1) * size]]
+
+    def split(self, parts: int) -> Iterator["Examples"]:
+        """Up to `parts` parts in order, as equal as can be, none of a single row unless there is but one."""
+        size = len(self)
+        parts = max(1, min(parts, size // 2))
+        edges = [size * part // parts for part in range(parts + 1)]
+        for start, end in pairwise(edges):
+            yield self[start:end]
+
+
+def number_of_batches(rows: int, size: int, drop_last: bool = False) -> int:
+    """How many shuffled batches `Examples.batches` makes."""
+    whole, rest = divmod(rows, size)
+    return max(1, whole) if drop_last or rest == 0 or (rest == 1 and whole) else whole + 1
 
 
 def concatenate(parts: Sequence[Examples]) -> Examples:

@@ -13,11 +13,10 @@ from pydantic import Field
 from torch import Tensor
 
 from cl_runner.errors import ConfigError
-from cl_runner.streams.base import Examples, Scenario, Stream, Task
+from cl_runner.streams.base import Examples, Scenario, Seed, Stream, Task
 from cl_runner.streams.cache import DataSet
 from cl_runner.streams.datasets import KNOWN, find
 
-Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what numpy's RandomState takes
 Count = Annotated[int, Field(ge=1)]
 
 
@@ -91,6 +90,13 @@ class Recipe(ABC):
         assert self._num_source_classes is not None, "a folder's classes are counted by prepare"
         return self.label_space(self._num_source_classes)
 
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """C, H, W of the tasks' images; of a folder of images after `prepare` only."""
+        channels, *size = self._image_shape
+        height, width = (self.pad_to or each for each in size)
+        return channels, height, width
+
     def prepare(self, data_root: str) -> None:
         """See to it that the data is there, downloaded if need be, and decoded in the cache.
 
@@ -138,6 +144,7 @@ class Recipe(ABC):
     def _check(self, num_classes: int, image_shape: tuple[int, int, int]) -> None:
         self.check_classes(num_classes)
         self._num_source_classes = num_classes
+        self._image_shape = image_shape
         channels, *size = image_shape
         if self.pad_to is not None and self.pad_to < max(size):
             raise ConfigError("stream.pad_to", f"expected at least the images' {max(size)} pixels, got {self.pad_to}")

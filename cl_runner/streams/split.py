@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from cl_runner.errors import ConfigError
-from cl_runner.streams.base import Scenario
-from cl_runner.streams.recipe import Count, Recipe, Seed
+from cl_runner.streams.base import Scenario, Seed
+from cl_runner.streams.recipe import Count, Recipe
 
 
 @dataclass(kw_only=True)

@@ -16,12 +16,11 @@ JOURNAL = "steps.jsonl"
 class Local(Null):
     """Writes `steps.jsonl` as the run goes, and `accuracy.csv`, `accuracy.png`, `results.json` when it is done.
 
-    journal_offset: bytes of the journal that the checkpoint vouches for. Rows beyond them come from steps that will be
-    taken again, so `start` cuts them off. None: a resumed run keeps its journal, until `rewind`; a new one has none.
+    Rows beyond those that a checkpoint vouches for come from steps that will be taken again: `rewind` cuts them off.
     """
 
-    def __init__(self, journal_offset: int | None = None) -> None:
-        self._offset = journal_offset
+    def __init__(self) -> None:
+        self._offset: int | None = None
         self._journal: BinaryIO | None = None
         self._run: RunInfo | None = None
 

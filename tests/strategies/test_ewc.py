@@ -6,7 +6,7 @@ from cl_runner.fisher.estimators import Exact, Probe
 from cl_runner.models.efficientnet import EfficientNetLite0
 from cl_runner.models.model import Output, PretrainedView
 from cl_runner.strategies import EWC, Finetune
-from cl_runner.strategies.anchors import snapshot, trainable
+from cl_runner.strategies.anchors import Anchor, trainable
 from cl_runner.streams.split import Split
 from tests.toys import learn, toy_model, toy_stream, toy_trainer
 
@@ -60,9 +60,9 @@ def test_a_term_a_task_adds_up_over_tasks():
     (first, at_first), (second, at_second) = strategy.terms
     weights = trainable(model)
     by_hand = sum(
-        (F.values[name] * (weights[name] - at[name]) ** 2).sum()
+        (F.values[name] * (weights[name] - at.weights[name]) ** 2).sum()
         for F, at in ((first, at_first), (second, at_second))
-        for name in at
+        for name in at.weights
     )
     torch.testing.assert_close(penalty(strategy)["ewc"], 0.5 * by_hand)
 
@@ -72,7 +72,7 @@ def test_the_running_sum_decays_and_is_anchored_to_the_last_weights():
     model = toy_model(stream)
     strategy = EWC(fisher=exact(), strength=1.0, accumulation="sum", decay=0.5)
     learn(strategy, stream, model, tasks=1)
-    (first, _), model_copy = strategy.terms[0], snapshot(trainable(model))
+    (first, at_first) = strategy.terms[0]
     moved(model, 0.05)
     strategy.after_task(stream.tasks[0])
     second = exact()(model, stream.tasks[0].train)
@@ -80,7 +80,7 @@ def test_the_running_sum_decays_and_is_anchored_to_the_last_weights():
     assert len(strategy.terms) == 1
     for name, values in summed.values.items():
         torch.testing.assert_close(values, 0.5 * first.values[name] + second.values[name])
-        torch.testing.assert_close(anchor[name], model_copy[name] + 0.05)
+        torch.testing.assert_close(anchor.weights[name], at_first.weights[name] + 0.05)
 
 
 def test_a_strong_penalty_holds_the_weights_that_matter():
@@ -93,7 +93,7 @@ def test_a_strong_penalty_holds_the_weights_that_matter():
         fisher, at = strategy.terms[0]
         learn_second(strategy, stream, model)
         weights = trainable(model)
-        distances[strength] = fisher.quadratic({name: weights[name] - at[name] for name in at}).item()
+        distances[strength] = fisher.quadratic(at.distance(weights)).item()
     assert distances[30.0] < 0.5 * distances[0.0]
 
 
@@ -111,8 +111,8 @@ def test_a_partly_frozen_backbone_is_no_error():
     model.backbone[1].weight.requires_grad_(False)
     strategy = EWC(fisher=exact(), strength=1.0)
     learn(strategy, stream, model)
-    assert "backbone.1.weight" not in strategy.terms[0][1]
-    assert "backbone.1.bias" in strategy.terms[0][1]
+    assert "backbone.1.weight" not in strategy.terms[0][1].weights
+    assert "backbone.1.bias" in strategy.terms[0][1].weights
 
 
 def test_a_wholly_frozen_backbone_is_no_error_either():
@@ -122,16 +122,26 @@ def test_a_wholly_frozen_backbone_is_no_error_either():
     learn(EWC(fisher=exact(), strength=1.0), stream, model)
 
 
+@pytest.mark.parametrize("logits", ["visible", "seen", "all"])
 @pytest.mark.parametrize("scenario", ["task", "class"])
-def test_no_anchor_covers_a_head_row_that_is_not_revealed(scenario):
+def test_no_anchor_covers_a_head_row_that_is_not_revealed(scenario, logits):
     stream = toy_stream(scenario)
     model = toy_model(stream)
-    strategy = EWC(fisher=exact(), strength=1.0)
+    strategy = EWC(fisher=exact(logits=logits), strength=1.0)
     learn(strategy, stream, model, tasks=1)
-    fisher, _ = strategy.terms[0]
-    assert fisher.values["head.weight"][:2].any()
-    assert not fisher.values["head.weight"][2:].any()
-    assert not fisher.values["head.bias"][2:].any()
+    assert strategy.terms[0][0].values["head.weight"][:2].any()
+    model.reveal(stream.tasks[1])  # draws the second task's rows afresh
+    assert penalty(strategy)["ewc"] == 0
+    with torch.no_grad():
+        model.head.weight[0] += 1
+    assert penalty(strategy)["ewc"] > 0
+
+
+def test_no_fisher_is_estimated_after_the_last_task():
+    stream = toy_stream()
+    strategy = EWC(fisher=exact(), strength=1.0)
+    learn(strategy, stream, toy_model(stream))
+    assert len(strategy.terms) == 2
 
 
 def test_the_head_can_be_left_out():
@@ -139,20 +149,20 @@ def test_the_head_can_be_left_out():
     strategy = EWC(fisher=exact(), strength=1.0, head=False)
     learn(strategy, stream, toy_model(stream), tasks=1)
     fisher, anchor = strategy.terms[0]
-    assert {name.split(".")[0] for name in [*anchor, *fisher.values]} == {"backbone"}
+    assert {name.split(".")[0] for name in [*anchor.weights, *fisher.values]} == {"backbone"}
 
 
 def test_the_pretrained_weights_are_task_zero_with_the_fisher_of_their_own_head():
     stream = toy_stream()
     model = toy_model(stream, pretrained=True)
-    before = snapshot(trainable(model, head=False))
+    before = Anchor.at(model, head=False).weights
     expected = exact()(PretrainedView(model), stream.tasks[0].train)
     strategy = EWC(fisher=exact(), strength=2.0)
     learn(strategy, stream, model, tasks=1)
     ((fisher, anchor),) = strategy.pretrained_term
-    assert anchor.keys() == fisher.values.keys() == before.keys()
+    assert anchor.weights.keys() == fisher.values.keys() == before.keys()
     for name, value in before.items():
-        torch.testing.assert_close(anchor[name], value)
+        torch.testing.assert_close(anchor.weights[name], value)
         torch.testing.assert_close(fisher.values[name], expected.values[name])
 
 

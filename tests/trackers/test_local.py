@@ -63,7 +63,7 @@ def test_no_half_written_file_is_left(finished: Path) -> None:
     assert {path.name for path in finished.iterdir()} == {"steps.jsonl", "results.json", "accuracy.csv", "accuracy.png"}
 
 
-@pytest.mark.parametrize("rewound", ["constructor", "before start", "after start"])
+@pytest.mark.parametrize("rewound", ["before start", "after start"])
 def test_a_resumed_run_takes_up_the_journal_where_its_checkpoint_left_it(tmp_path: Path, rewound: str) -> None:
     rows = journal_rows()
     killed = Local()
@@ -73,7 +73,7 @@ def test_a_resumed_run_takes_up_the_journal_where_its_checkpoint_left_it(tmp_pat
     tell(killed, rows[5:8])
     with (tmp_path / "steps.jsonl").open("ab") as file:
         file.write(b'{"kind": "st')  # the process died in the middle of a line
-    resumed = Local(offset) if rewound == "constructor" else Local()
+    resumed = Local()
     if rewound == "before start":
         resumed.rewind(offset)
     resumed.start(run_info(tmp_path, resumed=True))

@@ -1,0 +1,61 @@
+"""Seconds and peak memory by phase, and what the numbers were made with."""
+
+import platform
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+
+class Clock:
+    """Seconds and peak memory by phase."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.seconds: dict[str, float] = {}
+        self.peak_memory: dict[str, int] = {}
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        start = time.perf_counter()
+        yield
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.add({phase: time.perf_counter() - start}, {phase: self._peak()})
+
+    def add(self, seconds: dict[str, float], peak_memory: dict[str, int]) -> None:
+        for phase, value in seconds.items():
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + value
+        for phase, value in peak_memory.items():
+            self.peak_memory[phase] = max(self.peak_memory.get(phase, 0), value)
+
+    def _peak(self) -> int:
+        """Bytes: on CUDA what tensors took at most in the phase, elsewhere what the process took so far."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        import resource  # not on every platform
+
+        scale = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """What the numbers were made with."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return {
+        "cl_runner": version("cl_runner"),
+        "torch": torch.__version__,
+        "torchvision": version("torchvision"),
+        "timm": version("timm"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": str(device),
+        "device_name": name,
+        "threads": torch.get_num_threads(),
+    }
