@@ -1,0 +1,57 @@
+"""What the documents tell people to type."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from cl_runner.compose import choices, compose_jobs, in_order
+from cl_runner.config import validated
+
+ROOT = Path(__file__).parent.parent
+PAGES = ["README.md", "CONTRIBUTING.md", "benchmarks/RESULTS.md"]
+
+
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+
+
+def commands(page: str) -> list[str]:
+    lines = "".join(blocks(page, "sh")).replace("\\\n", " ").splitlines()
+    return [line for line in lines if re.match(r"cl-runner( |$)", line)]
+
+
+@pytest.mark.parametrize(("page", "command"), [(page, command) for page in PAGES for command in commands(page)])
+def test_every_command_is_one_that_the_program_takes(page, command):
+    words = shlex.split(command, comments=True)[1:]
+    if words[:1] == ["list"] or "-sc" in words or "--config-dir" in words:
+        return
+    words = [word for word in words if word not in ("--cfg", "job")]
+    for cfg in compose_jobs(in_order(words)):
+        validated(cfg)
+
+
+def test_the_readme_names_every_choice():
+    text = (ROOT / "README.md").read_text()
+    for group in ("stream", "model", "strategy", "fisher", "optimizer", "scheduler", "tracker"):
+        for choice in choices()[group]:
+            assert f"`{choice}`" in text
+
+
+def test_every_figure_of_the_readme_stands_in_the_results_too():
+    readme, results = (ROOT / "README.md").read_text(), (ROOT / "benchmarks" / "RESULTS.md").read_text()
+    rows = [line for line in readme.splitlines() if line.startswith("|") and "±" in line]
+    assert rows
+    assert all(row in results for row in rows)
+
+
+def test_the_method_that_contributing_shows_works_as_it_stands(cl_runner, tmp_path, monkeypatch):
+    (code,), (config,) = blocks("CONTRIBUTING.md", "python"), blocks("CONTRIBUTING.md", "yaml")
+    (tmp_path / "conf" / "strategy").mkdir(parents=True)
+    (tmp_path / "conf" / "strategy" / "lfl.yaml").write_text(config.replace("cl_runner.strategies.lfl", "my_lfl"))
+    (tmp_path / "my_lfl.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    status, said = cl_runner("--config-dir", str(tmp_path / "conf"), "strategy=lfl", "plugins=[my_lfl]")
+    assert status == 0, said
+    assert '"lfl":' in next((tmp_path / "outputs").glob("*/steps.jsonl")).read_text()
