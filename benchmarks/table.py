@@ -39,7 +39,9 @@ def look_up(config: dict[str, Any], key: str) -> str:
     value: Any = config
     for part in key.split("."):
         value = value.get(part, "-") if isinstance(value, dict) else "-"
-    return value["_target_"].rpartition(".")[2].lower() if isinstance(value, dict) else str(value)
+    if isinstance(value, dict):
+        return value["_target_"].rpartition(".")[2].lower()
+    return "null" if value is None else str(value)
 
 
 def check_seeds(key: tuple[str, ...], runs: list[dict[str, Any]]) -> None:
