@@ -23,8 +23,15 @@ def main() -> None:
     arguments = parser.parse_args()
     groups: dict[tuple[str, ...], list[dict[str, Any]]] = defaultdict(list)
     for path in sorted(arguments.folder.glob("*/results.json")):
+        if path.parent.suffix[1:].isdigit():  # an earlier run, moved aside by rerun=true
+            continue
         results = json.loads(path.read_text())
+        known = results["metrics"].keys()
+        if unknown := [metric for metric in arguments.metrics if metric not in known]:
+            raise SystemExit(f"--metrics: expected some of {', '.join(sorted(known))}; got {unknown[0]!r}")
         groups[tuple(look_up(results["config"], key) for key in ("strategy", *arguments.by))].append(results)
+    if not groups:
+        raise SystemExit(f"expected a folder of finished runs, got {arguments.folder}")
     print("| " + " | ".join(["strategy", *arguments.by, *arguments.metrics, "seconds", "n"]) + " |")
     print("|---" * (len(arguments.by) + len(arguments.metrics) + 3) + "|")
     for key, runs in sorted(groups.items()):
@@ -55,8 +62,8 @@ def summary(values: list[float | None], metric: str) -> str:
     if len(known) < len(values):
         return "-"
     scale, digits = (100, 1) if any(word in metric for word in PERCENT) else (1, 2)
-    spread = statistics.stdev(known) if len(known) > 1 else 0.0
-    return f"{scale * statistics.mean(known):.{digits}f} ± {scale * spread:.{digits}f}"
+    mean = f"{scale * statistics.mean(known):.{digits}f}"
+    return f"{mean} ± {scale * statistics.stdev(known):.{digits}f}" if len(known) > 1 else mean
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The command line: compose, check, run."""
 
 import os
+import shutil
 import sys
 import time
 import traceback
@@ -78,6 +79,10 @@ def hydra_main(cfg: DictConfig) -> float | None:
 
     try:
         return carry_out(cfg)
+    except ConfigError as error:  # what only building could tell: weights that cannot be fetched, say
+        if HydraConfig.get().mode is RunMode.MULTIRUN:
+            raise
+        _refuse(error)
     except Exception as error:
         if HydraConfig.get().mode is RunMode.MULTIRUN:
             raise  # the sweep goes on, and knows
@@ -106,6 +111,7 @@ def carry_out(cfg: DictConfig) -> float | None:
     if folder.done:
         show(experiment)
         return folder.results["metrics"]["average_accuracy"]
+    new = not folder.status
     folder.path.mkdir(parents=True, exist_ok=True)
     folder.write_config(experiment.config)
     folder.start(
@@ -119,6 +125,9 @@ def carry_out(cfg: DictConfig) -> float | None:
         try:
             results = run(experiment, folder, [experiment.tracker, Console(console, experiment.tracker.line)])
         except BaseException as error:
+            if new and isinstance(error, ConfigError):
+                shutil.rmtree(folder.path)  # nothing was begun in it
+                raise
             folder.fail(error, traceback.format_exc())
             raise
     return results["metrics"]["average_accuracy"]

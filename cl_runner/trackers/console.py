@@ -110,7 +110,7 @@ class Console(Null):
         self._progress.reset(self._bars["batches"], note="")
         now = time.monotonic()
         parts = {
-            "task": f"{row['task'] + 1}/{row['num_tasks']}",
+            "task": f"{row['task']} ({row['task'] + 1}/{row['num_tasks']})",  # the number by which matrices call it
             "accuracy": f"{percent(row['accuracy'][self._run.scenario][row['task']])} %",
             "average": f"{percent(row['metrics']['average_accuracy'])} %",
             "forgetting": f"{percent(row['metrics']['average_forgetting'])} %",
@@ -207,7 +207,10 @@ def _metrics(metrics: dict[str, float | None], scenarios: list[str]) -> Table:
     table.add_column("metric")
     for scenario in scenarios:
         table.add_column(scenario, justify="right")
-    for name in (name for name in metrics if "/" not in name):
+    shown = [
+        name for name in metrics if "/" not in name and (name != "validation_accuracy" or metrics[name] is not None)
+    ]
+    for name in shown:
         rest = [_value(name, metrics[key]) if (key := f"{name}/{other}") in metrics else "" for other in scenarios[1:]]
         table.add_row(name, _value(name, metrics[name]), *rest)
     return table

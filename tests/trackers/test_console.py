@@ -27,8 +27,8 @@ def test_each_task_has_a_line_when_it_ends(tmp_path: Path) -> None:
     shown(tmp_path, terminal)
     lines = [" ".join(line.split()) for line in text.getvalue().splitlines() if line.startswith("task ")]
     # After task 1: (0.61 + 0.8) / 2 = 70.5 %, and 0.9 - 0.61 = 29 % forgotten.
-    assert lines[0].startswith("task 1/3 accuracy 90.0 % average 90.0 % forgetting – % seconds")
-    assert lines[1].startswith("task 2/3 accuracy 80.0 % average 70.5 % forgetting 29.0 % seconds")
+    assert lines[0].startswith("task 0 (1/3) accuracy 90.0 % average 90.0 % forgetting – % seconds")
+    assert lines[1].startswith("task 1 (2/3) accuracy 80.0 % average 70.5 % forgetting 29.0 % seconds")
     assert len(lines) == 3
 
 

@@ -74,7 +74,9 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Written, Written]
     many.close(failed=True)
 
     resumed = Wandb(mode="offline", tags=["a tag"], notes="a note")
-    many = Many([Local(offset), resumed])
+    local = Local()
+    local.rewind(offset)
+    many = Many([local, resumed])
     many.start(run_info(folder, resumed=True))
     tell(many, rows[ROWS_BEFORE_THE_END_OF_TASK_1:])
     many.finish(results())
