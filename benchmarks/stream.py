@@ -132,15 +132,17 @@ WORKS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("works", nargs="*", default=list(WORKS), choices=[*WORKS, []])
+    parser.add_argument("works", nargs="*", help=f"of {', '.join(WORKS)}; none: all")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--peer", help="a Python with Avalanche installed")
     arguments = parser.parse_args()
+    if unknown := set(arguments.works) - set(WORKS):
+        parser.error(f"expected some of {', '.join(WORKS)}; got {', '.join(unknown)}")
     torch.set_num_threads(1)
     print(f"torch {torch.__version__}, one thread, median of {arguments.rounds} rounds", file=sys.stderr)
     print("| work | bare loop, s | runner, s | runner / bare | goal | Avalanche, s | Avalanche / runner |")
     print("|---|---|---|---|---|---|---|")
-    for name in arguments.works:
+    for name in arguments.works or WORKS:
         architecture, shape, classes, size, batch_size, goal = WORKS[name]
         stream = stream_of(shape, classes, size)
         bare, runner, peer = [], [], []
