@@ -29,7 +29,7 @@ def main() -> None:
     if argv[:1] == ["list"]:
         list_choices(argv[1:])
     elif any(word.partition("=")[0] in ASKS_HYDRA for word in argv):
-        if "--cfg" in argv or "-c" in argv:
+        if any(word.partition("=")[0] in ("--cfg", "-c") for word in argv):
             try_composing(argv)
         hydra_main()
     else:

@@ -114,7 +114,7 @@ def test_weights_of_another_shape_are_refused_before_there_is_a_folder(cl_runner
     "words", [["model=nope"], ["strategy=null"], ["-m", "model=mlp,cnn"]], ids=lambda words: words[-1]
 )
 def test_asking_for_a_configuration_that_is_none_shows_no_traceback(words, tmp_path):
-    command = [sys.executable, "-m", "cl_runner", "--cfg", "job", *words]
+    command = [sys.executable, "-m", "cl_runner", "--cfg=job", *words]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=QUIET)
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1

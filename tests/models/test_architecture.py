@@ -7,6 +7,7 @@ from torch import nn
 from cl_runner.errors import ConfigError
 from cl_runner.models import CNN, MLP, Conv5, EfficientNetLite0, ResNet18, TorchVision
 from cl_runner.models.architecture import norm_layers
+from cl_runner.models.weights import Net, Shape
 from tests.models.samples import GRAY, RGB, every_architecture, images, saved, stream_of
 
 
@@ -205,3 +206,13 @@ def test_patterns_that_match_pass_the_check():
 def test_weights_that_nobody_published_are_refused_with_what_exists(recipe):
     with pytest.raises(ConfigError, match=r"model\.pretrained: expected .*false or a file.*, got 'imagenet21k'"):
         recipe(pretrained="imagenet21k").check()
+
+
+def test_a_network_that_computes_as_it_is_built_is_left_for_the_build_to_try() -> None:
+    class Computing(MLP):
+        def network(self, shape: Shape, published: bool) -> Net:
+            torch.linspace(0, 1, 3)[1].item()  # as stochastic depth rates often are
+            return super().network(shape, published)
+
+    Computing(widths=[4]).check()
+    Computing(widths=[4]).check_images((1, 4, 4))
