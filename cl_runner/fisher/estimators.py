@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor
 
 from cl_runner.fisher.curvature import Curvature, Diagonal
-from cl_runner.fisher.per_sample import SquaredGradients, undisturbed
+from cl_runner.fisher.engine import SquaredGradients, undisturbed
 from cl_runner.models.model import Model, PretrainedView
 from cl_runner.streams.base import Examples, Seed
 
@@ -64,7 +64,6 @@ class Estimator(ABC):
     seed: Seed = 0
 
     needs_labels: ClassVar[bool] = False
-    together: ClassVar[bool] = False  # a batch's samples share one gradient
 
     @abstractmethod
     def vectors(self, logits: Tensor, labels: Tensor, noise: Tensor) -> Tensor:
@@ -93,31 +92,37 @@ class Estimator(ABC):
     def __call__(self, model: Model | PretrainedView, examples: Examples) -> Diagonal:
         """The diagonal of every trainable parameter, by the model's own names.
 
-        Raises ValueError where there are no examples, no outputs enter for an example, or its label is not among them.
+        Raises ValueError where there are no examples, no outputs enter for an example, its label is not among them, or
+        the model's answer to a sample depends on the others or on chance.
         """
         generator = torch.Generator().manual_seed(self.seed)
         if self.num_samples is not None and self.num_samples < len(examples):
             examples = examples[torch.randperm(len(examples), generator=generator)[: self.num_samples]]
         if len(examples) == 0:
             raise ValueError("the Fisher is a mean over examples: expected at least one, got none")
-        noise = self.noise(len(examples), len(model.revealed), generator).split(self.batch_size)
         with undisturbed(model), torch.autocast(model.device.type, enabled=False):
-            squares = SquaredGradients(model)
-            for batch, drawn in zip(examples.batches(self.batch_size), noise, strict=True):
-                self._add(squares, model, batch.to(model.device), drawn.to(model.device))
-            return Diagonal(squares.mean())
+            return self._estimate(model, examples, generator)
+
+    def _estimate(self, model: Model | PretrainedView, examples: Examples, generator: torch.Generator) -> Diagonal:
+        noise = self.noise(len(examples), len(model.revealed), generator).split(self.batch_size)
+        squares = SquaredGradients(model)
+        for batch, drawn in zip(examples.batches(self.batch_size), noise, strict=True):
+            self._add(squares, model, batch.to(model.device), drawn.to(model.device))
+        return Diagonal(squares.mean())
 
     def _add(self, squares: SquaredGradients, model: Model | PretrainedView, batch: Examples, noise: Tensor) -> None:
+        def vectors(rows: slice, logits: Tensor) -> Tensor:
+            return self.vectors(self._entering(model, logits, batch[rows]), batch.labels[rows], noise[rows])
+
         with torch.no_grad():
-            output = model(batch.images)
-            logits = self._restrict(model, output.logits, batch.task_ids)
-        entering = logits != -torch.inf
-        self._check(model, batch, entering)
+            inputs = model.preprocess(batch.images)
+        squares.add(inputs, self.passes(len(model.revealed)), vectors)
 
-        def vectors(rows: slice) -> Tensor:
-            return self.vectors(logits[rows], batch.labels[rows], noise[rows])
-
-        squares.add(output.inputs, self.passes(int(entering.sum(1).max())), vectors, self.together)
+    def _entering(self, model: Model | PretrainedView, logits: Tensor, batch: Examples) -> Tensor:
+        """`logits` [B, K] with -inf where an output does not enter. Raises ValueError where that leaves none."""
+        restricted = self._restrict(model, logits, batch.task_ids)
+        self._check(model, batch, restricted != -torch.inf)
+        return restricted
 
     def _restrict(self, model: Model | PretrainedView, logits: Tensor, task_ids: Tensor) -> Tensor:
         if self.logits == "visible":
@@ -244,11 +249,25 @@ class Batched(Estimator):
     batch_size: Count = 128
 
     needs_labels = True
-    together = True
 
     def vectors(self, logits: Tensor, labels: Tensor, noise: Tensor) -> Tensor:
         p = logits.softmax(1)[:, None]
         return (_unit(labels[:, None], p) - p) / len(logits)
+
+    def _estimate(self, model: Model | PretrainedView, examples: Examples, generator: torch.Generator) -> Diagonal:
+        parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        squares = {name: torch.zeros_like(p, requires_grad=False) for name, p in parameters.items()}
+        count = 0
+        for batch in examples.to(model.device).batches(self.batch_size):
+            count += 1
+            with torch.enable_grad():
+                logits = model(batch.images).logits
+                loss = F.cross_entropy(self._entering(model, logits, batch), batch.labels)
+                gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+            for total, gradient in zip(squares.values(), gradients, strict=True):
+                if gradient is not None:
+                    total.addcmul_(gradient, gradient)
+        return Diagonal({name: total / count for name, total in squares.items()})
 
 
 class Reversed(Estimator):

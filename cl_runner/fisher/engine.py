@@ -1,0 +1,204 @@
+"""Squared per-sample gradients, summed: by taps where every parameter has a rule, by `vmap` where not."""
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import lru_cache, partial
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.dropout import _DropoutNd
+
+from cl_runner.fisher.curvature import Parameters
+from cl_runner.fisher.layers import Uncovered, Use
+from cl_runner.fisher.per_sample import add_vmapped_squares
+from cl_runner.fisher.taps import Taps
+from cl_runner.models.model import Model, PretrainedView
+
+log = logging.getLogger("cl_runner")
+
+Vectors = Callable[[Tensor], Tensor]
+
+VECTORS = 1 << 24  # numbers in the output vectors that are held at a time
+SHARED = 1 << 26  # numbers in the gradients that are held at a time, where a parameter is used twice
+FOLD = 32  # batches that are summed in the parameters' precision before they join the wide sum
+ALIKE = 1e-3  # how far the taps may be from autograd, on two images, in relation to the gradients' norm
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside; afterwards every module's mode and every buffer is as it was, whatever happened."""
+    modes = [(module, module.training) for module in model.modules()]
+    buffers = [
+        (module, name, buffer, buffer.clone())
+        for module in model.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+    ]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for module, name, buffer, content in buffers:
+            setattr(module, name, buffer)
+            if not torch.equal(buffer, content):  # an expanded buffer cannot be written to, and does not change
+                buffer.copy_(content)
+
+
+class SquaredGradients:
+    """The running sum over samples of Σ_v (vᵀ ∂z/∂θ)², z a sample's logits and v its output vectors.
+
+    Every trainable parameter takes part, by the name it has in `model`; what a vector does not reach gets zeros. The
+    live parameters are not touched, nor their `.grad` or `requires_grad`.
+    """
+
+    def __init__(self, model: Model | PretrainedView) -> None:
+        """Raises ValueError, which names the layer, for a model whose samples do not stand for themselves."""
+        refuse_batch_dependence(model)
+        self.model = model
+        self.samples = 0
+        self._parameters = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+        self._partial = {
+            name: torch.zeros(p.shape, dtype=p.dtype, device=p.device) for name, p in self._parameters.items()
+        }
+        self._batches = 0
+        self._sums: Parameters = {}
+        self._add: _Adds | None = None
+
+    def add(self, inputs: Tensor, passes: int, vectors: Callable[[slice, Tensor], Tensor]) -> None:
+        """Add a batch's samples.
+
+        Args:
+            inputs: [B, C, H, W] float, preprocessed.
+            passes: V, the vectors a sample, at most.
+            vectors: (a slice of the batch, its logits [b, K]) -> its output vectors [b, V, K]; asked for a few samples
+                at a time, since those of a whole batch can be larger than the model (V = K = 1000).
+        """
+        self.samples += len(inputs)
+        if not self._parameters:
+            return
+        if self._add is None:
+            self._add = _way(self.model, inputs)
+        most = max(1, VECTORS // max(1, passes * self.model.head.out_features))
+        for start in range(0, len(inputs), most):
+            rows = slice(start, min(start + most, len(inputs)))
+            self._add(self.model, self._partial, inputs[rows], partial(vectors, rows))
+        self._batches += 1
+        if self._batches == FOLD:
+            self._fold()
+
+    def mean(self) -> Parameters:
+        """The sums over the number of samples, in the parameters' own precision and layout."""
+        self._fold()
+        means = {}
+        for name, parameter in self._parameters.items():
+            means[name] = torch.empty_like(parameter).copy_(self._sums[name] / max(1, self.samples))
+        return means
+
+    def _fold(self) -> None:
+        """Sixty thousand additions in float32 would cost the fifth digit; MPS has nothing wider."""
+        self._batches = 0
+        for name, values in self._partial.items():
+            wide = values if values.device.type == "mps" else values.double()
+            self._sums[name] = self._sums[name].add_(wide) if name in self._sums else wide.clone()
+            values.zero_()
+
+
+class _Adds(Protocol):
+    """Adds Σ_v (vᵀ ∂z/∂θ)², summed over `inputs` [B, ...], to `totals` in place; `vectors`: logits -> [B, V, K]."""
+
+    def __call__(self, model: Model | PretrainedView, totals: Parameters, inputs: Tensor, vectors: Vectors) -> None: ...
+
+
+def add_tapped_squares(model: Model | PretrainedView, totals: Parameters, inputs: Tensor, vectors: Vectors) -> None:
+    """One forward pass, and a backward pass a vector that is taken apart at the layers' outputs."""
+    taps = Taps(model, inputs)
+    outputs = vectors(taps.logits.detach())
+    calls = Counter(name for use in taps.uses for name in use.names.values())
+    shared = {name for name, count in calls.items() if count > 1}
+    numbers = len(inputs) * sum(totals[name].numel() for name in shared)
+    if numbers > SHARED and len(inputs) > 1:
+        for half in (slice(None, len(inputs) // 2), slice(len(inputs) // 2, None)):
+            add_tapped_squares(model, totals, inputs[half], lambda _, half=half: outputs[half])
+        return
+    summed: Parameters = {}
+
+    def receive(use: Use, gradient: Tensor) -> None:
+        if shared.isdisjoint(use.names.values()):
+            use.add_squares(gradient, totals)
+            return
+        for name, values in use.per_sample(gradient).items():
+            flat = values.flatten(1)
+            summed[name] = summed[name] + flat if name in summed else flat
+
+    for use in taps.uses:
+        use.passes = outputs.shape[1]
+    for index, vector in enumerate(outputs.unbind(1)):
+        taps.backward(vector, receive, last=index == outputs.shape[1] - 1)
+        for name, values in summed.items():  # all of a parameter's calls have come: now they may be squared
+            totals[name] += values.square().sum(0).view_as(totals[name])
+        summed.clear()
+    for use in taps.uses:
+        use.close(totals)
+
+
+def _way(model: Model | PretrainedView, inputs: Tensor) -> _Adds:
+    """How this model's squares are computed: by taps if they agree with autograd on two images, else by `vmap`."""
+    reason = _objection(model, inputs[[0, -1]])
+    if reason is None:
+        return add_tapped_squares
+    _say_once(reason)
+    return add_vmapped_squares
+
+
+def _objection(model: Model | PretrainedView, inputs: Tensor) -> str | None:
+    """Why the taps do not serve this model, if they do not."""
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    found, expected = _zeros(parameters), _zeros(parameters)
+    generator = torch.Generator().manual_seed(0)
+    vectors = torch.randn(len(inputs), 1, model.head.out_features, generator=generator).to(inputs)
+    try:
+        add_tapped_squares(model, found, inputs, lambda _: vectors)
+    except Uncovered as uncovered:
+        return str(uncovered)
+    with torch.enable_grad(), torch.compiler.set_stance("force_eager"):
+        for sample, vector in zip(inputs, vectors, strict=True):
+            logits = model.encode(sample[None]).logits
+            gradients = torch.autograd.grad(
+                logits, list(parameters.values()), vector, allow_unused=True, materialize_grads=True
+            )
+            for total, gradient in zip(expected.values(), gradients, strict=True):
+                total += gradient.square()
+    # A gradient that is zero but for rounding, as that of an attention's key bias, says nothing by itself.
+    noise = 1e-6 * max(float(values.norm()) for values in expected.values())
+    for name, values in expected.items():
+        if not float((found[name] - values).norm()) <= ALIKE * float(values.norm()) + noise:
+            return f"{name} takes part in a way that the taps do not see"
+    return None
+
+
+def _zeros(parameters: Mapping[str, Tensor]) -> Parameters:
+    """Contiguous, whatever the layout of the parameters: a weight is a matrix here."""
+    return {name: torch.zeros(p.shape, dtype=p.dtype, device=p.device) for name, p in parameters.items()}
+
+
+@lru_cache
+def _say_once(reason: str) -> None:
+    log.warning("the Fisher of this model is computed by vmap, which is slower: %s", reason)
+
+
+def refuse_batch_dependence(model: nn.Module) -> None:
+    """Raises ValueError for a layer that, in eval mode, still looks at the whole batch, or draws."""
+    for name, module in model.named_modules():
+        kind = type(module).__name__
+        if isinstance(module, _NormBase) and "Batch" in kind and (module.training or module.running_mean is None):
+            raise ValueError(
+                f"the Fisher needs each sample's own gradient, and {name} ({kind}) normalises by the statistics of its "
+                "batch; only fisher=batched with train_mode takes it as it is"
+            )
+        if isinstance(module, _DropoutNd) and module.training and module.p > 0:
+            raise ValueError(f"the Fisher needs one answer a sample, and {name} ({kind}) drops out in eval mode too")

@@ -1,0 +1,403 @@
+"""What a layer's input and the gradient of its output say of its parameters' per-sample gradients.
+
+Every layer gives them as they are (`per_sample`, which says what the layer is), and adds the sum over samples of their
+squares to a total without holding them (`add_squares`, the fast twin). A gradient that is summed over positions and
+then squared costs no more arithmetic than the ordinary one; what libraries lose is the memory of the block
+[B, *weight], and here that block is never larger than a cache.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from math import prod
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cl_runner.fisher.curvature import Parameters
+
+# Numbers in a temporary on the CPU: a share of a core's second-level cache.
+CACHE = 1 << 17
+# Numbers in a temporary elsewhere.
+ROOM = 1 << 26
+
+
+class Uncovered(Exception):  # noqa: N818
+    """A trainable parameter is used in a way that no rule here knows."""
+
+
+class Use(ABC):
+    """One call of a layer in a forward pass.
+
+    names: role -> the trainable parameter that plays it.
+    inputs: what the layer was given, [B, ...].
+    passes: backward passes that will come, in all.
+    """
+
+    passes: int = 1
+
+    def __init__(self, names: dict[str, str], inputs: Tensor) -> None:
+        self.names, self.inputs = names, inputs.detach()
+        self._version = inputs._version
+
+    def check_unchanged(self) -> None:
+        """Raises Uncovered if the inputs were written to after the call."""
+        if self.inputs._version != self._version:
+            raise Uncovered(f"the inputs of {', '.join(self.names.values())} are changed in place afterwards")
+
+    @abstractmethod
+    def per_sample(self, gradient: Tensor) -> Parameters:
+        """parameter -> its gradient for every sample, [B, *shape] (flat where a view was used), from the output's."""
+
+    def add_squares(self, gradient: Tensor, totals: Parameters) -> None:
+        """Add the sum over samples of the squared gradients to `totals` [*shape], in place; maybe at `close` only."""
+        for name, values in self.per_sample(gradient).items():
+            _add_squares(totals[name], values)
+
+    def close(self, totals: Parameters) -> None:  # noqa: B027
+        """All passes have come: add what was held back."""
+
+
+class Linear(Use):
+    """y = x Wᵀ + b over any number of positions: W's gradient is the sum over a sample's positions of g xᵀ."""
+
+    def __init__(self, names: dict[str, str], inputs: Tensor) -> None:
+        super().__init__(names, inputs)
+        self.rows = self.inputs.flatten(1, -2) if inputs.dim() > 2 else self.inputs[:, None]  # [B, T, K]
+        self.held: Tensor | None = None
+
+    def gradient_rows(self, gradient: Tensor) -> Tensor:
+        """[B, T, N]."""
+        return gradient.flatten(1, -2) if gradient.dim() > 2 else gradient[:, None]
+
+    def per_sample(self, gradient: Tensor) -> Parameters:
+        rows = self.gradient_rows(gradient)
+        found = {}
+        if "weight" in self.names:
+            found[self.names["weight"]] = rows.transpose(1, 2) @ self.rows
+        if "bias" in self.names:
+            found[self.names["bias"]] = rows.sum(1)
+        return found
+
+    def add_squares(self, gradient: Tensor, totals: Parameters) -> None:
+        rows = self.gradient_rows(gradient)
+        if gram_is_cheaper(rows.shape[1], self.passes):
+            # Σ_v (Σ_t g_t x_t)² = Σ_{t,t'} (Σ_v g_t g_t') x_t x_t': one product of matrices for all passes together.
+            self.held = _pairs(rows, weighted=True, onto=self.held)
+            return
+        if "bias" in self.names:
+            _add_squares(totals[self.names["bias"]], rows.sum(1))
+        if "weight" in self.names:
+            _add_product_squares(totals[self.names["weight"]], rows, self.rows)
+
+    def close(self, totals: Parameters) -> None:
+        if self.held is None:
+            return
+        if "bias" in self.names:
+            totals[self.names["bias"]] += self.held.sum((0, 1))
+        if "weight" not in self.names:
+            return
+        total = totals[self.names["weight"]].flatten(1)
+        for some in slices(len(self.rows), self.held[0].numel() + self.held.shape[1] * total.shape[1]):
+            total.addmm_(self.held[some].flatten(0, 1).t(), _pairs(self.rows[some]).flatten(0, 1))
+        self.held = None
+
+
+@dataclass(frozen=True)
+class Call:
+    """How a convolution is called."""
+
+    weight: Tensor
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+
+    @property
+    def pointwise(self) -> bool:
+        """Whether it is a linear layer over positions."""
+        return self.groups == 1 and prod(self.weight.shape[2:]) == 1 and not any(self.padding)
+
+    @property
+    def depthwise(self) -> bool:
+        return self.weight.dim() == 4 and self.weight.shape[:2] == (self.groups, 1)
+
+    def weight_gradient(self, inputs: Tensor, gradient: Tensor) -> Tensor:
+        """The ordinary one, summed over samples."""
+        return torch.ops.aten.convolution_backward(
+            gradient,
+            inputs,
+            self.weight,
+            None,
+            self.stride,
+            self.padding,
+            self.dilation,
+            False,
+            [0] * len(self.stride),
+            self.groups,
+            [False, True, False],
+        )[1]
+
+
+def strided(
+    weight: Tensor,
+    axes: int,
+    stride: int | Sequence[int],
+    padding: int | str | Sequence[int],
+    dilation: int | Sequence[int],
+    groups: int,
+) -> Call:
+    """The call of a convolution, as its function takes it, with a number for every axis.
+
+    Raises Uncovered for padding that is not the same on both sides.
+    """
+
+    def every(value: int | Sequence[int]) -> tuple[int, ...]:
+        values = (value,) if isinstance(value, int) else tuple(value)
+        return values * axes if len(values) == 1 else values
+
+    dilation = every(dilation)
+    if padding == "valid":
+        padding = 0
+    if padding == "same":
+        reach = [step * (size - 1) for step, size in zip(dilation, weight.shape[2:], strict=True)]
+        if any(total % 2 for total in reach):
+            raise Uncovered("a convolution pads one side more than the other")
+        padding = [total // 2 for total in reach]
+    assert not isinstance(padding, str)
+    return Call(weight, every(stride), every(padding), dilation, groups)
+
+
+class Convolution(Use):
+    """Any convolution with a kernel: the ordinary gradient of each sample by itself, or a product over its patches."""
+
+    def __init__(self, names: dict[str, str], inputs: Tensor, call: Call) -> None:
+        super().__init__(names, inputs)
+        self.call = call
+        self.held: Tensor | None = None
+
+    @staticmethod
+    def of(names: dict[str, str], inputs: Tensor, call: Call) -> Use:
+        """The cheapest kind of use for this call."""
+        if call.pointwise:
+            return Pointwise(names, inputs, call)
+        return Depthwise(names, inputs, call) if call.depthwise else Convolution(names, inputs, call)
+
+    def per_sample(self, gradient: Tensor) -> Parameters:
+        found = {}
+        if "weight" in self.names:
+            each = [self.call.weight_gradient(*some) for some in self._alone(gradient)]
+            found[self.names["weight"]] = torch.stack(each)
+        if "bias" in self.names:
+            found[self.names["bias"]] = gradient.flatten(2).sum(2)
+        return found
+
+    def add_squares(self, gradient: Tensor, totals: Parameters) -> None:
+        if "bias" in self.names:
+            _add_squares(totals[self.names["bias"]], gradient.flatten(2).sum(2))
+        if "weight" not in self.names:
+            return
+        total = totals[self.names["weight"]]
+        positions = gradient[0, 0].numel()
+        if self.call.weight.dim() != 4 or self.call.groups > 1 or (positions >= FEW and gradient.device.type == "cpu"):
+            each = (self.call.weight_gradient(*some) for some in self._alone(gradient))
+            squared = next(each).square()  # in the layout of the gradients, which need not be the total's
+            for values in each:
+                squared.addcmul_(values, values)
+            total += squared
+        elif gram_is_cheaper(positions, self.passes):
+            self.held = _pairs(gradient.flatten(2).transpose(1, 2), weighted=True, onto=self.held)
+        else:
+            rows = gradient.flatten(2).transpose(1, 2)
+            for some in slices(len(rows), self.call.weight[0].numel() * positions):
+                _add_product_squares(total, rows[some], self._patches(some))
+
+    def close(self, totals: Parameters) -> None:
+        if self.held is None:
+            return
+        total = totals[self.names["weight"]].flatten(1)
+        for some in slices(len(self.held), self.held.shape[1] * total.shape[1]):
+            total.addmm_(self.held[some].flatten(0, 1).t(), _pairs(self._patches(some)).flatten(0, 1))
+        self.held = None
+
+    def _alone(self, gradient: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        for index in range(len(gradient)):
+            yield self.inputs[index : index + 1], gradient[index : index + 1]
+
+    def _patches(self, some: slice) -> Tensor:
+        """What the kernel saw at every position, [b, T, K]."""
+        call = self.call
+        kernel = call.weight.shape[2:]
+        patches = F.unfold(self.inputs[some], kernel, call.dilation, call.padding, call.stride)  # type: ignore[arg-type]
+        return patches.transpose(1, 2)
+
+
+# Positions from which, on the CPU, a convolution's own backward of one sample beats a product over its patches.
+FEW = 128
+
+
+class Pointwise(Linear):
+    """A convolution with a kernel of one pixel: a linear layer over the pixels that it sees."""
+
+    def __init__(self, names: dict[str, str], inputs: Tensor, call: Call) -> None:
+        super().__init__(names, inputs)
+        seen = self.inputs[(slice(None), slice(None), *(slice(None, None, step) for step in call.stride))]
+        self.rows = seen.flatten(2).transpose(1, 2)
+
+    def gradient_rows(self, gradient: Tensor) -> Tensor:
+        return gradient.flatten(2).transpose(1, 2)
+
+    def per_sample(self, gradient: Tensor) -> Parameters:
+        found = super().per_sample(gradient)
+        if "weight" in self.names:
+            weight = found[self.names["weight"]]
+            found[self.names["weight"]] = weight[(..., *[None] * (gradient.dim() - 2))]
+        return found
+
+
+class Depthwise(Convolution):
+    """A convolution of every channel by itself: a weight's gradient is a product of two images, shifted."""
+
+    def per_sample(self, gradient: Tensor) -> Parameters:
+        found = {}
+        if "weight" in self.names:
+            found[self.names["weight"]] = self._shifted(gradient)
+        if "bias" in self.names:
+            found[self.names["bias"]] = gradient.flatten(2).sum(2)
+        return found
+
+    def add_squares(self, gradient: Tensor, totals: Parameters) -> None:
+        cpu, large = gradient.device.type == "cpu", gradient[0, 0].numel() >= 2 * FEW
+        if cpu and large and "weight" in self.names and gradient.is_contiguous(memory_format=torch.channels_last):
+            super().add_squares(gradient, totals)
+            return
+        for name, values in self.per_sample(gradient).items():
+            _add_squares(totals[name], values)
+
+    def _shifted(self, gradient: Tensor) -> Tensor:
+        """[B, C, 1, h, w]."""
+        call, size = self.call, gradient.shape[2:]
+        if gradient.device.type == "cpu" and not gradient.is_contiguous(memory_format=torch.channels_last):
+            return self._as_one_image(gradient)
+        padded = F.pad(self.inputs, (call.padding[1], call.padding[1], call.padding[0], call.padding[0]))
+        found = gradient.new_empty(*gradient.shape[:2], 1, *call.weight.shape[2:])
+        for row in range(found.shape[3]):
+            for column in range(found.shape[4]):
+                window = padded
+                for axis, start, step in zip((2, 3), (row, column), call.stride, strict=True):
+                    first = start * call.dilation[axis - 2]
+                    window = window.narrow(axis, first, step * (size[axis - 2] - 1) + 1)
+                window = window[:, :, :: call.stride[0], :: call.stride[1]]
+                found[:, :, 0, row, column] = (gradient * window).sum((2, 3))
+        return found
+
+    def _as_one_image(self, gradient: Tensor) -> Tensor:
+        """The samples' channels side by side as one image's: its ordinary gradient is theirs, one by one."""
+        batch, channels = gradient.shape[:2]
+        weight = self.call.weight.expand(batch, *self.call.weight.shape).flatten(0, 1)
+        call = Call(weight, self.call.stride, self.call.padding, self.call.dilation, batch * channels)
+        found = call.weight_gradient(
+            self.inputs.contiguous().flatten(0, 1)[None], gradient.contiguous().flatten(0, 1)[None]
+        )
+        return found.unflatten(0, (batch, channels))
+
+
+class Affine(Use):
+    """What a normalisation ends with, y = w x̂ + b: the gradients are sums of g x̂ and g over positions."""
+
+    def __init__(
+        self, names: dict[str, str], inputs: Tensor, normalised: Callable[[Tensor], Tensor], axes: Sequence[int]
+    ) -> None:
+        """`axes`: those over which a weight is shared, without the samples'."""
+        super().__init__(names, inputs)
+        self.normalised, self.axes = normalised, list(axes)
+
+    def per_sample(self, gradient: Tensor) -> Parameters:
+        # A few samples at a time: what is written stays in the cache until it is read.
+        parts = [self._some(some, gradient) for some in slices(len(gradient), gradient[0].numel())]
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    def _some(self, some: slice, gradient: Tensor) -> Parameters:
+        g, found = gradient[some], {}
+        if "weight" in self.names:
+            found[self.names["weight"]] = self._summed(self.normalised(self.inputs[some]) * g)
+        if "bias" in self.names:
+            found[self.names["bias"]] = self._summed(g)
+        return found
+
+    def _summed(self, values: Tensor) -> Tensor:
+        return values.sum(self.axes) if self.axes else values
+
+
+class Embedding(Use):
+    """Rows of a table: a row's gradient is the sum over the positions that looked it up."""
+
+    def __init__(self, names: dict[str, str], inputs: Tensor, padding: int | None) -> None:
+        super().__init__(names, inputs)
+        self.padding = padding
+
+    def per_sample(self, gradient: Tensor) -> Parameters:
+        name = self.names["weight"]
+        raise Uncovered(f"{name} is a table that is used twice")
+
+    def add_squares(self, gradient: Tensor, totals: Parameters) -> None:
+        total = totals[self.names["weight"]]
+        for looked_up, rows in zip(self.inputs.flatten(1), gradient.flatten(1, -2), strict=True):
+            kept = looked_up != self.padding if self.padding is not None else slice(None)
+            there, position = looked_up[kept].unique(return_inverse=True)
+            sums = rows.new_zeros(len(there), rows.shape[1]).index_add_(0, position, rows[kept])
+            total.index_add_(0, there, sums.square())
+
+
+class Direct(Use):
+    """A parameter used by itself (a class token, a position embedding, a layer's scale), once for every sample."""
+
+    def per_sample(self, gradient: Tensor) -> Parameters:
+        return {self.names["values"]: gradient}
+
+
+def gram_is_cheaper(positions: int, passes: int) -> bool:
+    """Whether to multiply all pairs of positions once instead of the positions in every pass.
+
+    In multiplications for every element of the weight: T (T + 1) against 2 T a pass, and what squaring and adding the
+    product costs, which is memory and not arithmetic: about as much as thirty.
+    """
+    return positions <= 64 and positions * (positions + 1) <= passes * (2 * positions + 30)
+
+
+def slices(length: int, numbers: int) -> Iterator[slice]:
+    """As few samples at a time as keep a temporary of so many `numbers` a sample in the cache; at least one."""
+    size = max(1, CACHE // max(1, numbers))
+    for start in range(0, length, size):
+        yield slice(start, min(start + size, length))
+
+
+def _pairs(rows: Tensor, weighted: bool = False, onto: Tensor | None = None) -> Tensor:
+    """r_t r_t' for t <= t', [b, T (T + 1) / 2, N], of `rows` [b, T, N]; `weighted`: twice where t < t'; plus `onto`."""
+    positions = rows.shape[1]
+    if positions == 1:
+        return rows.square() if onto is None else onto.addcmul_(rows, rows)
+    first, second = torch.triu_indices(positions, positions, device=rows.device)
+    found = rows[:, first] * rows[:, second]
+    if weighted:
+        found.mul_((1 + (first != second)).to(found)[:, None])
+    return found if onto is None else onto.add_(found)
+
+
+def _add_product_squares(total: Tensor, gradients: Tensor, inputs: Tensor) -> None:
+    """Add Σ_b (Σ_t g_bt x_bt)² to `total` [N, ...], from `gradients` [B, T, N] and `inputs` [B, T, K]."""
+    total = total.flatten(1)
+    if total.device.type != "cpu":
+        for some in slices(len(gradients), total.numel() // (ROOM // CACHE) + 1):
+            total += torch.bmm(gradients[some].transpose(1, 2), inputs[some]).square_().sum(0)
+        return
+    scratch = torch.empty_like(total)
+    for g, x in zip(gradients, inputs, strict=True):
+        torch.mm(g.t(), x, out=scratch)
+        total.addcmul_(scratch, scratch)
+
+
+def _add_squares(total: Tensor, gradients: Tensor) -> None:
+    """Add the sum over samples of the squares of `gradients` [B, ...] to `total`, which may be a view of that shape."""
+    total += torch.linalg.vecdot(gradients.flatten(1), gradients.flatten(1), dim=0).view_as(total)

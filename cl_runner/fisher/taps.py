@@ -1,0 +1,353 @@
+"""A forward pass with a tap on the output of every layer, through which each backward pass hands its gradients out.
+
+Parameters are taken out of the graph, so that autograd does no more than the activations' share of a backward pass;
+what arrives at a layer's tap, with the layer's input, is all that the gradients of its parameters are made of.
+
+Layers are found by the functions that they call (`F.linear`, `F.conv2d`, ...) and not by their modules: so what a
+module does around them (an activation, a padding, in-place arithmetic, a second call) needs no knowledge here.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.overrides import TorchFunctionMode
+
+from cl_runner.fisher.layers import Affine, Convolution, Direct, Embedding, Linear, Uncovered, Use, strided
+from cl_runner.models.model import Model, PretrainedView
+
+Gradients = Callable[[Use, Tensor], None]
+
+VIEWS = {"reshape", "view", "unsqueeze", "flatten", "contiguous", "to", "type_as", "float", "double"}
+BROADCAST = {f"{name}{end}" for name in ("add", "sub", "mul", "div") for end in ("", "_")}
+CONVOLUTIONS = {torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3}
+
+
+class Logits(nn.Module):
+    """A model from preprocessed inputs to logits, so that preprocessing runs once a batch."""
+
+    def __init__(self, model: Model | PretrainedView) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.model.encode(inputs).logits
+
+
+class Taps:
+    """One forward pass of `model` and any number of backward passes through it.
+
+    uses: the calls of layers with trainable parameters, in their order.
+    """
+
+    def __init__(self, model: Model | PretrainedView, inputs: Tensor) -> None:
+        """`inputs`: [B, C, H, W] float, preprocessed.
+
+        Raises Uncovered where a trainable parameter is used in a way that has no rule.
+        """
+        self.uses: list[Use] = []
+        self._receive: Gradients | None = None
+        self._wanted = torch.zeros((), device=inputs.device, requires_grad=True)  # what keeps the graph alive
+        parameters = {f"model.{name}": values.detach() for name, values in model.named_parameters()}
+        trainable = {
+            id(parameters[f"model.{name}"]): name for name, values in model.named_parameters() if values.requires_grad
+        }
+        # A compiled backbone would not let anything in between; its own code is what it compiles.
+        with torch.enable_grad(), torch.compiler.set_stance("force_eager"), _Interception(self, trainable, len(inputs)):
+            self.logits = functional_call(Logits(model), parameters, (inputs,))
+
+    def backward(self, vectors: Tensor, receive: Gradients, last: bool) -> None:
+        """Hand each use's output gradient, for the sum of `vectors` [B, K] times the logits, to `receive`.
+
+        `last`: the graph is not needed any more.
+        """
+        if not self.logits.requires_grad:  # no trainable parameter was met
+            return
+        self._receive = receive
+        torch.autograd.grad(
+            self.logits, self._wanted, vectors.to(self.logits), retain_graph=not last, allow_unused=True
+        )
+
+    def on(self, output: Tensor, use: Use) -> Tensor:
+        """`output`, with a tap on it that belongs to `use`."""
+        self.uses.append(use)
+        # In place, so that no memory moves; but what is a view may not be changed through a function of our own.
+        return _Tap.apply(output.clone() if output._is_view() else output, self._wanted, self, use)
+
+    def receive(self, use: Use, gradient: Tensor) -> None:
+        assert self._receive is not None, "gradients come in a backward pass only"
+        use.check_unchanged()
+        self._receive(use, gradient)
+
+
+class _Tap(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, wanted: Tensor, taps: Taps, use: Use) -> Tensor:
+        ctx.taps, ctx.use = taps, use
+        ctx.mark_dirty(output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        ctx.taps.receive(ctx.use, gradients[0])
+        return gradients[0], None, None, None
+
+
+class _Interception(TorchFunctionMode):
+    """Sees every torch function that is called, and puts taps where a trainable parameter takes part."""
+
+    def __init__(self, taps: Taps, trainable: dict[int, str], size: int) -> None:
+        super().__init__()
+        self.taps, self.size = taps, size
+        self.names = dict(trainable)  # id of a tensor -> the parameter that it is, or is a view of
+        self.kept: list[Tensor] = []  # the views, lest their ids are given to others
+        self.rules: dict[Any, Callable[..., Any]] = {
+            F.linear: self.linear,
+            F.batch_norm: self.batch_norm,
+            F.layer_norm: self.layer_norm,
+            F.group_norm: self.group_norm,
+            F.rms_norm: self.rms_norm,
+            F.embedding: self.embedding,
+            F.multi_head_attention_forward: self.attention,
+            F.dropout: self.dropout,
+        }
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in self.rules:
+            return self.rules[func](*args, **kwargs)
+        if func in CONVOLUTIONS:
+            return self.convolution(func, *args, **kwargs)
+        met = [value for value in _tensors((*args, *kwargs.values())) if id(value) in self.names]
+        if not met:
+            return func(*args, **kwargs)
+        name = getattr(func, "__name__", str(func)).strip("_")
+        if name in VIEWS:
+            return self.view(met[0], func(*args, **kwargs))
+        if name == "expand":
+            return self.expanded(met[0], func(*args, **kwargs))
+        if name.removeprefix("r") in BROADCAST or func.__name__ in BROADCAST:
+            return func(*[self.broadcast(value, args) for value in args], **kwargs)
+        result = func(*args, **kwargs)
+        if any(isinstance(value, Tensor) for value in _tensors((result,))):
+            raise Uncovered(f"{self.names[id(met[0])]} is used in {name}")
+        return result  # a shape, a number: nothing that a gradient flows through
+
+    def named(self, **parameters: Tensor | None) -> dict[str, str]:
+        """role -> name of those parameters that are trainable."""
+        return {role: self.names[id(value)] for role, value in parameters.items() if id(value) in self.names}
+
+    def mine(self, names: dict[str, str], inputs: Tensor) -> dict[str, str]:
+        if names and (inputs.dim() < 2 or inputs.shape[0] != self.size):
+            raise Uncovered(f"{next(iter(names.values()))} is used on inputs whose first axis is not the samples'")
+        return names
+
+    def linear(self, inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        output = F.linear(inputs, weight, bias)
+        names = self.mine(self.named(weight=weight, bias=bias), inputs)
+        return self.taps.on(output, Linear(names, inputs)) if names else output
+
+    def convolution(
+        self,
+        func: Any,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        groups: int = 1,
+    ) -> Tensor:
+        output = func(input, weight, bias, stride, padding, dilation, groups)
+        names = self.mine(self.named(weight=weight, bias=bias), input)
+        if not names:
+            return output
+        axes = CONVOLUTIONS[func]
+        call = strided(weight, axes, stride, padding, dilation, groups)
+        if input.dim() != axes + 2:
+            raise Uncovered(f"{next(iter(names.values()))} is used on a convolution's input without samples")
+        return self.taps.on(output, Convolution.of(names, input, call))
+
+    def batch_norm(
+        self,
+        input: Tensor,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        training: bool = False,
+        momentum: float = 0.1,
+        eps: float = 1e-5,
+    ) -> Tensor:
+        if id(input) in self.names:
+            raise Uncovered(f"{self.names[id(input)]} is normalised before it is used")
+        output = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+        names = self.mine(self.named(weight=weight, bias=bias), input)
+        if not names:
+            return output
+        if running_mean is None or running_var is None:
+            raise Uncovered(f"{next(iter(names.values()))} normalises by the statistics of its batch")
+        scale = (running_var + eps).rsqrt()
+        shape = (1, -1, *[1] * (input.dim() - 2))
+        mean, scale = running_mean.view(shape), scale.view(shape)
+        use = Affine(names, input, lambda x: (x - mean).mul_(scale), range(2, input.dim()))
+        return self.taps.on(output, use)
+
+    def layer_norm(
+        self,
+        input: Tensor,
+        normalized_shape: Sequence[int],
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        eps: float = 1e-5,
+    ) -> Tensor:
+        output = F.layer_norm(input, normalized_shape, weight, bias, eps)
+        names = self.mine(self.named(weight=weight, bias=bias), input)
+        axes = range(1, input.dim() - len(normalized_shape))
+        use = Affine(names, input, lambda x: F.layer_norm(x, normalized_shape, eps=eps), axes)
+        return self.taps.on(output, use) if names else output
+
+    def rms_norm(
+        self, input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
+    ) -> Tensor:
+        output = F.rms_norm(input, normalized_shape, weight, eps)
+        names = self.mine(self.named(weight=weight), input)
+        axes = range(1, input.dim() - len(normalized_shape))
+        use = Affine(names, input, lambda x: F.rms_norm(x, normalized_shape, eps=eps), axes)
+        return self.taps.on(output, use) if names else output
+
+    def group_norm(
+        self,
+        input: Tensor,
+        num_groups: int,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        eps: float = 1e-5,
+    ) -> Tensor:
+        output = F.group_norm(input, num_groups, weight, bias, eps)
+        names = self.mine(self.named(weight=weight, bias=bias), input)
+        use = Affine(names, input, lambda x: F.group_norm(x, num_groups, eps=eps), range(2, input.dim()))
+        return self.taps.on(output, use) if names else output
+
+    def embedding(
+        self, input: Tensor, weight: Tensor, padding_idx: int | None = None, *rest: Any, **more: Any
+    ) -> Tensor:
+        output = F.embedding(input, weight, padding_idx, *rest, **more)
+        names = self.named(weight=weight)
+        if not names:
+            return output
+        if any(rest) or any(more.values()) or input.shape[0] != self.size:
+            raise Uncovered(f"{names['weight']} is looked up in a way that has no rule")
+        return self.taps.on(output, Embedding(names, input, padding_idx))
+
+    def attention(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Self-attention as `nn.MultiheadAttention` calls it, [L, B, D]; here with the samples first."""
+        given: dict[str, Any] = dict(zip(ATTENTION_ARGUMENTS, args, strict=False)) | kwargs
+        parts = ("in_proj_weight", "in_proj_bias", "out_proj_weight", "out_proj_bias")
+        if not self.named(**{part: given[part] for part in parts}):
+            return F.multi_head_attention_forward(query, key, value, *args, **kwargs)
+        plain = query is key is value and query.dim() == 3 and given["in_proj_weight"] is not None
+        asked = [name for name in ATTENTION_EXTRAS if given.get(name) not in (None, False)]
+        if not plain or asked:
+            raise Uncovered(f"an attention with {', '.join(asked) or 'other keys than queries'} has no rule")
+        if given["dropout_p"] and given["training"]:
+            raise _active_dropout()
+        with self:  # the projections below are layers like any other
+            tokens = query.transpose(0, 1)
+            weight: Any = given["in_proj_weight"]
+            projected = F.linear(tokens, weight, given["in_proj_bias"])
+            heads = projected.unflatten(-1, (3, given["num_heads"], -1)).permute(2, 0, 3, 1, 4)  # [3, B, heads, L, d]
+            q, k, v = heads.unbind(0)
+            weights = None
+            if given.get("need_weights", True):
+                weights = (q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5).softmax(-1)
+                attended = weights @ v
+                weights = weights.mean(1) if given.get("average_attn_weights", True) else weights
+            else:
+                attended = F.scaled_dot_product_attention(q, k, v)
+            output = F.linear(attended.transpose(1, 2).flatten(2), given["out_proj_weight"], given["out_proj_bias"])
+        return output.transpose(0, 1), weights
+
+    def dropout(self, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+        if training and p:
+            raise _active_dropout()
+        return input
+
+    def view(self, parameter: Tensor, result: Tensor) -> Tensor:
+        """A reshaped parameter is still that parameter: its squares are reshaped back."""
+        if result.numel() != parameter.numel() or result.dtype != parameter.dtype:
+            raise Uncovered(f"{self.names[id(parameter)]} is converted before it is used")
+        self.names[id(result)] = self.names[id(parameter)]
+        self.kept.append(result)
+        return result
+
+    def expanded(self, parameter: Tensor, result: Tensor) -> Tensor:
+        """A token repeated for every sample: from here on, one for each."""
+        name = self.names[id(parameter)]
+        if result.shape != (self.size, *parameter.shape[1:]):
+            raise Uncovered(f"{name} is expanded along other axes than the samples'")
+        return self.taps.on(result, Direct({"values": name}, parameter))
+
+    def broadcast(self, value: Any, operands: Sequence[Any]) -> Any:
+        """In arithmetic with samples, a parameter takes part once for each of them."""
+        if id(value) not in self.names:
+            return value
+        name = self.names[id(value)]
+        axes = max(operand.dim() for operand in operands if isinstance(operand, Tensor))
+        batch = [operand for operand in operands if isinstance(operand, Tensor) and id(operand) not in self.names]
+        own = (1,) * (axes - value.dim()) + tuple(value.shape)
+        if not any(x.dim() == axes and x.shape[0] == self.size for x in batch) or own[0] != 1 or len(own) < 2:
+            raise Uncovered(f"{name} is used in arithmetic that has no samples")
+        return self.taps.on(value.view(own).expand(self.size, *own[1:]), Direct({"values": name}, value))
+
+
+ATTENTION_ARGUMENTS = (
+    "embed_dim_to_check",
+    "num_heads",
+    "in_proj_weight",
+    "in_proj_bias",
+    "bias_k",
+    "bias_v",
+    "add_zero_attn",
+    "dropout_p",
+    "out_proj_weight",
+    "out_proj_bias",
+    "training",
+    "key_padding_mask",
+    "need_weights",
+    "attn_mask",
+    "use_separate_proj_weight",
+)
+ATTENTION_EXTRAS = (
+    "bias_k",
+    "bias_v",
+    "add_zero_attn",
+    "key_padding_mask",
+    "attn_mask",
+    "use_separate_proj_weight",
+    "static_k",
+    "static_v",
+    "is_causal",
+)
+
+
+def _active_dropout() -> ValueError:
+    return ValueError(
+        "the Fisher needs a model that answers each sample alone and always alike, and a dropout in it stays active in "
+        "eval mode"
+    )
+
+
+def _tensors(values: Sequence[Any]) -> list[Tensor]:
+    found: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            found += _tensors(value)
+    return found
