@@ -18,7 +18,7 @@ class Curvature(Protocol):
         ...
 
     def product(self, delta: Parameters) -> Parameters:
-        """F delta: half the gradient of the quadratic, in closed form."""
+        """F delta, in fresh tensors: half the gradient of the quadratic, in closed form."""
         ...
 
     def plus(self, other: Self, weight: float = 1.0) -> Self:
@@ -29,6 +29,23 @@ class Curvature(Protocol):
 
     def only(self, names: Container[str]) -> Self:
         """The block of these parameters, as if the others did not exist."""
+        ...
+
+    def only_rows(self, rows: dict[str, Tensor]) -> Self:
+        """P F P, where P drops the rows (along the first dimension) for which `rows` (name -> [K] bool) is false.
+
+        A parameter that is not named keeps all its rows.
+        """
+        ...
+
+    def merged(
+        self, anchor: Parameters, other: "Curvature", other_anchor: Parameters
+    ) -> tuple[Self, Parameters, Tensor] | None:
+        """(w - anchor)' F (w - anchor) plus the same of the other, as one quadratic: its matrix, where it is least, and
+        its value there (a scalar, not negative).
+
+        None where one matrix does not hold both, so that a sum of them keeps a term each.
+        """
         ...
 
     def trace(self) -> Tensor: ...
@@ -45,7 +62,10 @@ class Diagonal:
         return torch.stack(terms).sum() if terms else torch.zeros(())
 
     def product(self, delta: Parameters) -> Parameters:
-        return {name: values * delta[name] for name, values in self.values.items()}
+        if not self.values:
+            return {}
+        moved = [delta[name] for name in self.values]
+        return dict(zip(self.values, torch.ops.aten._foreach_mul.List(list(self.values.values()), moved), strict=True))
 
     def plus(self, other: "Diagonal", weight: float = 1.0) -> "Diagonal":
         merged = dict(self.values)
@@ -58,6 +78,33 @@ class Diagonal:
 
     def only(self, names: Container[str]) -> "Diagonal":
         return Diagonal({name: values for name, values in self.values.items() if name in names})
+
+    def only_rows(self, rows: dict[str, Tensor]) -> "Diagonal":
+        kept = {name: rows[name].view(-1, *[1] * (self.values[name].dim() - 1)) for name in rows if name in self.values}
+        return Diagonal(self.values | {name: self.values[name] * mask for name, mask in kept.items()})
+
+    def merged(
+        self, anchor: Parameters, other: Curvature, other_anchor: Parameters
+    ) -> tuple["Diagonal", Parameters, Tensor] | None:
+        """Where neither has curvature, the anchor stays; what only one of them names, stays as it is there."""
+        if not isinstance(other, Diagonal):
+            return None
+        # Completing the square, a weight at a time:
+        #     F1 (w - m1)² + F2 (w - m2)² = (F1 + F2) (w - m)² + F1 r (m2 - m1)²
+        #     with r = F2 / (F1 + F2), m = m1 + r (m2 - m1).
+        # Nothing here is a small difference of large numbers. The shorter w'Fw - 2 b'w + c is: where anchors lie closer
+        # to each other than to zero, it would leave float32 a few digits, or none.
+        values = self.values | other.values
+        means = {name: other_anchor[name] if name in other.values else anchor[name] for name in values}
+        least = [next(iter(anchor.values()), torch.zeros(())).new_zeros(())]
+        for name in [name for name in self.values if name in other.values]:
+            one, two = self.values[name], other.values[name]
+            values[name] = one + two
+            share = torch.where(values[name] > 0, two / values[name], 0)
+            # lerp is exact at both ends: a weight with curvature in one of them alone keeps that one's anchor.
+            means[name] = torch.lerp(anchor[name], other_anchor[name], share)
+            least.append((one * share * (other_anchor[name] - anchor[name]).square()).sum())
+        return Diagonal(values), means, torch.stack(least).sum()
 
     def trace(self) -> Tensor:
         return torch.stack([values.sum() for values in self.values.values()]).sum() if self.values else torch.zeros(())

@@ -56,6 +56,11 @@ class Anchor:
         weights = {name: value.detach().clone() for name, value in trainable(model, head=head).items()}
         return cls(weights, model.revealed)
 
+    @property
+    def covered(self) -> dict[str, Tensor]:
+        """By name, the rows ([K] bool) of those parameters that are not covered whole."""
+        return {name: self.rows for name in ("head.weight", "head.bias") if name in self.weights}
+
     def distance(self, live: Parameters) -> Parameters:
         """live - anchored, by name; zero for head rows that the anchor does not cover."""
         delta = {name: live[name] - value for name, value in self.weights.items()}

@@ -3,17 +3,16 @@ online EWC, Schwarz et al., 2018, arXiv 1805.06370), anchored to the pretrained 
 
 from typing import Annotated, Literal
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
 from cl_runner.errors import ConfigError
 from cl_runner.fisher.cost import announce
-from cl_runner.fisher.curvature import Curvature
 from cl_runner.fisher.estimators import FisherEstimator
+from cl_runner.fisher.quadratic import Penalty
 from cl_runner.models.architecture import Architecture
 from cl_runner.models.model import Model, Output, PretrainedView
-from cl_runner.strategies.anchors import Anchor, Source, check_source, trainable, wants_pretrained, wants_previous
+from cl_runner.strategies.anchors import Anchor, Source, check_source, wants_pretrained, wants_previous
 from cl_runner.strategies.base import Strategy
 from cl_runner.streams.base import Examples, Stream, Task
 from cl_runner.streams.recipe import Recipe
@@ -22,12 +21,13 @@ from cl_runner.streams.recipe import Recipe
 class EWC(Strategy):
     """Hold each weight to where earlier tasks left it, as firmly as they depended on it.
 
-    The loss gains factor * strength * sum_t (w - w_t)' F_t (w - w_t): w_t the weights after task t, F_t its Fisher.
+    The loss gains factor * strength * sum_t (w - w_t)' F_t (w - w_t): w_t the weights after task t, F_t its Fisher,
+    without the head rows that no loss had seen by then.
     With the pretrained weights anchored, they are task zero: w_0 is what the backbone came with, F_0 the Fisher of the
     pretrained model under its own head, over the first task's images (the paper's tasks are 1, 2, ...).
     """
 
-    saved = ("terms", "pretrained_term")
+    saved = ("previous", "pretrained")
 
     def __init__(
         self,
@@ -57,8 +57,7 @@ class EWC(Strategy):
 
     def setup(self, model: Model, stream: Stream) -> None:
         super().setup(model, stream)
-        self.terms: list[tuple[Curvature, Anchor]] = []
-        self.pretrained_term: list[tuple[Curvature, Anchor]] = []
+        self.previous, self.pretrained = Penalty(), Penalty()
 
     def before_task(self, task: Task) -> None:
         anchor = Anchor.at(self.model, head=False)
@@ -66,18 +65,13 @@ class EWC(Strategy):
             return
         view, fisher, examples = PretrainedView(self.model), self.fisher.for_pretrained(), task.train
         announce(fisher, view, examples)
-        self.pretrained_term = [(fisher(view, examples), anchor)]
+        self.pretrained = Penalty().plus(fisher(view, examples), anchor.weights)
 
     def penalties(self, batch: Examples, output: Output) -> dict[str, Tensor]:
-        live = trainable(self.model, head=self.head)
-        named = {
-            "ewc": (self.strength, self.terms),
-            "ewc_pretrained": (self.pretrained_strength, self.pretrained_term),
-        }
+        live = dict(self.model.named_parameters())
+        named = {"ewc": (self.strength, self.previous), "ewc_pretrained": (self.pretrained_strength, self.pretrained)}
         return {
-            name: self.factor * strength * torch.stack([F.quadratic(at.distance(live)) for F, at in terms]).sum()
-            for name, (strength, terms) in named.items()
-            if terms
+            name: self.factor * strength * penalty(live) for name, (strength, penalty) in named.items() if penalty.terms
         }
 
     def after_task(self, task: Task) -> None:
@@ -85,9 +79,9 @@ class EWC(Strategy):
         last = task.index == len(self.stream) - 1  # nothing comes that could be held
         if last or not anchor.weights or not wants_previous(self.anchor):
             return
-        fisher = self.fisher(self.model, task.train).only(anchor.weights)
-        if self.accumulation == "separate" or not self.terms:
-            self.terms.append((fisher, anchor))
-        else:
-            summed, _ = self.terms[0]
-            self.terms = [(summed.scaled(self.decay).plus(fisher), anchor)]
+        fisher = self.fisher(self.model, task.train).only(anchor.weights).only_rows(anchor.covered)
+        if self.accumulation == "sum":
+            for term in self.previous.terms:  # at most one
+                fisher = term.curvature.only(anchor.weights).scaled(self.decay).plus(fisher)
+            self.previous = Penalty()
+        self.previous = self.previous.plus(fisher, anchor.weights)

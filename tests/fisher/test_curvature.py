@@ -53,6 +53,26 @@ def test_a_scaled_fisher_has_the_scaled_quadratic() -> None:
     torch.testing.assert_close(fisher.scaled(0.3).quadratic(delta), 0.3 * fisher.quadratic(delta))
 
 
+def test_rows_that_are_left_out_have_no_curvature() -> None:
+    fisher, delta = diagonal(0, "a", "b"), displacement()
+    kept = fisher.only_rows({"a": torch.tensor([True, False, True]), "absent": torch.tensor([False])})
+    delta["a"][1] = 0
+    torch.testing.assert_close(kept.quadratic(displacement()), fisher.quadratic(delta))
+
+
+def test_two_quadratics_are_one_around_the_mean_of_their_anchors() -> None:
+    one, other, weights = diagonal(0, "a", "b"), diagonal(1, "b", "c"), displacement()
+    at_one, at_other = diagonal(2, "a", "b").values, diagonal(3, "b", "c").values
+    both = one.merged(at_one, other, at_other)
+    assert both is not None
+    fisher, anchor, least = both
+
+    def value(matrix: Diagonal, at: dict[str, torch.Tensor]) -> torch.Tensor:
+        return matrix.quadratic({name: weights[name] - at[name] for name in at})
+
+    torch.testing.assert_close(value(fisher, anchor) + least, value(one, at_one) + value(other, at_other))
+
+
 def test_the_trace_is_the_sum_of_all_values() -> None:
     fisher = diagonal(0, "a", "b")
     torch.testing.assert_close(fisher.trace(), fisher.values["a"].sum() + fisher.values["b"].sum())

@@ -22,7 +22,14 @@ def penalty(strategy):
     return strategy.penalties(batch, strategy.model(batch.images))
 
 
+def held_term(strategy):
+    (term,) = strategy.previous.terms
+    return term
+
+
 def moved(model, amount=0.1):
+    """Every weight a step away from where it was, no gradient left of before."""
+    model.zero_grad()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += amount
@@ -51,20 +58,104 @@ def test_the_penalty_is_factor_times_strength_times_fisher_times_squared_distanc
     torch.testing.assert_close(penalty(strategy)["ewc"], expected)
 
 
-def test_a_term_a_task_adds_up_over_tasks():
+class TermATask(EWC):
+    """Every task's Fisher and weights, kept apart and summed by autograd: the definition."""
+
+    def setup(self, model, stream):
+        super().setup(model, stream)
+        self.kept = []
+
+    def after_task(self, task):
+        super().after_task(task)
+        anchor = Anchor.at(self.model)
+        self.kept.append((self.fisher(self.model, task.train).only(anchor.weights), anchor))
+
+    def penalties(self, batch, output):
+        return {"ewc": self.slow()} if self.kept else {}
+
+    def slow(self):
+        live = trainable(self.model)
+        return 0.5 * self.strength * torch.stack([F.quadratic(at.distance(live)) for F, at in self.kept]).sum()
+
+
+@pytest.mark.parametrize("scenario", ["task", "class", "domain"])
+@pytest.mark.parametrize("logits", ["visible", "all"])
+def test_a_term_a_task_adds_up_over_tasks_and_is_held_as_one(scenario, logits):
+    stream = toy_stream(scenario, num_tasks=4)
+    model = toy_model(stream)
+    strategy = TermATask(fisher=exact(logits=logits), strength=20.0)
+    learn(strategy, stream, model, tasks=3)
+    assert len(strategy.kept) == 3
+    assert len(strategy.previous.terms) == 1
+    moved(model, 0.01)
+    held, expected = EWC.penalties(strategy, stream.tasks[0].train[:4], None)["ewc"], strategy.slow()
+    torch.testing.assert_close(held, expected)
+    parameters = list(model.parameters())
+    slopes = (torch.autograd.grad(value, parameters) for value in (held, expected))
+    for one, other in zip(*slopes, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_training_is_what_it_is_with_a_term_a_task():
+    losses = []
+    for method in (EWC, TermATask):
+        stream = toy_stream(num_tasks=4)
+        rows = learn(method(fisher=exact(), strength=30.0), stream, toy_model(stream))
+        losses.append([row["loss"] for row in rows])
+    for one, other in zip(*losses, strict=True):
+        assert one == pytest.approx(other, rel=1e-3, abs=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_micro_batches_get_the_penalty_once_together(precision):
+    weights = []
+    for accumulate in (1, 4):
+        stream = toy_stream()
+        model = toy_model(stream)
+        learn(EWC(fisher=exact(), strength=30.0), stream, model, accumulate=accumulate, precision=precision)
+        weights.append(torch.cat([value.detach().flatten() for value in model.parameters()]))
+    tolerance = 1e-5 if precision == "fp32" else 0.05
+    torch.testing.assert_close(*weights, rtol=tolerance, atol=tolerance)
+
+
+def test_what_is_held_is_not_what_learns():
     stream = toy_stream()
     model = toy_model(stream)
     strategy = EWC(fisher=exact(), strength=1.0)
-    learn(strategy, stream, model, tasks=2)
-    assert len(strategy.terms) == 2
-    (first, at_first), (second, at_second) = strategy.terms
-    weights = trainable(model)
-    by_hand = sum(
-        (F.values[name] * (weights[name] - at.weights[name]) ** 2).sum()
-        for F, at in ((first, at_first), (second, at_second))
-        for name in at.weights
-    )
-    torch.testing.assert_close(penalty(strategy)["ewc"], 0.5 * by_hand)
+    learn(strategy, stream, model, tasks=1)
+    held = {name: value.clone() for name, value in held_term(strategy).anchor.items()}
+    moved(model)
+    assert all(torch.equal(value, held[name]) for name, value in held_term(strategy).anchor.items())
+
+
+def test_a_parameter_frozen_after_it_was_anchored_counts_and_is_no_error():
+    stream = toy_stream()
+    model = toy_model(stream)
+    strategy = EWC(fisher=exact(), strength=1.0)
+    learn(strategy, stream, model, tasks=1)
+    moved(model)
+    before = penalty(strategy)["ewc"].detach()
+    model.backbone[1].weight.requires_grad_(False)
+    loss = penalty(strategy)["ewc"]
+    loss.backward()
+    assert torch.equal(loss, before)
+    assert model.backbone[1].weight.grad is None
+    assert model.backbone[1].bias.grad.any()
+
+
+def test_a_compiled_backbone_is_held_as_any():
+    stream = toy_stream()
+    model = toy_model(stream)
+    model.backbone.compile(backend="eager")
+    strategy = EWC(fisher=exact(), strength=1.0)
+    learn(strategy, stream, model, tasks=1)
+    moved(model)
+    loss = penalty(strategy)["ewc"]
+    loss.backward()
+    term = held_term(strategy)
+    for name, parameter in model.named_parameters():
+        expected = term.curvature.values[name] * (parameter - term.anchor[name])  # half of two
+        torch.testing.assert_close(parameter.grad, expected.detach())
 
 
 def test_the_running_sum_decays_and_is_anchored_to_the_last_weights():
@@ -72,15 +163,15 @@ def test_the_running_sum_decays_and_is_anchored_to_the_last_weights():
     model = toy_model(stream)
     strategy = EWC(fisher=exact(), strength=1.0, accumulation="sum", decay=0.5)
     learn(strategy, stream, model, tasks=1)
-    (first, at_first) = strategy.terms[0]
+    first = held_term(strategy)
     moved(model, 0.05)
     strategy.after_task(stream.tasks[0])
     second = exact()(model, stream.tasks[0].train)
-    (summed, anchor) = strategy.terms[0]
-    assert len(strategy.terms) == 1
-    for name, values in summed.values.items():
-        torch.testing.assert_close(values, 0.5 * first.values[name] + second.values[name])
-        torch.testing.assert_close(anchor.weights[name], at_first.weights[name] + 0.05)
+    term = held_term(strategy)
+    assert term.constant == 0
+    for name, values in term.curvature.values.items():
+        torch.testing.assert_close(values, 0.5 * first.curvature.values[name] + second.values[name])
+        torch.testing.assert_close(term.anchor[name], first.anchor[name] + 0.05)
 
 
 def test_a_strong_penalty_holds_the_weights_that_matter():
@@ -90,17 +181,16 @@ def test_a_strong_penalty_holds_the_weights_that_matter():
         model = toy_model(stream)
         strategy = EWC(fisher=exact(), strength=strength)
         learn(strategy, stream, model, tasks=1)
-        fisher, at = strategy.terms[0]
+        held = strategy.previous
         learn_second(strategy, stream, model)
-        weights = trainable(model)
-        distances[strength] = fisher.quadratic(at.distance(weights)).item()
+        distances[strength] = held(trainable(model)).item()
     assert distances[30.0] < 0.5 * distances[0.0]
 
 
 def learn_second(strategy, stream, model):
-    terms = strategy.terms
+    held = strategy.previous
     trainer, _ = toy_trainer(strategy, stream, model)
-    strategy.terms = terms
+    strategy.previous = held
     model.reveal(stream.tasks[1])
     trainer.learn(stream.tasks[1], stream.tasks[1].train)
 
@@ -111,8 +201,8 @@ def test_a_partly_frozen_backbone_is_no_error():
     model.backbone[1].weight.requires_grad_(False)
     strategy = EWC(fisher=exact(), strength=1.0)
     learn(strategy, stream, model)
-    assert "backbone.1.weight" not in strategy.terms[0][1].weights
-    assert "backbone.1.bias" in strategy.terms[0][1].weights
+    assert "backbone.1.weight" not in held_term(strategy).anchor
+    assert "backbone.1.bias" in held_term(strategy).anchor
 
 
 def test_a_wholly_frozen_backbone_is_no_error_either():
@@ -129,7 +219,7 @@ def test_no_anchor_covers_a_head_row_that_is_not_revealed(scenario, logits):
     model = toy_model(stream)
     strategy = EWC(fisher=exact(logits=logits), strength=1.0)
     learn(strategy, stream, model, tasks=1)
-    assert strategy.terms[0][0].values["head.weight"][:2].any()
+    assert held_term(strategy).curvature.values["head.weight"][:2].any()
     model.reveal(stream.tasks[1])  # draws the second task's rows afresh
     assert penalty(strategy)["ewc"] == 0
     with torch.no_grad():
@@ -139,17 +229,23 @@ def test_no_anchor_covers_a_head_row_that_is_not_revealed(scenario, logits):
 
 def test_no_fisher_is_estimated_after_the_last_task():
     stream = toy_stream()
-    strategy = EWC(fisher=exact(), strength=1.0)
-    learn(strategy, stream, toy_model(stream))
-    assert len(strategy.terms) == 2
+    estimated = []
+
+    class Counting(Exact):
+        def __call__(self, model, examples):
+            estimated.append(len(examples))
+            return super().__call__(model, examples)
+
+    learn(EWC(fisher=Counting(num_samples=None, batch_size=16), strength=1.0), stream, toy_model(stream))
+    assert len(estimated) == 2
 
 
 def test_the_head_can_be_left_out():
     stream = toy_stream()
     strategy = EWC(fisher=exact(), strength=1.0, head=False)
     learn(strategy, stream, toy_model(stream), tasks=1)
-    fisher, anchor = strategy.terms[0]
-    assert {name.split(".")[0] for name in [*anchor.weights, *fisher.values]} == {"backbone"}
+    term = held_term(strategy)
+    assert {name.split(".")[0] for name in [*term.anchor, *term.curvature.values]} == {"backbone"}
 
 
 def test_the_pretrained_weights_are_task_zero_with_the_fisher_of_their_own_head():
@@ -159,11 +255,12 @@ def test_the_pretrained_weights_are_task_zero_with_the_fisher_of_their_own_head(
     expected = exact()(PretrainedView(model), stream.tasks[0].train)
     strategy = EWC(fisher=exact(), strength=2.0)
     learn(strategy, stream, model, tasks=1)
-    ((fisher, anchor),) = strategy.pretrained_term
-    assert anchor.weights.keys() == fisher.values.keys() == before.keys()
+    (term,) = strategy.pretrained.terms
+    fisher = term.curvature.values
+    assert term.anchor.keys() == fisher.keys() == before.keys()
     for name, value in before.items():
-        torch.testing.assert_close(anchor.weights[name], value)
-        torch.testing.assert_close(fisher.values[name], expected.values[name])
+        torch.testing.assert_close(term.anchor[name], value)
+        torch.testing.assert_close(fisher[name], expected.values[name])
 
 
 def test_the_pretrained_anchor_acts_in_the_first_task_already():
@@ -180,7 +277,7 @@ def test_the_pretrained_strength_can_be_set_apart():
     strategy = EWC(fisher=Probe(), strength=1.0, pretrained_strength=3.0)
     learn(strategy, stream, toy_model(stream, pretrained=True), tasks=1)
     moved(strategy.model)
-    strategy.terms = list(strategy.pretrained_term)
+    strategy.previous = strategy.pretrained
     terms = penalty(strategy)
     torch.testing.assert_close(terms["ewc_pretrained"], 3 * terms["ewc"])
 

@@ -1,0 +1,116 @@
+"""Sums of quadratics around anchors: as few of them as can be held, value and gradient in closed form."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from cl_runner.fisher.curvature import Curvature, Parameters
+
+# Numbers in a dot product on the CPU. Of the largest layer of a ResNet-18 in one, float32 is off by 4e-5; in blocks of
+# this size by 1e-7, in about the same time.
+BLOCK = 65_536
+
+
+@dataclass(frozen=True)
+class Quadratic:
+    """(w - anchor)' F (w - anchor) + constant, w the parameters that `anchor` names; F has no others."""
+
+    curvature: Curvature
+    anchor: Parameters
+    constant: Tensor  # scalar, not negative: how far apart the anchors are that were merged into this one
+
+    def merged(self, other: "Quadratic") -> "Quadratic | None":
+        """The sum of both as one, where the curvatures can."""
+        merged = self.curvature.merged(self.anchor, other.curvature, other.anchor)
+        if merged is None:
+            return None
+        curvature, anchor, least = merged
+        return Quadratic(curvature, anchor, self.constant + other.constant + least)
+
+    def value_and_pull(self, parameters: Parameters) -> tuple[Tensor, Parameters]:
+        """The value, a scalar, and F (w - anchor), half the gradient, by name."""
+        delta = _difference(parameters, self.anchor)
+        pull = self.curvature.product(delta)
+        return torch.stack([self.constant, *_inner_products(pull, delta)]).sum(), pull
+
+
+@dataclass(frozen=True)
+class Penalty:
+    """A sum of quadratics of a model's parameters; what can be merged is held as one, however many were added."""
+
+    terms: tuple[Quadratic, ...] = ()
+
+    def plus(self, curvature: Curvature, anchor: Parameters) -> "Penalty":
+        """With (w - anchor)' F (w - anchor) added; keeps `anchor`, which must be a copy of the live weights."""
+        values = next(iter(anchor.values()), torch.zeros(()))
+        added = Quadratic(curvature, anchor, values.new_zeros(()))
+        for index, term in enumerate(self.terms):
+            if (merged := term.merged(added)) is not None:
+                return Penalty((*self.terms[:index], merged, *self.terms[index + 1 :]))
+        return Penalty((*self.terms, added))
+
+    def __call__(self, parameters: Mapping[str, Tensor]) -> Tensor:
+        """The value of at least one term at these parameters (more may be given than are held), a scalar.
+
+        It can be differentiated once. Parameters that are frozen count and take no gradient.
+        """
+        names = list(dict.fromkeys(name for term in self.terms for name in term.anchor))
+        return _Sum.apply(self.terms, names, *(parameters[name] for name in names))
+
+
+class _Sum(torch.autograd.Function):
+    """The gradient comes along with the value: both need F (w - anchor), and autograd would make it over again."""
+
+    @staticmethod
+    def forward(ctx: Any, terms: tuple[Quadratic, ...], names: list[str], *parameters: Tensor) -> Tensor:
+        live = dict(zip(names, parameters, strict=True))
+        device = terms[0].constant.device.type
+        with torch.autocast(device, enabled=False):  # a matrix product in half precision would be off by a hundredth
+            values, pulls = zip(*(term.value_and_pull(live) for term in terms), strict=True)
+            total: Parameters = pulls[0]
+            for pull in pulls[1:]:
+                for name, part in pull.items():
+                    total[name] = total[name].add_(part) if name in total else part
+        ctx.held = [needed and name in total for name, needed in zip(names, ctx.needs_input_grad[2:], strict=True)]
+        ctx.save_for_backward(*(total[name] for name, held in zip(names, ctx.held, strict=True) if held))
+        return torch.stack(values).sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        pulls = ctx.saved_tensors
+        # Fresh tensors: autograd adds the loss's own gradient to them in place.
+        gradients = iter(torch.ops.aten._foreach_mul.Tensor(pulls, 2 * upstream) if pulls else ())
+        return None, None, *(next(gradients) if held else None for held in ctx.held)
+
+
+def _difference(parameters: Parameters, anchor: Parameters) -> Parameters:
+    """parameters - anchor, for the names of `anchor`."""
+    if not anchor:
+        return {}
+    live = [parameters[name] for name in anchor]
+    return dict(zip(anchor, torch.ops.aten._foreach_sub.List(live, list(anchor.values())), strict=True))
+
+
+def _inner_products(one: Parameters, other: Parameters) -> list[Tensor]:
+    """Scalars whose sum is one . other over the names of `one`."""
+    pairs = [_flat(values, other[name]) for name, values in one.items()]
+    if not pairs or not pairs[0][0].is_cuda:
+        return [torch.dot(*blocks) for a, b in pairs for blocks in zip(a.split(BLOCK), b.split(BLOCK), strict=True)]
+    # Two copies cost less than a launch a parameter.
+    ones, others = zip(*pairs, strict=True)
+    return [torch.dot(torch.cat(ones), torch.cat(others))]
+
+
+def _flat(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in the order in which `one` lies in memory: no copy where both lie alike, also as channels_last."""
+    order = sorted(range(one.dim()), key=one.stride, reverse=True)
+    return one.permute(order).flatten(), other.permute(order).flatten()
+
+
+# Checkpoints are read with `weights_only=True`, which builds no class that is not named here.
+torch.serialization.add_safe_globals([Quadratic, Penalty])
