@@ -5,10 +5,14 @@ import json
 import pytest
 import torch
 
+from cl_runner.fisher import kernels
 from cl_runner.fisher.estimators import Exact, Probe
+from cl_runner.fisher.graphs import Replayed, side_stream
 from cl_runner.models.efficientnet import EfficientNetLite0
 from cl_runner.models.resnet import ResNet18
 from cl_runner.streams.split import Split
+
+from .fisher.test_kernels import conv_case, conv_twin, linear_twin, relative
 
 pytestmark = pytest.mark.gpu
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -65,3 +69,132 @@ def test_nothing_in_a_step_waits_for_the_device(cl_runner, monkeypatch):
     monkeypatch.setattr(Trainer, "step", watched)
     status, said = cl_runner("device=cuda", "strategy.strength=1")
     assert status == 0, said
+
+
+# Images, weight, settings and passes of a layer, as `conv_case` takes them.
+LAYERS = {
+    "ResNet-18, first": ((32, 3, 32, 32), (64, 3, 3, 3), ((1, 1), (1, 1), (1, 1), 1), 1),
+    "ResNet-18, layer 1": ((32, 64, 32, 32), (64, 64, 3, 3), ((1, 1), (1, 1), (1, 1), 1), 2),
+    "ResNet-18, layer 4": ((32, 256, 8, 8), (512, 256, 3, 3), ((2, 2), (1, 1), (1, 1), 1), 1),
+    "ResNet-50, stem": ((8, 3, 112, 112), (64, 3, 7, 7), ((2, 2), (3, 3), (1, 1), 1), 1),
+    "ResNet-50, shortcut": ((16, 256, 14, 14), (512, 256, 1, 1), ((2, 2), (0, 0), (1, 1), 1), 1),
+    "MobileNetV2, expansion": ((32, 24, 16, 16), (144, 24, 1, 1), ((1, 1), (0, 0), (1, 1), 1), 2),
+    "MobileNetV2, depthwise": ((32, 144, 16, 16), (144, 1, 3, 3), ((2, 2), (1, 1), (1, 1), 144), 2),
+    "ConvNeXt, depthwise": ((8, 96, 14, 14), (96, 1, 7, 7), ((1, 1), (3, 3), (1, 1), 96), 1),
+    "ResNeXt, groups": ((16, 128, 14, 14), (128, 4, 3, 3), ((1, 1), (1, 1), (1, 1), 32), 1),
+}
+BOUNDS: dict[kernels.Precision, float] = {"fp32": 1e-5, "tf32": 1e-3, "bf16": 5e-3}
+
+
+@pytest.fixture
+def every_candidate(monkeypatch):
+    """Have each candidate add to an `out` of its own instead of timing them; returns those by their names."""
+    found = {}
+
+    def each(key, candidates, like):
+        for name, candidate in candidates.items():
+            found[name] = like.clone()
+            candidate(found[name])
+        return lambda out: None
+
+    monkeypatch.setattr(kernels, "fastest", each)
+    return found
+
+
+@pytest.mark.parametrize("precision", BOUNDS)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("layer", LAYERS)
+def test_every_kernel_of_a_convolution_agrees_with_autograd(every_candidate, layer, layout, precision):
+    images, weight, settings, passes = LAYERS[layer]
+    out, gradients, inputs = (tensor.to(CUDA) for tensor in conv_case(images, weight, settings, passes))
+    inputs = inputs.to(memory_format=layout)
+    gradients = gradients.flatten(0, 1).to(memory_format=layout).unflatten(0, gradients.shape[:2])
+    expected = out + conv_twin(out, gradients, inputs, settings)
+    kernels.add_conv_squares(out, gradients, inputs, *settings, precision)
+    errors = {name: relative(found, expected) for name, found in every_candidate.items()}
+    assert len(errors) >= 2
+    assert max(errors.values()) <= BOUNDS[precision], errors
+
+
+@pytest.mark.parametrize("precision", BOUNDS)
+@pytest.mark.parametrize("positions", [2, 65, 197])
+def test_every_kernel_of_a_linear_layer_agrees_with_the_einsum(every_candidate, positions, precision):
+    gradients = torch.randn(2, 16, positions, 576, device=CUDA)
+    inputs = torch.randn(16, positions, 192, device=CUDA)
+    out = torch.rand(576, 192, device=CUDA)
+    expected = out + linear_twin(gradients, inputs)
+    kernels.add_linear_squares(out, gradients, inputs, precision)
+    errors = {name: relative(found[:, :, 0, 0], expected) for name, found in every_candidate.items()}
+    assert len(errors) >= 2
+    assert max(errors.values()) <= BOUNDS[precision], errors
+
+
+def test_tf32_on_the_device_does_not_make_all_squares_too_small():
+    gradients, inputs = torch.randn(1, 256, 8, 64, device=CUDA), torch.randn(256, 8, 64, device=CUDA)
+    out = torch.zeros(64, 64, device=CUDA)
+    kernels.add_linear_squares(out, gradients, inputs, "tf32")
+    assert float(out.double().sum() / linear_twin(gradients, inputs).sum()) == pytest.approx(1, abs=1e-4)
+
+
+@pytest.mark.parametrize("layer", ["ResNet-18, layer 1", "MobileNetV2, depthwise"])
+def test_a_kernel_gives_the_same_bits_at_every_call(layer):
+    images, weight, settings, passes = LAYERS[layer]
+    out, gradients, inputs = (tensor.to(CUDA) for tensor in conv_case(images, weight, settings, passes))
+    again = out.clone()
+    for total in (out, again):
+        kernels.add_conv_squares(total, gradients, inputs, *settings, "tf32")
+    assert torch.equal(out, again)
+
+
+def test_the_fastest_candidate_is_measured_once_and_one_that_fails_is_never_taken():
+    calls = []
+
+    def fails(out):
+        calls.append("fails")
+        raise MemoryError
+
+    def slow(out):
+        calls.append("slow")
+        torch.cuda._sleep(10_000_000)
+
+    def quick(out):
+        calls.append("quick")
+        out.add_(1)
+
+    candidates, out = {"fails": fails, "slow": slow, "quick": quick}, torch.zeros(1, device=CUDA)
+    assert kernels.fastest("a test's", candidates, out) is quick
+    measured = len(calls)
+    assert kernels.fastest("a test's", candidates, out) is quick
+    assert len(calls) == measured
+    assert out.item() == 0
+
+
+def test_a_new_shape_is_not_timed_while_a_graph_is_captured():
+    out = torch.zeros(1, device=CUDA)
+    with pytest.raises(RuntimeError, match="cannot be timed"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        kernels.fastest("another test's", {"only": lambda total: total.add_(1)}, out)
+
+
+def test_replayed_backward_passes_add_what_eager_ones_add():
+    first, second, batches, vectors = (
+        torch.randn(size, device=CUDA) for size in ((64, 8), (10, 64), (3, 32, 8), (6, 32, 10))
+    )
+
+    def passes(replayed):
+        total = torch.zeros_like(first)
+        for batch in batches:
+            leaf = first.clone().requires_grad_()
+            logits = (batch @ leaf.T).tanh() @ second.T
+
+            def add(one, logits=logits, leaf=leaf):
+                total.add_(torch.autograd.grad(logits, leaf, one, retain_graph=True)[0].square())
+
+            add = Replayed(add, vectors[0]) if replayed else add
+            for one in vectors:
+                add(one)
+        return total
+
+    expected = passes(replayed=False)
+    with side_stream(CUDA):
+        found = passes(replayed=True)
+    torch.testing.assert_close(found, expected)

@@ -1,0 +1,80 @@
+"""Work that repeats itself, queued by Python once and then replayed as a CUDA graph."""
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+
+class Replayed:
+    """`function`, which works by its effects: run as it is the first time, captured the second, replayed from then on.
+
+    Each call has the function's effect once. The first warms up what may not happen during a capture: kernels compiled
+    and timed, libraries loaded. Call it within `side_stream`, where the leaves must have been made and the forward pass
+    have run too, since autograd runs a backward pass on its forward's stream. What the function reads and adds to must
+    stay where it is in memory for as long as this object is called, and it must not wait for the device. Off CUDA,
+    calls go straight through.
+
+    Args:
+        function: of one tensor, which it must not change.
+        example: of the shape, dtype and device of all the tensors to come.
+    """
+
+    def __init__(self, function: Callable[[Tensor], object], example: Tensor) -> None:
+        self._function = function
+        self._input = torch.empty_like(example)
+        self._warm = False
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self, values: Tensor) -> None:
+        if not self._input.is_cuda:
+            self._function(values)
+            return
+        self._input.copy_(values.detach())
+        if not self._warm:
+            self._function(self._input)
+            self._warm = True
+            return
+        if self._graph is None:
+            self._graph = _captured(lambda: self._function(self._input), _anchor(self._input.device))
+        self._graph.replay()
+
+
+@contextmanager
+def side_stream(device: torch.device) -> Iterator[None]:
+    """Work inside runs on a stream of its own, after what was queued before it and before what comes after it."""
+    if device.type != "cuda":
+        yield
+        return
+    outside, inside = torch.cuda.current_stream(device), _stream(device)
+    inside.wait_stream(outside)
+    try:
+        with torch.cuda.stream(inside):
+            yield
+    finally:
+        outside.wait_stream(inside)
+
+
+@functools.cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)  # always the same one: freed memory is kept for the stream it was used on
+
+
+@functools.cache
+def _anchor(device: torch.device) -> torch.cuda.CUDAGraph:
+    """A graph that is never replayed and keeps the pool alive which the others allocate from, one after the other."""
+    torch.zeros(1, device=device)  # its kernel is loaded before the capture
+    return _captured(lambda: torch.zeros(1, device=device))
+
+
+def _captured(function: Callable[[], object], anchor: torch.cuda.CUDAGraph | None = None) -> torch.cuda.CUDAGraph:
+    """Not by `torch.cuda.graph`, which empties the allocator's cache: too dear for a capture a batch."""
+    graph = torch.cuda.CUDAGraph()
+    graph.capture_begin(pool=None if anchor is None else anchor.pool())
+    try:
+        function()
+    finally:
+        graph.capture_end()
+    return graph
