@@ -22,6 +22,7 @@ from cl_runner.trainer import Position
 log = logging.getLogger("cl_runner")
 
 SCHEMA = 1  # of results.json
+SECONDS = "_seconds"  # how the names of reported seconds end
 Rows = dict[Scenario, list[list[float]]]  # scenario -> a row for every task learned
 
 
@@ -69,14 +70,20 @@ class State:
         return {
             **metrics.summarise(self.matrices(), zero_shot, str(self.stream.scenario), self.position.tasks),
             **self.moved,
+            **{name: value for name, value in self.strategy.report().items() if not name.endswith(SECONDS)},
         }
+
+    def seconds(self) -> dict[str, float]:
+        """By phase, and of what the strategy timed within them."""
+        reported = {name: value for name, value in self.strategy.report().items() if name.endswith(SECONDS)}
+        return {**self.clock.seconds, **{name.removesuffix(SECONDS): value or 0.0 for name, value in reported.items()}}
 
     def summary(self) -> dict[str, Any]:
         """What a task's journal row says."""
         return {
             "accuracy": {str(scenario): _plain(rows[-1]) for scenario, rows in self.rows.items()},
             "metrics": self.metrics(),
-            "timing": {"seconds": dict(self.clock.seconds)},
+            "timing": {"seconds": self.seconds()},
         }
 
     def results(self) -> dict[str, Any]:
@@ -93,7 +100,7 @@ class State:
             },
             "accuracy": {name: metrics.to_rows(matrix) for name, matrix in self.matrices().items()},
             "zero_shot": {str(name): _plain(row) for name, row in self.zero_shot.items()},
-            "seconds": {**self.clock.seconds, "total": sum(self.clock.seconds.values())},
+            "seconds": {**self.seconds(), "total": sum(self.clock.seconds.values())},
             "peak_memory": self.clock.peak_memory,
         }
 

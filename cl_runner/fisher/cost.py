@@ -29,7 +29,7 @@ def announce(
     estimator(model, examples[:TRIAL])
     seconds = (clock() - start) * samples / min(TRIAL, samples)
     log.warning(
-        "the %s Fisher makes %d backward passes over %d samples: about %.0f s (fisher=probe or a smaller "
+        "the %s Fisher makes up to %d backward passes over %d samples: about %.0f s (fisher=probe or a smaller "
         "fisher.pretrained_samples is faster)",
         type(estimator).__name__.lower(),
         passes,

@@ -1,8 +1,8 @@
-"""Squared per-sample gradients, summed: by taps where every parameter has a rule, by `vmap` where not."""
+"""Squared per-sample gradients, summed: by taps where every parameter has a rule, by `vmap` or a loop where not."""
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache, partial
 from typing import Protocol
@@ -13,8 +13,9 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
 from cl_runner.fisher.curvature import Parameters
+from cl_runner.fisher.kernels import Precision
 from cl_runner.fisher.layers import Uncovered, Use
-from cl_runner.fisher.per_sample import add_vmapped_squares
+from cl_runner.fisher.per_sample import add_looped_squares, add_vmapped_squares
 from cl_runner.fisher.taps import Taps
 from cl_runner.models.model import Model, PretrainedView
 
@@ -25,7 +26,9 @@ Vectors = Callable[[Tensor], Tensor]
 VECTORS = 1 << 24  # numbers in the output vectors that are held at a time
 SHARED = 1 << 26  # numbers in the gradients that are held at a time, where a parameter is used twice
 FOLD = 32  # batches that are summed in the parameters' precision before they join the wide sum
-ALIKE = 1e-3  # how far the taps may be from autograd, on two images, in relation to the gradients' norm
+ALIKE = 1e-3  # how far squares may be from autograd's, on two images, in relation to their norm
+NOISE = 1e-6  # ... and in relation to the largest norm in the same module
+SAME = 1e-2  # how far logits of the same image may be from each other
 
 
 @contextmanager
@@ -49,22 +52,31 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
                 buffer.copy_(content)
 
 
+def wide(values: Tensor) -> Tensor:
+    """In float64, where the device has it."""
+    return values if values.device.type == "mps" else values.double()
+
+
 class SquaredGradients:
     """The running sum over samples of Σ_v (vᵀ ∂z/∂θ)², z a sample's logits and v its output vectors.
 
     Every trainable parameter takes part, by the name it has in `model`; what a vector does not reach gets zeros. The
     live parameters are not touched, nor their `.grad` or `requires_grad`.
+
+    samples: how many were added.
+    passes: backward passes so far, one for each sample and vector.
     """
 
-    def __init__(self, model: Model | PretrainedView) -> None:
-        """Raises ValueError, which names the layer, for a model whose samples do not stand for themselves."""
+    def __init__(self, model: Model | PretrainedView, *, precision: Precision = "fp32") -> None:
+        """`precision`: of the weight side alone; the forward pass and the activations stay as they are.
+
+        Raises ValueError, which names the layer, for a model whose samples do not stand for themselves.
+        """
         refuse_batch_dependence(model)
-        self.model = model
-        self.samples = 0
+        self.model, self.precision = model, precision
+        self.samples, self.passes = 0, 0
         self._parameters = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-        self._partial = {
-            name: torch.zeros(p.shape, dtype=p.dtype, device=p.device) for name, p in self._parameters.items()
-        }
+        self._partial = _zeros(model)
         self._batches = 0
         self._sums: Parameters = {}
         self._add: _Adds | None = None
@@ -86,7 +98,7 @@ class SquaredGradients:
         most = max(1, VECTORS // max(1, passes * self.model.head.out_features))
         for start in range(0, len(inputs), most):
             rows = slice(start, min(start + most, len(inputs)))
-            self._add(self.model, self._partial, inputs[rows], partial(vectors, rows))
+            self._add(self.model, self._partial, inputs[rows], partial(self._counted, vectors, rows))
         self._batches += 1
         if self._batches == FOLD:
             self._fold()
@@ -99,12 +111,17 @@ class SquaredGradients:
             means[name] = torch.empty_like(parameter).copy_(self._sums[name] / max(1, self.samples))
         return means
 
+    def _counted(self, vectors: Callable[[slice, Tensor], Tensor], rows: slice, logits: Tensor) -> Tensor:
+        found = vectors(rows, logits)
+        self.passes += found.shape[0] * found.shape[1]
+        return found
+
     def _fold(self) -> None:
-        """Sixty thousand additions in float32 would cost the fifth digit; MPS has nothing wider."""
+        """Sixty thousand additions in float32 would cost the fifth digit."""
         self._batches = 0
         for name, values in self._partial.items():
-            wide = values if values.device.type == "mps" else values.double()
-            self._sums[name] = self._sums[name].add_(wide) if name in self._sums else wide.clone()
+            sums = wide(values)
+            self._sums[name] = self._sums[name].add_(sums) if name in self._sums else sums.clone()
             values.zero_()
 
 
@@ -147,48 +164,60 @@ def add_tapped_squares(model: Model | PretrainedView, totals: Parameters, inputs
 
 
 def _way(model: Model | PretrainedView, inputs: Tensor) -> _Adds:
-    """How this model's squares are computed: by taps if they agree with autograd on two images, else by `vmap`."""
-    reason = _objection(model, inputs[[0, -1]])
+    """How this model's squares are computed: the fastest way that agrees with plain autograd on two images."""
+    pair = inputs[[0, -1]]
+    reason = _objection(model, pair)
     if reason is None:
         return add_tapped_squares
-    _say_once(reason)
-    return add_vmapped_squares
+    refuse_dependence(model, pair)
+    further = _objection(model, pair, add_vmapped_squares)
+    if further is None:
+        _say_once("by vmap, which is slower", reason)
+        return add_vmapped_squares
+    _say_once("sample by sample, which is much slower", f"{reason}; by vmap, {further}")
+    return add_looped_squares
 
 
-def _objection(model: Model | PretrainedView, inputs: Tensor) -> str | None:
-    """Why the taps do not serve this model, if they do not."""
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    found, expected = _zeros(parameters), _zeros(parameters)
+# What a model's own code raises where it does not bear what stands between it and plain autograd.
+FAILURES = (RuntimeError, TypeError, IndexError)
+
+
+def _objection(model: Model | PretrainedView, inputs: Tensor, way: _Adds = add_tapped_squares) -> str | None:
+    """Why `way` does not serve this model, if it does not: it is compared with plain autograd on `inputs`."""
+    found, expected = _zeros(model), _zeros(model)
     generator = torch.Generator().manual_seed(0)
     vectors = torch.randn(len(inputs), 1, model.head.out_features, generator=generator).to(inputs)
+    add_looped_squares(model, expected, inputs, lambda _: vectors)
     try:
-        add_tapped_squares(model, found, inputs, lambda _: vectors)
+        way(model, found, inputs, lambda _: vectors)
     except Uncovered as uncovered:
         return str(uncovered)
-    with torch.enable_grad(), torch.compiler.set_stance("force_eager"):
-        for sample, vector in zip(inputs, vectors, strict=True):
-            logits = model.encode(sample[None]).logits
-            gradients = torch.autograd.grad(
-                logits, list(parameters.values()), vector, allow_unused=True, materialize_grads=True
-            )
-            for total, gradient in zip(expected.values(), gradients, strict=True):
-                total += gradient.square()
-    # A gradient that is zero but for rounding, as that of an attention's key bias, says nothing by itself.
-    noise = 1e-6 * max(float(values.norm()) for values in expected.values())
+    except FAILURES as error:
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+    norms = {name: float(values.norm()) for name, values in expected.items()}
     for name, values in expected.items():
-        if not float((found[name] - values).norm()) <= ALIKE * float(values.norm()) + noise:
-            return f"{name} takes part in a way that the taps do not see"
+        # A gradient that is zero but for rounding, as that of an attention's key bias, says nothing by itself. It is
+        # told by its own module's others: a whole block can have tiny gradients, behind a layer's small scale.
+        module = name.rpartition(".")[0]
+        noise = NOISE * max(norm for other, norm in norms.items() if other.rpartition(".")[0] == module)
+        missing = bool(values.any()) and not found[name].any()
+        if missing or not float((found[name] - values).norm()) <= ALIKE * norms[name] + noise:
+            return f"{name} takes part in a way that has no rule"
     return None
 
 
-def _zeros(parameters: Mapping[str, Tensor]) -> Parameters:
-    """Contiguous, whatever the layout of the parameters: a weight is a matrix here."""
-    return {name: torch.zeros(p.shape, dtype=p.dtype, device=p.device) for name, p in parameters.items()}
+def _zeros(model: Model | PretrainedView) -> Parameters:
+    """For every trainable parameter; contiguous, whatever the parameter's layout: a weight is a matrix here."""
+    return {
+        name: torch.zeros(p.shape, dtype=p.dtype, device=p.device)
+        for name, p in model.named_parameters()
+        if p.requires_grad
+    }
 
 
 @lru_cache
-def _say_once(reason: str) -> None:
-    log.warning("the Fisher of this model is computed by vmap, which is slower: %s", reason)
+def _say_once(way: str, reason: str) -> None:
+    log.warning("the Fisher of this model is computed %s: %s", way, reason)
 
 
 def refuse_batch_dependence(model: nn.Module) -> None:
@@ -202,3 +231,15 @@ def refuse_batch_dependence(model: nn.Module) -> None:
             )
         if isinstance(module, _DropoutNd) and module.training and module.p > 0:
             raise ValueError(f"the Fisher needs one answer a sample, and {name} ({kind}) drops out in eval mode too")
+
+
+def refuse_dependence(model: Model | PretrainedView, inputs: Tensor) -> None:
+    """Raises ValueError where the logits of `inputs` [B, C, H, W] depend on who else is in the batch, or on chance."""
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        together = model.encode(inputs).logits
+        alone = torch.cat([model.encode(image).logits for image in inputs.split(1)])
+    if float((together - alone).norm()) > SAME * float(alone.norm()):
+        raise ValueError(
+            "the Fisher needs each sample's own gradient, and in eval mode too this model's answer depends on "
+            "the other samples of its batch, or on chance"
+        )

@@ -6,8 +6,13 @@ returned is the mean over samples.
 """
 
 import logging
+import math
+import time
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Annotated, ClassVar, Literal, Protocol
 
 import torch
@@ -17,6 +22,7 @@ from torch import Tensor
 
 from cl_runner.fisher.curvature import Curvature, Diagonal
 from cl_runner.fisher.engine import SquaredGradients, undisturbed
+from cl_runner.fisher.kernels import Precision
 from cl_runner.models.model import Model, PretrainedView
 from cl_runner.streams.base import Examples, Seed
 
@@ -24,6 +30,28 @@ log = logging.getLogger("cl_runner")
 
 Logits = Literal["visible", "seen", "all"]
 Count = Annotated[int, Field(ge=1)]
+Vectors = Callable[[slice, Tensor], Tensor]  # a slice of a batch, its logits [b, K] -> [b, V, K]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What an estimate cost and how good it is.
+
+    Args:
+        seconds: of the Fisher itself. Estimating its error comes on top: up to an eighth, of 256 samples or more.
+        samples: over which it is the mean.
+        backward_passes: one for each sample and vector; those of the error not counted.
+        trace: of the Fisher.
+        relative_error: an estimate of |found - expected| / |expected| over all numbers together, given the samples;
+            None where nothing was drawn. It knows no samples but those that it looks at: where a few rare draws make up
+            the Fisher, it can be far too small.
+    """
+
+    seconds: float
+    samples: int
+    backward_passes: int
+    trace: float
+    relative_error: float | None
 
 
 class FisherEstimator(Protocol):
@@ -33,12 +61,16 @@ class FisherEstimator(Protocol):
 
     def __call__(self, model: Model | PretrainedView, examples: Examples) -> Curvature: ...
 
+    def estimate(self, model: Model | PretrainedView, examples: Examples) -> tuple[Curvature, Report]:
+        """What a call gives, and how it came about."""
+        ...
+
     def for_pretrained(self) -> "FisherEstimator":
         """The estimator for a pretrained model under its own head, whose true labels nobody knows."""
         ...
 
     def passes(self, num_classes: int) -> int:
-        """Backward passes a sample, where `num_classes` outputs enter: what a call will cost."""
+        """Backward passes a sample, at most, where `num_classes` outputs enter: what a call will cost."""
         ...
 
 
@@ -52,6 +84,7 @@ class Estimator(ABC):
         batch_size: samples in memory at a time; it does not change the result (but see `Batched`).
         logits: which outputs enter: those that the sample's task may see, those revealed so far, or all.
         seed: of the choice of samples and of the vectors' noise.
+        precision: of the products that make a weight's gradients; forward pass and activations stay as they are.
 
     A call leaves the model as it was: its modes, buffers, parameters and their gradients. It sees un-augmented images,
     and computes in the parameters' own precision, since autocast puts single layers off by a tenth.
@@ -62,6 +95,7 @@ class Estimator(ABC):
     batch_size: Count = 64
     logits: Logits = "visible"
     seed: Seed = 0
+    precision: Precision = "fp32"
 
     needs_labels: ClassVar[bool] = False
 
@@ -87,6 +121,7 @@ class Estimator(ABC):
             batch_size=self.batch_size,
             logits=self.logits,
             seed=self.seed,
+            precision=self.precision,
         )
 
     def __call__(self, model: Model | PretrainedView, examples: Examples) -> Diagonal:
@@ -95,28 +130,80 @@ class Estimator(ABC):
         Raises ValueError where there are no examples, no outputs enter for an example, its label is not among them, or
         the model's answer to a sample depends on the others or on chance.
         """
+        with self._begun(model, examples) as (prepared, generator):
+            return self._mean(model, prepared, generator)[0]
+
+    def estimate(self, model: Model | PretrainedView, examples: Examples) -> tuple[Diagonal, Report]:
+        """What a call gives, and how it came about; raises what a call raises."""
+        start = time.perf_counter()
+        with self._begun(model, examples) as (prepared, generator):
+            fisher, passes = self._mean(model, prepared, generator)
+            trace = float(fisher.trace())  # waits for the device
+            seconds = time.perf_counter() - start
+            error = self._relative_error(fisher, model, prepared, generator) if self.by_chance(prepared) else None
+        return fisher, Report(seconds, len(prepared), passes, trace, error)
+
+    def prepared(self, model: Model | PretrainedView, examples: Examples) -> Examples:
+        """The samples with what has to be known of all of them beforehand, as extras."""
+        return examples
+
+    def by_chance(self, prepared: Examples) -> bool:
+        """Whether the vectors are drawn, so that there is an error to estimate."""
+        return False
+
+    @contextmanager
+    def _begun(self, model: Model | PretrainedView, examples: Examples) -> Iterator[tuple[Examples, torch.Generator]]:
         generator = torch.Generator().manual_seed(self.seed)
         if self.num_samples is not None and self.num_samples < len(examples):
             examples = examples[torch.randperm(len(examples), generator=generator)[: self.num_samples]]
         if len(examples) == 0:
             raise ValueError("the Fisher is a mean over examples: expected at least one, got none")
         with undisturbed(model), torch.autocast(model.device.type, enabled=False):
-            return self._estimate(model, examples, generator)
+            yield self.prepared(model, examples), generator
 
-    def _estimate(self, model: Model | PretrainedView, examples: Examples, generator: torch.Generator) -> Diagonal:
-        noise = self.noise(len(examples), len(model.revealed), generator).split(self.batch_size)
-        squares = SquaredGradients(model)
-        for batch, drawn in zip(examples.batches(self.batch_size), noise, strict=True):
-            self._add(squares, model, batch.to(model.device), drawn.to(model.device))
-        return Diagonal(squares.mean())
+    def _mean(
+        self, model: Model | PretrainedView, prepared: Examples, generator: torch.Generator
+    ) -> tuple[Diagonal, int]:
+        """The mean over samples, and the backward passes that it took."""
+        squares = SquaredGradients(model, precision=self.precision)
+        for batch, passes, vectors in self._batches(model, prepared, generator):
+            with torch.no_grad():
+                inputs = model.preprocess(batch.images)
+            squares.add(inputs, passes, vectors)
+        squares.samples = len(prepared)  # also those that no batch has, since they have no vector
+        return Diagonal(squares.mean()), squares.passes
 
-    def _add(self, squares: SquaredGradients, model: Model | PretrainedView, batch: Examples, noise: Tensor) -> None:
-        def vectors(rows: slice, logits: Tensor) -> Tensor:
-            return self.vectors(self._entering(model, logits, batch[rows]), batch.labels[rows], noise[rows])
+    def _batches(
+        self, model: Model | PretrainedView, prepared: Examples, generator: torch.Generator
+    ) -> Iterator[tuple[Examples, int, Vectors]]:
+        """Batches on the model's device, vectors a sample at most, and the vectors."""
+        passes = self.passes(len(model.revealed))
+        noise = self.noise(len(prepared), len(model.revealed), generator).split(self.batch_size)
+        for batch, drawn in zip(prepared.batches(self.batch_size), noise, strict=True):
+            batch = batch.to(model.device)
+            yield batch, passes, partial(self._vectors, model, batch, drawn.to(model.device))
 
-        with torch.no_grad():
-            inputs = model.preprocess(batch.images)
-        squares.add(inputs, self.passes(len(model.revealed)), vectors)
+    def _relative_error(
+        self, fisher: Diagonal, model: Model | PretrainedView, prepared: Examples, generator: torch.Generator
+    ) -> float:
+        """From two more, independent estimates a and b on m of the n samples.
+
+        Given the samples, their parts of the sum are independent, and E|a - b|² = 2 Var of a mean over m. So the sum
+        over all n has n/m times the variance of that over m, and the mean has m/n E|a - b|² / 2.
+        """
+        size = min(len(prepared), max(16, len(prepared) // 16))
+        some = prepared[torch.randperm(len(prepared), generator=generator)[:size]]
+        one, other = (self._mean(model, some, generator)[0] for _ in range(2))
+        distance = _norm(one.plus(other, -1)) * (size / len(prepared) / 2) ** 0.5
+        whole = _norm(fisher)
+        if distance == 0:
+            return 0.0
+        return distance / whole if whole else math.inf
+
+    def _vectors(
+        self, model: Model | PretrainedView, batch: Examples, noise: Tensor, rows: slice, logits: Tensor
+    ) -> Tensor:
+        return self.vectors(self._entering(model, logits, batch[rows]), batch.labels[rows], noise[rows])
 
     def _entering(self, model: Model | PretrainedView, logits: Tensor, batch: Examples) -> Tensor:
         """`logits` [B, K] with -inf where an output does not enter. Raises ValueError where that leaves none."""
@@ -161,17 +248,22 @@ class Exact(Estimator):
         return num_classes - 1
 
     def vectors(self, logits: Tensor, labels: Tensor, noise: Tensor) -> Tensor:
-        entering = logits != -torch.inf
-        # The outputs that enter, first: so a batch takes as many vectors as they are, less one.
-        first = entering.byte().sort(dim=1, descending=True, stable=True).indices[:, : int(entering.sum(1).max())]
-        p = logits.softmax(1).gather(1, first)  # [B, M]
-        tails = p.flip(1).cumsum(1).flip(1)
-        divisors = tails.clamp_min(torch.finfo(p.dtype).tiny)  # no probability left: nothing to be told apart from
-        scale = (p[:, :-1] * (tails[:, 1:] / divisors[:, :-1])).sqrt()
-        others = (p[:, None] / divisors[:, 1:, None]).triu(1)  # [B, M-1, M]
-        columns = scale[:, :, None] * (torch.eye(p.shape[1]).to(p)[:-1] - others)
-        vectors = columns.new_zeros(*columns.shape[:2], logits.shape[1])
-        return vectors.scatter(2, first[:, None].expand_as(columns), columns)
+        return exact_vectors(logits)
+
+
+def exact_vectors(logits: Tensor) -> Tensor:
+    """`Exact`'s, [B, V, K], V one less than the most outputs that enter for a sample; from `logits` [B, K]."""
+    entering = logits != -torch.inf
+    # The outputs that enter, first: so a batch takes as many vectors as they are, less one.
+    first = entering.byte().sort(dim=1, descending=True, stable=True).indices[:, : int(entering.sum(1).max())]
+    p = logits.softmax(1).gather(1, first)  # [B, M]
+    tails = p.flip(1).cumsum(1).flip(1)
+    divisors = tails.clamp_min(torch.finfo(p.dtype).tiny)  # no probability left: nothing to be told apart from
+    scale = (p[:, :-1] * (tails[:, 1:] / divisors[:, :-1])).sqrt()
+    others = (p[:, None] / divisors[:, 1:, None]).triu(1)  # [B, M-1, M]
+    columns = scale[:, :, None] * (torch.eye(p.shape[1]).to(p)[:-1] - others)
+    vectors = columns.new_zeros(*columns.shape[:2], logits.shape[1])
+    return vectors.scatter(2, first[:, None].expand_as(columns), columns)
 
 
 @dataclass(kw_only=True)
@@ -191,9 +283,12 @@ class Sampled(Estimator):
     def passes(self, num_classes: int) -> int:
         return self.draws
 
+    def by_chance(self, prepared: Examples) -> bool:
+        return True
+
     def vectors(self, logits: Tensor, labels: Tensor, noise: Tensor) -> Tensor:
         p = logits.softmax(1)[:, None]
-        return (_unit((p / noise).argmax(2), p) - p) / self.draws**0.5
+        return (unit((p / noise).argmax(2), p) - p) / self.draws**0.5
 
 
 @dataclass(kw_only=True)
@@ -214,6 +309,9 @@ class Probe(Estimator):
     def passes(self, num_classes: int) -> int:
         return self.draws
 
+    def by_chance(self, prepared: Examples) -> bool:
+        return True
+
     def vectors(self, logits: Tensor, labels: Tensor, noise: Tensor) -> Tensor:
         p = logits.softmax(1)[:, None]
         signed = p.sqrt() * noise
@@ -227,7 +325,7 @@ class Empirical(Estimator):
 
     def vectors(self, logits: Tensor, labels: Tensor, noise: Tensor) -> Tensor:
         p = logits.softmax(1)[:, None]
-        return _unit(labels[:, None], p) - p
+        return unit(labels[:, None], p) - p
 
 
 class Argmax(Estimator):
@@ -235,39 +333,7 @@ class Argmax(Estimator):
 
     def vectors(self, logits: Tensor, labels: Tensor, noise: Tensor) -> Tensor:
         p = logits.softmax(1)[:, None]
-        return _unit(logits.argmax(1, keepdim=True), p) - p
-
-
-@dataclass(kw_only=True)
-class Batched(Estimator):
-    """The squared gradient of a batch's mean loss, averaged over batches: what much code calls the empirical Fisher.
-
-    Too small by about the batch size, which is part of its definition; only to reproduce papers. A short last batch
-    counts as much as any other, as in that code.
-    """
-
-    batch_size: Count = 128
-
-    needs_labels = True
-
-    def vectors(self, logits: Tensor, labels: Tensor, noise: Tensor) -> Tensor:
-        p = logits.softmax(1)[:, None]
-        return (_unit(labels[:, None], p) - p) / len(logits)
-
-    def _estimate(self, model: Model | PretrainedView, examples: Examples, generator: torch.Generator) -> Diagonal:
-        parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        squares = {name: torch.zeros_like(p, requires_grad=False) for name, p in parameters.items()}
-        count = 0
-        for batch in examples.to(model.device).batches(self.batch_size):
-            count += 1
-            with torch.enable_grad():
-                logits = model(batch.images).logits
-                loss = F.cross_entropy(self._entering(model, logits, batch), batch.labels)
-                gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
-            for total, gradient in zip(squares.values(), gradients, strict=True):
-                if gradient is not None:
-                    total.addcmul_(gradient, gradient)
-        return Diagonal({name: total / count for name, total in squares.items()})
+        return unit(logits.argmax(1, keepdim=True), p) - p
 
 
 class Reversed(Estimator):
@@ -280,13 +346,18 @@ class Reversed(Estimator):
 
     def vectors(self, logits: Tensor, labels: Tensor, noise: Tensor) -> Tensor:
         p = torch.where(logits == -torch.inf, logits, -logits).softmax(1)[:, None]
-        return _unit(labels[:, None], p) - p
+        return unit(labels[:, None], p) - p
 
 
 def _name(estimator: Estimator) -> str:
     return type(estimator).__name__.lower()
 
 
-def _unit(classes: Tensor, like: Tensor) -> Tensor:
+def unit(classes: Tensor, like: Tensor) -> Tensor:
     """e_c, [..., K], for `classes` [...]; K and dtype of `like`."""
     return F.one_hot(classes, like.shape[-1]).to(like)
+
+
+def _norm(fisher: Diagonal) -> float:
+    """√Σ F²: squares of small numbers are far too small for float32."""
+    return sum(float(values.cpu().double().square().sum()) for values in fisher.values.values()) ** 0.5

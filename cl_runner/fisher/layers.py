@@ -19,8 +19,10 @@ from cl_runner.fisher.curvature import Parameters
 
 # Numbers in a temporary on the CPU: a share of a core's second-level cache.
 CACHE = 1 << 17
-# Numbers in a temporary elsewhere.
-ROOM = 1 << 26
+# Numbers in a weight up to which its product is not taken apart: smaller products are slower ones.
+WHOLE = 1 << 20
+# Numbers in a temporary that no cache could hold.
+ROOM = 1 << 24
 
 
 class Uncovered(Exception):  # noqa: N818
@@ -95,12 +97,13 @@ class Linear(Use):
         if self.held is None:
             return
         if "bias" in self.names:
-            totals[self.names["bias"]] += self.held.sum((0, 1))
+            totals[self.names["bias"]] += self.held.sum((0, 1)).view_as(totals[self.names["bias"]]).clamp_min_(0)
         if "weight" not in self.names:
             return
-        total = totals[self.names["weight"]].flatten(1)
+        total = totals[self.names["weight"]].view(self.held.shape[2], -1)
         for some in slices(len(self.rows), self.held[0].numel() + self.held.shape[1] * total.shape[1]):
             total.addmm_(self.held[some].flatten(0, 1).t(), _pairs(self.rows[some]).flatten(0, 1))
+        total.clamp_min_(0)  # pairs of which nothing but rounding is left
         self.held = None
 
 
@@ -200,26 +203,37 @@ class Convolution(Use):
             return
         total = totals[self.names["weight"]]
         positions = gradient[0, 0].numel()
-        if self.call.weight.dim() != 4 or self.call.groups > 1 or (positions >= FEW and gradient.device.type == "cpu"):
+        cpu = gradient.device.type == "cpu"
+        if self.call.weight.dim() != 4 or (cpu and positions >= FEW):
             each = (self.call.weight_gradient(*some) for some in self._alone(gradient))
             squared = next(each).square()  # in the layout of the gradients, which need not be the total's
             for values in each:
                 squared.addcmul_(values, values)
-            total += squared
+            total += squared.reshape(total.shape)
+        elif self.call.groups > 1:
+            for some in slices(len(gradient), total.numel()):
+                total += self._grouped(gradient[some], some).square_().sum(0).view_as(total)
         elif gram_is_cheaper(positions, self.passes):
             self.held = _pairs(gradient.flatten(2).transpose(1, 2), weighted=True, onto=self.held)
         else:
             rows = gradient.flatten(2).transpose(1, 2)
-            for some in slices(len(rows), self.call.weight[0].numel() * positions):
+            for some in slices(len(rows), self.call.weight[0].numel() * positions, room=ROOM):
                 _add_product_squares(total, rows[some], self._patches(some))
 
     def close(self, totals: Parameters) -> None:
         if self.held is None:
             return
-        total = totals[self.names["weight"]].flatten(1)
+        total = totals[self.names["weight"]].view(self.held.shape[2], -1)
         for some in slices(len(self.held), self.held.shape[1] * total.shape[1]):
             total.addmm_(self.held[some].flatten(0, 1).t(), _pairs(self._patches(some)).flatten(0, 1))
+        total.clamp_min_(0)  # pairs of which nothing but rounding is left
         self.held = None
+
+    def _grouped(self, gradient: Tensor, some: slice) -> Tensor:
+        """Per-sample weight gradients, [b, groups, N / groups, K], of the samples in `some`."""
+        patches = self._patches(some).unflatten(2, (self.call.groups, -1))  # [b, T, groups, K]
+        rows = gradient.flatten(2).unflatten(1, (self.call.groups, -1))  # [b, groups, N / groups, T]
+        return rows @ patches.transpose(1, 2)
 
     def _alone(self, gradient: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         for index in range(len(gradient)):
@@ -343,7 +357,8 @@ class Embedding(Use):
 
     def add_squares(self, gradient: Tensor, totals: Parameters) -> None:
         total = totals[self.names["weight"]]
-        for looked_up, rows in zip(self.inputs.flatten(1), gradient.flatten(1, -2), strict=True):
+        gradient = gradient.reshape(len(gradient), -1, gradient.shape[-1])
+        for looked_up, rows in zip(self.inputs.reshape(len(gradient), -1), gradient, strict=True):
             kept = looked_up != self.padding if self.padding is not None else slice(None)
             there, position = looked_up[kept].unique(return_inverse=True)
             sums = rows.new_zeros(len(there), rows.shape[1]).index_add_(0, position, rows[kept])
@@ -366,9 +381,9 @@ def gram_is_cheaper(positions: int, passes: int) -> bool:
     return positions <= 64 and positions * (positions + 1) <= passes * (2 * positions + 30)
 
 
-def slices(length: int, numbers: int) -> Iterator[slice]:
-    """As few samples at a time as keep a temporary of so many `numbers` a sample in the cache; at least one."""
-    size = max(1, CACHE // max(1, numbers))
+def slices(length: int, numbers: int, room: int = CACHE) -> Iterator[slice]:
+    """As many at a time as keep a temporary of so many `numbers` each within `room`; at least one."""
+    size = max(1, room // max(1, numbers))
     for start in range(0, length, size):
         yield slice(start, min(start + size, length))
 
@@ -386,16 +401,20 @@ def _pairs(rows: Tensor, weighted: bool = False, onto: Tensor | None = None) -> 
 
 
 def _add_product_squares(total: Tensor, gradients: Tensor, inputs: Tensor) -> None:
-    """Add Σ_b (Σ_t g_bt x_bt)² to `total` [N, ...], from `gradients` [B, T, N] and `inputs` [B, T, K]."""
-    total = total.flatten(1)
+    """Add Σ_b (Σ_t g_bt x_bt)² to `total`, N K numbers, from `gradients` [B, T, N] and `inputs` [B, T, K]."""
+    total = total.view(gradients.shape[2], -1)
     if total.device.type != "cpu":
-        for some in slices(len(gradients), total.numel() // (ROOM // CACHE) + 1):
+        for some in slices(len(gradients), total.numel(), room=ROOM):
             total += torch.bmm(gradients[some].transpose(1, 2), inputs[some]).square_().sum(0)
         return
-    scratch = torch.empty_like(total)
-    for g, x in zip(gradients, inputs, strict=True):
-        torch.mm(g.t(), x, out=scratch)
-        total.addcmul_(scratch, scratch)
+    # By columns where the whole would not stay in the cache between its product and its square.
+    whole = total.numel() <= WHOLE
+    for columns in [slice(None)] if whole else slices(total.shape[1], total.shape[0]):
+        part = total[:, columns]
+        scratch = torch.empty_like(part, memory_format=torch.contiguous_format)
+        for g, x in zip(gradients, inputs[:, :, columns], strict=True):
+            torch.mm(g.t(), x, out=scratch)
+            part.addcmul_(scratch, scratch)
 
 
 def _add_squares(total: Tensor, gradients: Tensor) -> None:

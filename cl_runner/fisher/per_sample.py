@@ -1,4 +1,4 @@
-"""Squared per-sample gradients by `torch.func`, for models that the taps do not cover: slower, and right for any."""
+"""Per-sample gradients for models that the taps do not cover: by `torch.func`, or else, for any model, by a loop."""
 
 import math
 import warnings
@@ -22,12 +22,32 @@ CPU_BLOCK = 16_000_000
 def add_vmapped_squares(
     model: Model | PretrainedView, totals: Parameters, inputs: Tensor, vectors: Callable[[Tensor], Tensor]
 ) -> None:
-    """Add Σ_v (vᵀ ∂z/∂θ)², summed over `inputs` [B, C, H, W], to `totals` in place; `vectors`: logits -> v [B, V, K].
+    """Add Σ_v (vᵀ ∂z/∂θ)², summed over `inputs`, to `totals` in place; for the arguments see `vmapped_gradients`."""
 
-    One forward a sample, shared by all its backwards, under `vmap`.
+    def add(gradients: Parameters) -> None:
+        for name, values in gradients.items():
+            _add_squares(totals[name], values)
+
+    vmapped_gradients(model, inputs, vectors, add)
+
+
+def vmapped_gradients(
+    model: Model | PretrainedView,
+    inputs: Tensor,
+    vectors: Callable[[Tensor], Tensor],
+    receive: Callable[[Parameters], None],
+) -> None:
+    """Hand vᵀ ∂z/∂θ to `receive` for every sample, vector and trainable parameter: [b, V, ...] at a time, by name.
+
+    One forward a sample, shared by all its backwards, under `vmap`. What is handed out may not be written to: vmap's
+    results may alias.
+
+    Args:
+        inputs: [B, C, H, W] float, preprocessed.
+        vectors: logits -> v [B, V, K].
     """
     logits = Logits(model)
-    with torch.no_grad():
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
         all_vectors = vectors(logits(inputs))
     if all_vectors.shape[1] == 0:
         return
@@ -40,10 +60,45 @@ def add_vmapped_squares(
         return vmap(pull)(outputs[:, None])[0]
 
     with torch.compiler.set_stance("force_eager"):
-        for rows in _even_slices(len(inputs), max(1, most // all_vectors.shape[1])):
+        for rows in even_slices(len(inputs), max(1, most // all_vectors.shape[1])):
             for some in all_vectors[rows].split(most, dim=1):
-                for name, values in _vmapped(gradients, inputs[rows], some).items():
-                    _add_squares(totals[name.removeprefix("model.")], values)
+                found = _vmapped(gradients, inputs[rows], some)
+                receive({name.removeprefix("model."): values for name, values in found.items()})
+
+
+def add_looped_squares(
+    model: Model | PretrainedView, totals: Parameters, inputs: Tensor, vectors: Callable[[Tensor], Tensor]
+) -> None:
+    """As `add_vmapped_squares`, by plain autograd, one sample and one backward pass at a time."""
+
+    def add(gradients: Parameters) -> None:
+        for name, values in gradients.items():
+            totals[name].addcmul_(values[0, 0], values[0, 0])
+
+    looped_gradients(model, inputs, vectors, add)
+
+
+def looped_gradients(
+    model: Model | PretrainedView,
+    inputs: Tensor,
+    vectors: Callable[[Tensor], Tensor],
+    receive: Callable[[Parameters], None],
+) -> None:
+    """As `vmapped_gradients`, by plain autograd: of one sample and one vector at a time, those that are not zero."""
+    parameters = {name: values for name, values in model.named_parameters() if values.requires_grad}
+    with torch.compiler.set_stance("force_eager"):
+        with torch.no_grad():
+            all_vectors = vectors(model.encode(inputs).logits)
+        # Not `image[None]`, whose strides lead PyTorch to wrong gradients of grouped convolutions in channels_last.
+        for image, some in zip(inputs.split(1), all_vectors, strict=True):
+            with torch.enable_grad():
+                logits = model.encode(image).logits
+            for vector in some if logits.requires_grad else ():
+                gradients = torch.autograd.grad(
+                    logits, list(parameters.values()), vector[None], retain_graph=True, allow_unused=True
+                )
+                found = zip(parameters, gradients, strict=True)
+                receive({name: gradient[None, None] for name, gradient in found if gradient is not None})
 
 
 def _vmapped(gradients: Callable[[Tensor, Tensor], Parameters], inputs: Tensor, vectors: Tensor) -> Parameters:
@@ -63,7 +118,7 @@ def _most_gradients(parameters: Parameters) -> int:
     return max(1, most)
 
 
-def _even_slices(length: int, most: int) -> Iterator[slice]:
+def even_slices(length: int, most: int) -> Iterator[slice]:
     """As few slices as can be, none longer than `most`, as equal as can be."""
     size = math.ceil(length / math.ceil(length / most))
     for start in range(0, length, size):
@@ -71,7 +126,7 @@ def _even_slices(length: int, most: int) -> Iterator[slice]:
 
 
 def _add_squares(total: Tensor, gradients: Tensor) -> None:
-    """Add the squares of `gradients` [b, V, ...] to `total` [...]; never in place on them, since vmap's may alias."""
+    """Add the squares of `gradients` [b, V, ...] to `total` [...]."""
     rows = gradients.flatten(0, 1)
     if total.device.type != "cpu":
         total += rows.square().sum(0)

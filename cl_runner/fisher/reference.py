@@ -48,6 +48,37 @@ def probe(model: Model | PretrainedView, examples: Examples, signs: Tensor, logi
     return total.over(len(examples))
 
 
+def hybrid(
+    model: Model | PretrainedView,
+    examples: Examples,
+    threshold: float,
+    dice: Tensor,
+    signs: Tensor,
+    logits: Logits = "visible",
+) -> Diagonal:
+    """E_x of Σ_c p_c (∂ log p_c / ∂θ)² over the columns √p_c (e_c - p) of squared length `threshold` or more, plus the
+    mean of (Σ_c ε_c √p_c ∂ log p_c / ∂θ)² over draws of signs for the others, or, where these have x < 1 thresholds
+    together, 1/x times it with probability x. Samples that would take as many passes as are exact, are exact.
+
+    `dice` [N], uniform in [0, 1); `signs` [Σ draws, K], one sample's after the other's.
+    """
+    total, left = _Total(model), iter(signs)
+    for sample, die in zip(_samples(total.model, examples, logits), dice.tolist(), strict=True):
+        p = sample.log_p.exp().detach()
+        lengths = (p.sqrt() * (torch.eye(len(p)).to(p) - p[:, None])).square().sum(0)  # a column each
+        heavy = lengths >= threshold
+        draws = float(lengths[~heavy].sum() / threshold)
+        if int(heavy.sum()) + draws >= len(p) - 1:
+            heavy, draws = torch.ones_like(heavy), 0.0
+        for log_p in sample.log_p[heavy]:
+            total.add(log_p, weight=log_p.exp())
+        number = int(draws + die)
+        for _ in range(number):
+            signed = next(left)[sample.entering] * p.sqrt() * sample.log_p
+            total.add(signed[~heavy].sum(), weight=1 / (number if draws >= 1 else draws))
+    return total.over(len(examples))
+
+
 def empirical(model: Model | PretrainedView, examples: Examples, logits: Logits = "visible") -> Diagonal:
     """E_x (∂ log p_y / ∂θ)², y the true label."""
     total = _Total(model)

@@ -8,6 +8,7 @@ module does around them (an activation, a padding, in-place arithmetic, a second
 """
 
 from collections.abc import Callable, Sequence
+from inspect import signature
 from typing import Any
 
 import torch
@@ -21,9 +22,33 @@ from cl_runner.models.model import Model, PretrainedView
 
 Gradients = Callable[[Use, Tensor], None]
 
-VIEWS = {"reshape", "view", "unsqueeze", "flatten", "contiguous", "to", "type_as", "float", "double"}
+VIEWS = {
+    "reshape",
+    "view",
+    "unsqueeze",
+    "flatten",
+    "contiguous",
+    "to",
+    "type_as",
+    "float",
+    "double",
+    "view_as",
+    "reshape_as",
+    "unflatten",
+    "squeeze",
+}
 BROADCAST = {f"{name}{end}" for name in ("add", "sub", "mul", "div") for end in ("", "_")}
 CONVOLUTIONS = {torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3}
+DROPOUTS = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout}
+RULES = {
+    F.linear: "linear",
+    F.batch_norm: "batch_norm",
+    F.layer_norm: "layer_norm",
+    F.group_norm: "group_norm",
+    F.rms_norm: "rms_norm",
+    F.embedding: "embedding",
+    F.multi_head_attention_forward: "attention",
+}
 
 
 class Logits(nn.Module):
@@ -49,7 +74,7 @@ class Taps:
         Raises Uncovered where a trainable parameter is used in a way that has no rule.
         """
         self.uses: list[Use] = []
-        self._receive: Gradients | None = None
+        self._receiver = _Receiver()
         self._wanted = torch.zeros((), device=inputs.device, requires_grad=True)  # what keeps the graph alive
         parameters = {f"model.{name}": values.detach() for name, values in model.named_parameters()}
         trainable = {
@@ -66,7 +91,7 @@ class Taps:
         """
         if not self.logits.requires_grad:  # no trainable parameter was met
             return
-        self._receive = receive
+        self._receiver.receive = receive
         torch.autograd.grad(
             self.logits, self._wanted, vectors.to(self.logits), retain_graph=not last, allow_unused=True
         )
@@ -75,24 +100,26 @@ class Taps:
         """`output`, with a tap on it that belongs to `use`."""
         self.uses.append(use)
         # In place, so that no memory moves; but what is a view may not be changed through a function of our own.
-        return _Tap.apply(output.clone() if output._is_view() else output, self._wanted, self, use)
+        return _Tap.apply(output.clone() if output._is_view() else output, self._wanted, self._receiver, use)
 
-    def receive(self, use: Use, gradient: Tensor) -> None:
-        assert self._receive is not None, "gradients come in a backward pass only"
-        use.check_unchanged()
-        self._receive(use, gradient)
+
+class _Receiver:
+    """What the graph knows of its taps: not `Taps` itself, which holds the graph, and both would never be freed."""
+
+    receive: Gradients
 
 
 class _Tap(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, output: Tensor, wanted: Tensor, taps: Taps, use: Use) -> Tensor:
-        ctx.taps, ctx.use = taps, use
+    def forward(ctx: Any, output: Tensor, wanted: Tensor, receiver: _Receiver, use: Use) -> Tensor:
+        ctx.receiver, ctx.use = receiver, use
         ctx.mark_dirty(output)
         return output
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
-        ctx.taps.receive(ctx.use, gradients[0])
+        ctx.use.check_unchanged()
+        ctx.receiver.receive(ctx.use, gradients[0])
         return gradients[0], None, None, None
 
 
@@ -104,31 +131,26 @@ class _Interception(TorchFunctionMode):
         self.taps, self.size = taps, size
         self.names = dict(trainable)  # id of a tensor -> the parameter that it is, or is a view of
         self.kept: list[Tensor] = []  # the views, lest their ids are given to others
-        self.rules: dict[Any, Callable[..., Any]] = {
-            F.linear: self.linear,
-            F.batch_norm: self.batch_norm,
-            F.layer_norm: self.layer_norm,
-            F.group_norm: self.group_norm,
-            F.rms_norm: self.rms_norm,
-            F.embedding: self.embedding,
-            F.multi_head_attention_forward: self.attention,
-            F.dropout: self.dropout,
-        }
 
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in self.rules:
-            return self.rules[func](*args, **kwargs)
-        if func in CONVOLUTIONS:
-            return self.convolution(func, *args, **kwargs)
+        if func in DROPOUTS:
+            return self.dropout(func, *args, **kwargs)
+        if func in RULES or func in CONVOLUTIONS:
+            if args and id(args[0]) in self.names:  # a table of queries, say
+                raise Uncovered(f"{self.names[id(args[0])]} is the input of {func.__name__}")
+            if func in CONVOLUTIONS:
+                return self.convolution(func, *args, **kwargs)
+            return getattr(self, RULES[func])(*args, **kwargs)
         met = [value for value in _tensors((*args, *kwargs.values())) if id(value) in self.names]
         if not met:
             return func(*args, **kwargs)
         name = getattr(func, "__name__", str(func)).strip("_")
         if name in VIEWS:
-            return self.view(met[0], func(*args, **kwargs))
+            result = func(*args, **kwargs)  # of something else, where only the parameter's shape or type was asked for
+            return self.view(args[0], result) if id(args[0]) in self.names else result
         if name == "expand":
             return self.expanded(met[0], func(*args, **kwargs))
         if name.removeprefix("r") in BROADCAST or func.__name__ in BROADCAST:
@@ -168,9 +190,9 @@ class _Interception(TorchFunctionMode):
         if not names:
             return output
         axes = CONVOLUTIONS[func]
-        call = strided(weight, axes, stride, padding, dilation, groups)
         if input.dim() != axes + 2:
             raise Uncovered(f"{next(iter(names.values()))} is used on a convolution's input without samples")
+        call = strided(weight, axes, stride, padding, dilation, groups)
         return self.taps.on(output, Convolution.of(names, input, call))
 
     def batch_norm(
@@ -184,8 +206,11 @@ class _Interception(TorchFunctionMode):
         momentum: float = 0.1,
         eps: float = 1e-5,
     ) -> Tensor:
-        if id(input) in self.names:
-            raise Uncovered(f"{self.names[id(input)]} is normalised before it is used")
+        if training:
+            raise ValueError(
+                "the Fisher needs each sample's own gradient, and a batch norm in it takes the statistics of its "
+                "batch in eval mode too; only fisher=batched with train_mode takes it as it is"
+            )
         output = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
         names = self.mine(self.named(weight=weight, bias=bias), input)
         if not names:
@@ -235,15 +260,23 @@ class _Interception(TorchFunctionMode):
         return self.taps.on(output, use) if names else output
 
     def embedding(
-        self, input: Tensor, weight: Tensor, padding_idx: int | None = None, *rest: Any, **more: Any
+        self,
+        input: Tensor,
+        weight: Tensor,
+        padding_idx: int | None = None,
+        max_norm: float | None = None,
+        norm_type: float = 2.0,
+        scale_grad_by_freq: bool = False,
+        sparse: bool = False,
     ) -> Tensor:
-        output = F.embedding(input, weight, padding_idx, *rest, **more)
+        output = F.embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
         names = self.named(weight=weight)
         if not names:
             return output
-        if any(rest) or any(more.values()) or input.shape[0] != self.size:
+        if max_norm is not None or scale_grad_by_freq or input.dim() == 0 or input.shape[0] != self.size:
             raise Uncovered(f"{names['weight']} is looked up in a way that has no rule")
-        return self.taps.on(output, Embedding(names, input, padding_idx))
+        padding = padding_idx if padding_idx is None else padding_idx % len(weight)
+        return self.taps.on(output, Embedding(names, input, padding))
 
     def attention(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Self-attention as `nn.MultiheadAttention` calls it, [L, B, D]; here with the samples first."""
@@ -252,7 +285,7 @@ class _Interception(TorchFunctionMode):
         if not self.named(**{part: given[part] for part in parts}):
             return F.multi_head_attention_forward(query, key, value, *args, **kwargs)
         plain = query is key is value and query.dim() == 3 and given["in_proj_weight"] is not None
-        asked = [name for name in ATTENTION_EXTRAS if given.get(name) not in (None, False)]
+        asked = [name for name in ATTENTION_EXTRAS if given.get(name) is not None and given[name] is not False]
         if not plain or asked:
             raise Uncovered(f"an attention with {', '.join(asked) or 'other keys than queries'} has no rule")
         if given["dropout_p"] and given["training"]:
@@ -271,10 +304,12 @@ class _Interception(TorchFunctionMode):
             else:
                 attended = F.scaled_dot_product_attention(q, k, v)
             output = F.linear(attended.transpose(1, 2).flatten(2), given["out_proj_weight"], given["out_proj_bias"])
-        return output.transpose(0, 1), weights
+        return output.transpose(0, 1).contiguous(), weights  # as the function's own, which may be viewed otherwise
 
-    def dropout(self, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
-        if training and p:
+    def dropout(self, func: Any, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        given = signature(func).bind(input, *args, **kwargs)
+        given.apply_defaults()
+        if given.arguments["training"] and given.arguments["p"]:
             raise _active_dropout()
         return input
 

@@ -67,6 +67,11 @@ class Strategy:
     def after_task(self, task: Task) -> None:
         """The task is learned: consolidate."""
 
+    def report(self) -> dict[str, float | None]:
+        """Numbers about what the method has computed so far, by name; they join the run's metrics, and seconds its
+        seconds."""
+        return {}
+
     def predict(self, images: Tensor, task_ids: Tensor) -> Tensor:
         """Scores [B, K] of every class, unmasked: the evaluation masks them, once a scenario."""
         return self.model(images).logits

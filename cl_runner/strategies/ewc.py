@@ -1,13 +1,14 @@
 """Elastic weight consolidation (Kirkpatrick et al., 2017, arXiv 1612.00796; a running sum of Fishers with decay is
 online EWC, Schwarz et al., 2018, arXiv 1805.06370), anchored to the pretrained weights too."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 from torch import Tensor
 
 from cl_runner.errors import ConfigError
 from cl_runner.fisher.cost import announce
+from cl_runner.fisher.curvature import Curvature
 from cl_runner.fisher.estimators import FisherEstimator
 from cl_runner.fisher.quadratic import Penalty
 from cl_runner.models.architecture import Architecture
@@ -27,7 +28,7 @@ class EWC(Strategy):
     pretrained model under its own head, over the first task's images (the paper's tasks are 1, 2, ...).
     """
 
-    saved = ("previous", "pretrained")
+    saved = ("previous", "pretrained", "reports")
 
     def __init__(
         self,
@@ -58,6 +59,7 @@ class EWC(Strategy):
     def setup(self, model: Model, stream: Stream) -> None:
         super().setup(model, stream)
         self.previous, self.pretrained = Penalty(), Penalty()
+        self.reports: list[dict[str, Any]] = []  # of every Fisher, the pretrained model's first
 
     def before_task(self, task: Task) -> None:
         anchor = Anchor.at(self.model, head=False)
@@ -65,7 +67,7 @@ class EWC(Strategy):
             return
         view, fisher, examples = PretrainedView(self.model), self.fisher.for_pretrained(), task.train
         announce(fisher, view, examples)
-        self.pretrained = Penalty().plus(fisher(view, examples), anchor.weights)
+        self.pretrained = Penalty().plus(self._estimated(fisher, view, examples), anchor.weights)
 
     def penalties(self, batch: Examples, output: Output) -> dict[str, Tensor]:
         live = dict(self.model.named_parameters())
@@ -79,9 +81,23 @@ class EWC(Strategy):
         last = task.index == len(self.stream) - 1  # nothing comes that could be held
         if last or not anchor.weights or not wants_previous(self.anchor):
             return
-        fisher = self.fisher(self.model, task.train).only(anchor.weights).only_rows(anchor.covered)
+        fisher = self._estimated(self.fisher, self.model, task.train).only(anchor.weights).only_rows(anchor.covered)
         if self.accumulation == "sum":
             for term in self.previous.terms:  # at most one
                 fisher = term.curvature.only(anchor.weights).scaled(self.decay).plus(fisher)
             self.previous = Penalty()
         self.previous = self.previous.plus(fisher, anchor.weights)
+
+    def report(self) -> dict[str, float | None]:
+        """What all Fishers took, and the last one's trace and error (null where nothing was drawn)."""
+        if not self.reports:
+            return {}
+        *_, last = self.reports
+        spent = ("seconds", "samples", "backward_passes")
+        values = last | {name: sum(report[name] for report in self.reports) for name in spent}
+        return {f"fisher_{name}": value for name, value in values.items()}
+
+    def _estimated(self, fisher: FisherEstimator, model: Model | PretrainedView, examples: Examples) -> Curvature:
+        found, report = fisher.estimate(model, examples)
+        self.reports.append(vars(report))
+        return found

@@ -1,6 +1,7 @@
 """The fast estimators, held to the definitions as loops."""
 
 import copy
+import time
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -8,11 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cl_runner.fisher import per_sample, reference
+from cl_runner.fisher import estimators, per_sample, reference
+from cl_runner.fisher.batched import Batched
 from cl_runner.fisher.curvature import Diagonal
+from cl_runner.fisher.engine import SquaredGradients, undisturbed
 from cl_runner.fisher.estimators import (
     Argmax,
-    Batched,
     Empirical,
     Estimator,
     Exact,
@@ -21,6 +23,8 @@ from cl_runner.fisher.estimators import (
     Reversed,
     Sampled,
 )
+from cl_runner.fisher.hybrid import Draws, Hybrid, plan_of
+from cl_runner.fisher.kernels import Precision
 from cl_runner.models.model import Model, PretrainedView
 from cl_runner.streams.base import Examples, Scenario
 
@@ -30,6 +34,7 @@ ESTIMATORS: dict[str, Estimator] = {
     "exact": Exact(),
     "sampled": Sampled(draws=3),
     "probe": Probe(draws=3),
+    "hybrid": Hybrid(budget=1.2),
     "empirical": Empirical(),
     "argmax": Argmax(),
     "reversed": Reversed(),
@@ -40,7 +45,13 @@ PER_SAMPLE = [name for name in ESTIMATORS if name != "batched"]
 
 def by_definition(estimator: Estimator, model: Model | PretrainedView, examples: Examples) -> Diagonal:
     """What `reference` says `estimator` is."""
-    noise = estimator.noise(len(examples), len(model.revealed), torch.Generator().manual_seed(estimator.seed))
+    generator = torch.Generator().manual_seed(estimator.seed)
+    if isinstance(estimator, Hybrid):
+        with undisturbed(model):
+            prepared = estimator.prepared(model, examples)
+        draws, threshold = Draws.of(plan_of(prepared), generator), float(prepared.extras["threshold"][0])
+        return reference.hybrid(model, examples, threshold, draws.dice, draws.signs, estimator.logits)
+    noise = estimator.noise(len(examples), len(model.revealed), generator)
     definition: Callable[..., Diagonal] = getattr(reference, type(estimator).__name__.lower())
     drawn = {"sampled": {"clocks": noise}, "probe": {"signs": noise}, "batched": {"batch_size": estimator.batch_size}}
     return definition(model, examples, logits=estimator.logits, **drawn.get(definition.__name__, {}))
@@ -87,19 +98,6 @@ def test_the_batch_size_changes_nothing(name: str, precision: torch.dtype) -> No
     alone = replace(estimator, batch_size=1)(subject, data)
     for batch_size in (7, 64):
         assert distance(replace(estimator, batch_size=batch_size)(subject, data), alone) < 1e-5
-
-
-def test_batched_shrinks_with_the_batch_as_it_is_defined_to() -> None:
-    subject, data = model(), examples(64)
-    traces = [float(Batched(batch_size=size)(subject, data).trace()) for size in (1, 8, 64)]
-    assert traces[0] == pytest.approx(float(Empirical()(subject, data).trace()))
-    assert traces[0] > 2 * traces[1] > 4 * traces[2]
-
-
-def test_a_short_last_batch_counts_as_much_as_any_other_in_batched() -> None:
-    subject, data = model(), examples(5)
-    parts = [Batched(batch_size=4)(subject, part) for part in (data[:4], data[4:])]
-    assert distance(Batched(batch_size=4)(subject, data), parts[0].plus(parts[1]).scaled(0.5)) < 1e-10
 
 
 def test_exact_takes_one_pass_less_than_there_are_outputs_whatever_the_tasks_in_a_batch() -> None:
@@ -233,7 +231,7 @@ def test_it_draws_nothing_from_the_global_generator() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.parametrize("name", ["exact", "sampled", "probe"])
+@pytest.mark.parametrize("name", ["exact", "sampled", "probe", "hybrid"])
 def test_its_seed_chooses_the_samples_and_the_draws(name: str) -> None:
     estimator, subject = replace(ESTIMATORS[name], num_samples=6), model()
     first, same, other = (replace(estimator, seed=seed)(subject, examples()) for seed in (0, 0, 1))
@@ -256,7 +254,68 @@ def test_an_estimator_is_the_same_after_a_call() -> None:
     estimator = Probe(num_samples=5)
     before = copy.deepcopy(vars(estimator))
     estimator(model(), examples())
+    estimator.estimate(model(), examples())
     assert vars(estimator) == before
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_an_estimate_is_what_a_call_gives(name: str) -> None:
+    estimator, subject = ESTIMATORS[name], model()
+    found, report = estimator.estimate(subject, examples())
+    assert distance(found, estimator(subject, examples())) == 0
+    assert report.trace == float(found.trace())
+    assert (report.relative_error is None) == (name not in ("sampled", "probe", "hybrid"))
+
+
+@pytest.mark.parametrize(("estimator", "passes"), [(Exact(), 7 + 2 * 4), (Probe(draws=3), 33), (Batched(), 11)])
+def test_it_reports_a_backward_pass_for_every_sample_and_vector(estimator: Estimator, passes: int) -> None:
+    data = replace(examples(), task_ids=(torch.arange(11) > 6).long())
+    data = replace(data, labels=3 * data.task_ids)
+    start = time.perf_counter()
+    # One sample at a time: where a batch mixes tasks, those of fewer outputs have zeros for vectors.
+    size = {} if isinstance(estimator, Batched) else {"batch_size": 1}
+    report = replace(estimator, **size).estimate(model(), data)[1]
+    assert (report.samples, report.backward_passes) == (11, passes)
+    assert 0 < report.seconds < time.perf_counter() - start
+    assert replace(estimator, num_samples=5).estimate(model(), data)[1].samples == 5
+
+
+@pytest.mark.parametrize(
+    "estimator", [Sampled(), Probe(), Probe(draws=4), Hybrid(budget=1.5)], ids=["sampled", "probe", "draws", "hybrid"]
+)
+def test_the_error_it_reports_is_its_distance_from_exact(estimator: Estimator) -> None:
+    subject, data = model(scenario=Scenario.CLASS), examples(200)
+    exact = Exact()(subject, data)
+    seeds = [replace(estimator, seed=seed).estimate(subject, data) for seed in range(8)]
+    true = sum(distance(found, exact) ** 2 for found, _ in seeds) ** 0.5
+    reported = sum((report.relative_error or 0) ** 2 for _, report in seeds) ** 0.5
+    assert 0.5 < reported / true < 2
+
+
+def test_the_error_of_few_samples_is_from_all_of_them() -> None:
+    subject, data = model(scenario=Scenario.CLASS), examples(12)
+    exact = Exact()(subject, data)
+    seeds = [Probe(seed=seed).estimate(subject, data) for seed in range(30)]
+    true = sum(distance(found, exact) ** 2 for found, _ in seeds) ** 0.5
+    assert sum((report.relative_error or 0) ** 2 for _, report in seeds) ** 0.5 == pytest.approx(true, rel=0.3)
+
+
+def test_a_fisher_of_nothing_has_no_error() -> None:
+    assert Probe().estimate(model().requires_grad_(False), examples())[1].relative_error == 0
+
+
+def test_the_precision_reaches_what_sums_the_squares(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = []
+
+    class Noting(SquaredGradients):
+        def __init__(self, model: Model | PretrainedView, *, precision: Precision) -> None:
+            given.append(precision)
+            super().__init__(model, precision=precision)
+
+    monkeypatch.setattr(estimators, "SquaredGradients", Noting)
+    Probe(precision="tf32")(model(), examples())
+    Empirical(precision="bf16").for_pretrained()(model(), examples())
+    assert given == ["tf32", "bf16"]
 
 
 def test_every_trainable_parameter_is_there_and_no_frozen_one() -> None:

@@ -232,12 +232,25 @@ def test_no_fisher_is_estimated_after_the_last_task():
     estimated = []
 
     class Counting(Exact):
-        def __call__(self, model, examples):
+        def estimate(self, model, examples):
             estimated.append(len(examples))
-            return super().__call__(model, examples)
+            return super().estimate(model, examples)
 
     learn(EWC(fisher=Counting(num_samples=None, batch_size=16), strength=1.0), stream, toy_model(stream))
     assert len(estimated) == 2
+
+
+def test_what_the_fishers_took_is_reported_in_sum_and_of_the_last_what_it_is():
+    stream = toy_stream()
+    model = toy_model(stream)
+    strategy = EWC(fisher=Probe(num_samples=20), strength=1.0)
+    learn(strategy, stream, model, tasks=2)
+    report = strategy.report()
+    assert (report["fisher_samples"], report["fisher_backward_passes"]) == (40, 40)
+    last, of_last = Probe(num_samples=20).estimate(model, stream.tasks[1].train)
+    assert report["fisher_trace"] == pytest.approx(float(last.trace()))
+    assert report["fisher_relative_error"] == pytest.approx(of_last.relative_error)
+    assert report["fisher_seconds"] > 0
 
 
 def test_the_head_can_be_left_out():

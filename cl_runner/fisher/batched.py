@@ -1,0 +1,99 @@
+"""Squared gradients of batches' mean losses: what much code calls the empirical Fisher, and its ways about it."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from cl_runner.errors import ConfigError
+from cl_runner.fisher.curvature import Diagonal
+from cl_runner.fisher.estimators import Count, Estimator, unit
+from cl_runner.models.model import Model, PretrainedView
+from cl_runner.streams.base import Examples
+
+
+@dataclass(kw_only=True)
+class Batched(Estimator):
+    """The squared gradient of a batch's mean loss, averaged over batches.
+
+    Too small by about the batch size, which is part of its definition; only to reproduce papers. A short last batch
+    counts as much as any other, as in that code.
+
+    Args:
+        train_mode: normalisation by the batch's own statistics (but of layers that the model holds still) and active
+            dropout. A last batch of one, which has no statistics, then joins the one before it.
+        augment: images as the stream augments them for training (`stream.augment`).
+        clip: the largest value, None for no bound; 1e-4 in PyCIL (`fishermax`).
+
+    What is random follows the seed.
+    """
+
+    batch_size: Count = 128
+    train_mode: bool = False
+    augment: bool = False
+    clip: Annotated[float, Field(gt=0)] | None = None
+
+    needs_labels = True
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError for what cannot work."""
+        if self.precision != "fp32":
+            raise ConfigError("fisher.precision", f"expected fp32 for batched, got {self.precision}")
+        for field, value in (("batch_size", self.batch_size), ("num_samples", self.num_samples)):
+            if self.train_mode and value == 1:
+                message = "expected at least 2 with train_mode (one image has no statistics to normalise by), got 1"
+                raise ConfigError(f"fisher.{field}", message)
+
+    def vectors(self, logits: Tensor, labels: Tensor, noise: Tensor) -> Tensor:
+        p = logits.softmax(1)[:, None]
+        return (unit(labels[:, None], p) - p) / len(logits)
+
+    def _mean(
+        self, model: Model | PretrainedView, prepared: Examples, generator: torch.Generator
+    ) -> tuple[Diagonal, int]:
+        model.train(self.train_mode)
+        model.preprocess.train(self.augment)
+        parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        squares = {name: torch.zeros_like(p, requires_grad=False) for name, p in parameters.items()}
+        batches = list(self._batches(prepared))
+        with _own_generators(self.seed, model.device):
+            for batch in batches:
+                gradients = self._gradients(model, list(parameters.values()), batch.to(model.device))
+                for total, gradient in zip(squares.values(), gradients, strict=True):
+                    if gradient is not None:
+                        total.addcmul_(gradient, gradient)
+        most = math.inf if self.clip is None else self.clip
+        values = {name: (total / len(batches)).clamp(max=most) for name, total in squares.items()}
+        return Diagonal(values), len(prepared)
+
+    def _batches(self, examples: Examples) -> Iterator[Examples]:
+        alone = self.train_mode and len(examples) > 1 and len(examples) % self.batch_size == 1
+        last = len(examples) - self.batch_size - 1 if alone else len(examples)
+        yield from examples[:last].batches(self.batch_size)
+        if alone:
+            yield examples[last:]
+
+    def _gradients(
+        self, model: Model | PretrainedView, parameters: list[Tensor], batch: Examples
+    ) -> tuple[Tensor | None, ...]:
+        with torch.enable_grad():
+            logits = model(batch.images).logits
+        vectors = self.vectors(self._entering(model, logits.detach(), batch), batch.labels, torch.empty(0))
+        return torch.autograd.grad(logits, parameters, vectors[:, 0], allow_unused=True) if parameters else ()
+
+
+@contextmanager
+def _own_generators(seed: int, device: torch.device) -> Iterator[None]:
+    """What is drawn inside follows the seed, and the generators outside go on as if nothing had been."""
+    on_device = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(on_device):
+        torch.default_generator.manual_seed(seed)
+        for each in on_device:
+            with torch.cuda.device(each):
+                torch.cuda.manual_seed(seed)
+        yield

@@ -1,0 +1,230 @@
+"""The Fisher by the vectors that weigh most, and by random signs for what the others weigh together.
+
+For one sample with probabilities p, diag(p) - p pᵀ = Σ_c v_c v_cᵀ with the columns v_c = √p_c (e_c - p), of weight
+|v_c|²: its share of the trace, p_c (1 - 2 p_c + |p|²). The better a model fits its data, the fewer columns of the fewer
+samples hold nearly all of the weight.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from cl_runner.fisher.engine import wide
+from cl_runner.fisher.estimators import Estimator, Vectors, exact_vectors
+from cl_runner.models.model import Model, PretrainedView
+from cl_runner.streams.base import Examples
+
+HALVINGS = 40  # of the search for a threshold, in its logarithm
+MIXED = 1.25  # how many times as many passes a sample may have as another of its batch, which has zeros instead
+LEAST = 1e-30  # threshold: every column that a gradient in float32 can tell from none
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The columns √p_c (e_c - p) of N samples."""
+
+    outputs: Tensor  # [N], how many enter
+    p: Tensor  # [N, K]
+    weights: Tensor  # [N, K], their squared lengths
+
+    @staticmethod
+    def of(logits: Tensor) -> "Columns":
+        """`logits` [N, K], -inf: does not enter."""
+        p = wide(logits).softmax(1)
+        weights = (p * (1 - 2 * p + p.square().sum(1, keepdim=True))).clamp_min(0)
+        return Columns((logits != -torch.inf).sum(1), p, weights)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is done with the columns of N samples."""
+
+    heavy: Tensor  # [N, K] bool, columns that are taken exactly
+    rates: Tensor  # [N], probes of the others on average
+    whole: Tensor  # [N] bool, samples that are given Exact's vectors instead
+    outputs: Tensor  # [N], how many enter
+
+    @staticmethod
+    def of(columns: Columns, threshold: Tensor | float) -> "Plan":
+        """`threshold`: a number, or one for each sample [N, 1]."""
+        heavy = columns.weights >= threshold
+        rates = (columns.weights.masked_fill(heavy, 0) / threshold).sum(1)
+        return Plan(heavy, rates, heavy.sum(1) + rates >= columns.outputs - 1, columns.outputs)
+
+
+@dataclass(frozen=True)
+class Draws:
+    """What chance decides, on the CPU and in the samples' own order: so batches do not change it."""
+
+    dice: Tensor  # [N], uniform in [0, 1)
+    probes: Tensor  # [N] int64, how many a sample has
+    first: Tensor  # [N] int64, of a sample's rows of `signs`
+    signs: Tensor  # [Σ probes, K] int8, one sample's after the other's
+
+    @staticmethod
+    def of(plan: Plan, generator: torch.Generator) -> "Draws":
+        dice = torch.rand(len(plan.rates), generator=generator, dtype=torch.float64)
+        probes = (plan.rates.cpu() + dice).floor().long() * ~plan.whole.cpu()
+        shape = int(probes.sum()), plan.heavy.shape[1]
+        signs = 2 * torch.randint(2, shape, generator=generator, dtype=torch.int8) - 1
+        return Draws(dice, probes, probes.cumsum(0) - probes, signs)
+
+
+@dataclass(kw_only=True)
+class Hybrid(Estimator):
+    """Every column of weight τ or more exactly, a sample's others by random signs on all of them at once. Unbiased.
+
+    Others of weight r together take r/τ probes v = Σ_c ε_c v_c, ε_c = ±1, on average: ⌊r/τ + u⌋ of them, u uniform in
+    [0, 1), each over √(their number); where r < τ, one probe with probability r/τ, over √(r/τ). So a sample takes
+    Σ_c min(1, |v_c|²/τ) passes on average, most of a sure model's none at all; one that would take as many as `Exact`
+    is given Exact's. A forward pass over all samples comes first, to find τ.
+
+    Args:
+        budget: backward passes a sample, the mean over samples, on average. Exact where that suffices for it.
+        tolerance: the relative error to aim at, instead of a budget. As the error cannot be known beforehand, it is
+            that of the Fisher of the output biases, which the probabilities give in closed form: J = 1. Other
+            parameters' errors are of its order, as their Fisher is a mixture of the same vectors.
+    """
+
+    budget: Annotated[float, Field(gt=0)] = 1.0
+    tolerance: Annotated[float, Field(gt=0, lt=1)] | None = None
+
+    def passes(self, num_classes: int) -> int:
+        """With a tolerance nothing is known beforehand but that `Exact` takes no fewer."""
+        return min(num_classes - 1, math.ceil(self.budget) if self.tolerance is None else num_classes - 1)
+
+    def vectors(self, logits: Tensor, labels: Tensor, noise: Tensor) -> Tensor:
+        """`noise` [B, V, K] says how much of each column there is in a vector."""
+        p = logits.softmax(1)[:, None]
+        columns = noise * p.sqrt()
+        return columns - p * columns.sum(2, keepdim=True)
+
+    def prepared(self, model: Model | PretrainedView, examples: Examples) -> Examples:
+        """With the logits [N, K] that enter, and the threshold of each sample, the same for all."""
+        parts = []
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            for batch in examples.batches(self.batch_size):
+                batch = batch.to(model.device)
+                parts.append(self._entering(model, model(batch.images).logits, batch))
+        logits = torch.cat(parts)
+        columns = Columns.of(logits)
+        if self.tolerance is None:
+            threshold = threshold_for_budget(columns, self.budget)
+        else:
+            threshold = threshold_for_tolerance(columns, self.tolerance)
+        extras = {"logits": logits, "threshold": wide(logits.new_ones(len(logits))) * threshold}
+        return replace(examples, extras=extras)
+
+    def by_chance(self, prepared: Examples) -> bool:
+        plan = plan_of(prepared)
+        return bool((~plan.whole & (plan.rates > 0)).any())
+
+    def _batches(
+        self, model: Model | PretrainedView, prepared: Examples, generator: torch.Generator
+    ) -> Iterator[tuple[Examples, int, Vectors]]:
+        plan = plan_of(prepared)
+        draws = Draws.of(plan, generator)
+        passes = torch.where(plan.whole, plan.outputs - 1, plan.heavy.sum(1) + draws.probes.to(plan.outputs)).cpu()
+        for rows in _alike(plan.whole.cpu(), passes, self.batch_size):
+            batch, most = prepared[rows].to(model.device), int(passes[rows].max())
+            yield batch, most, partial(self._planned, plan, draws, rows, most, batch)
+
+    def _planned(
+        self, plan: Plan, draws: Draws, samples: Tensor, most: int, batch: Examples, rows: slice, _: Tensor
+    ) -> Tensor:
+        """From the logits that the plan was made for: another batch's rounding must not move them across it."""
+        logits = batch.extras["logits"][rows]
+        if plan.whole[samples[0]]:
+            vectors = exact_vectors(wide(logits))
+        else:
+            amounts = _amounts(plan, draws, samples[rows], most)
+            vectors = self.vectors(wide(logits), batch.labels[rows], amounts)
+        return vectors.to(logits)
+
+
+def expected_passes(columns: Columns, threshold: float) -> float:
+    """A sample, the mean over samples."""
+    passes = (columns.weights / threshold).clamp_max(1).sum(1)
+    return float(passes.minimum(columns.outputs - 1).mean())
+
+
+def threshold_for_budget(columns: Columns, budget: float) -> float:
+    """The smallest that keeps the expected passes a sample within `budget`."""
+    if expected_passes(columns, LEAST) <= budget:
+        return LEAST
+    high = float(columns.weights.sum()) / len(columns.p) / budget  # since min(1, w/τ) <= w/τ
+    return _between(LEAST, high, lambda threshold: expected_passes(columns, threshold) <= budget)[1]
+
+
+def threshold_for_tolerance(columns: Columns, tolerance: float) -> float:
+    """The largest that keeps the expected relative error of the output biases' Fisher within `tolerance`."""
+    high = max(LEAST, float(columns.weights.sum()))  # one vector for all samples together
+    if bias_error(columns, high) <= tolerance:
+        return high
+    return _between(LEAST, high, lambda threshold: bias_error(columns, threshold) > tolerance)[0]
+
+
+def bias_error(columns: Columns, threshold: float) -> float:
+    """√(E|F̂ - F|² / |F|²) of F = mean over samples of p (1 - p), the output biases' Fisher.
+
+    For one probe z = Σ_c ε_c a_c, E z² = Σ a² = q and E z⁴ = 3 q² - 2 Σ a⁴; a mean over k has the variance
+    (E z⁴ - q²) / k; a probe that is kept with probability x, over √x, has E z⁴ / x - q².
+    """
+    plan, p = Plan.of(columns, threshold), columns.p
+    light = p * ~plan.heavy * ~plan.whole[:, None]
+    # a = √p_c (δ_ck - p_k), for the output k and the light columns c.
+    q = light * (1 - 2 * p) + p.square() * light.sum(1, keepdim=True)
+    fourth = light * p * ((1 - p) ** 4 - p**4) + p**4 * light.square().sum(1, keepdim=True)
+    rates = plan.rates.clamp_min(LEAST)[:, None]
+    below = rates.floor().clamp_min(1)
+    inverse = 1 / below - (rates - below) / (below * (below + 1))  # E 1/k
+    moment = 3 * q.square() - 2 * fourth
+    variance = torch.where(rates < 1, moment / rates - q.square(), (moment - q.square()) * inverse)
+    fisher = (p * (1 - p)).sum(0)
+    return float((variance.clamp_min(0).sum() / fisher.square().sum().clamp_min(LEAST)).sqrt())
+
+
+def _between(low: float, high: float, above: Callable[[float], bool]) -> tuple[float, float]:
+    """Two numbers, all but equal, from between `low`, for which `above` is false, and `high`, for which it is true."""
+    for _ in range(HALVINGS):
+        middle = math.sqrt(low) * math.sqrt(high)
+        low, high = (low, middle) if above(middle) else (middle, high)
+    return low, high
+
+
+def plan_of(prepared: Examples) -> Plan:
+    """For what `Hybrid.prepared` gives."""
+    return Plan.of(Columns.of(prepared.extras["logits"]), prepared.extras["threshold"][:, None])
+
+
+def _alike(whole: Tensor, passes: Tensor, size: int) -> Iterator[Tensor]:
+    """The samples that have vectors, up to `size` together that have about as many; those of Exact by themselves."""
+    level = (passes.clamp_min(1).log() / math.log(MIXED)).floor()
+    for kind in (whole, ~whole):
+        chosen = kind & (passes > 0)
+        for each in level[chosen].unique():
+            yield from (chosen & (level == each)).nonzero()[:, 0].split(size)
+
+
+def _amounts(plan: Plan, draws: Draws, rows: Tensor, most: int) -> Tensor:
+    """How much of each column there is in each vector of the samples `rows` [B]: [B, V = `most`, K].
+
+    A sample's heavy columns first, then its probes, then nothing.
+    """
+    heavy, rates, probes = plan.heavy[rows], plan.rates[rows, None], draws.probes[rows, None]
+    vector = torch.arange(most)
+    count = heavy.sum(1, keepdim=True).cpu()
+    first = heavy.byte().argsort(dim=1, descending=True, stable=True)[:, :most]
+    alone = F.one_hot(first, heavy.shape[1]) * (vector < count).to(heavy.device)[:, :, None]
+    drawn = (vector >= count) & (vector < count + probes)
+    signs = draws.signs.new_zeros(*drawn.shape, heavy.shape[1])
+    signs[drawn] = draws.signs[(draws.first[rows, None] + vector - count)[drawn]]
+    divisors = torch.where(rates < 1, rates, probes.to(rates)).clamp_min(LEAST).sqrt()
+    return alone + signs.to(heavy.device) * ~heavy[:, None] / divisors[:, :, None]
