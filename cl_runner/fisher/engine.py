@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
 from cl_runner.fisher.curvature import Parameters
+from cl_runner.fisher.graphs import Replayed, side_stream
 from cl_runner.fisher.kernels import Precision
 from cl_runner.fisher.layers import Uncovered, Use
 from cl_runner.fisher.per_sample import add_looped_squares, add_vmapped_squares
@@ -25,6 +26,7 @@ Vectors = Callable[[Tensor], Tensor]
 
 VECTORS = 1 << 24  # numbers in the output vectors that are held at a time
 SHARED = 1 << 26  # numbers in the gradients that are held at a time, where a parameter is used twice
+BLOCK = 4  # passes that a kernel takes together, and a CUDA graph
 FOLD = 32  # batches that are summed in the parameters' precision before they join the wide sum
 ALIKE = 1e-3  # how far squares may be from autograd's, on two images, in relation to their norm
 NOISE = 1e-6  # ... and in relation to the largest norm in the same module
@@ -73,7 +75,8 @@ class SquaredGradients:
         Raises ValueError, which names the layer, for a model whose samples do not stand for themselves.
         """
         refuse_batch_dependence(model)
-        self.model, self.precision = model, precision
+        self.model = model
+        self.precision: Precision = precision
         self.samples, self.passes = 0, 0
         self._parameters = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
         self._partial = _zeros(model)
@@ -94,7 +97,7 @@ class SquaredGradients:
         if not self._parameters:
             return
         if self._add is None:
-            self._add = _way(self.model, inputs)
+            self._add = _way(self.model, inputs, self.precision)
         most = max(1, VECTORS // max(1, passes * self.model.head.out_features))
         for start in range(0, len(inputs), most):
             rows = slice(start, min(start + most, len(inputs)))
@@ -131,8 +134,17 @@ class _Adds(Protocol):
     def __call__(self, model: Model | PretrainedView, totals: Parameters, inputs: Tensor, vectors: Vectors) -> None: ...
 
 
-def add_tapped_squares(model: Model | PretrainedView, totals: Parameters, inputs: Tensor, vectors: Vectors) -> None:
+def add_tapped_squares(
+    model: Model | PretrainedView, totals: Parameters, inputs: Tensor, vectors: Vectors, precision: Precision = "fp32"
+) -> None:
     """One forward pass, and a backward pass a vector that is taken apart at the layers' outputs."""
+    with side_stream(inputs.device):
+        _add_tapped_squares(model, totals, inputs, vectors, precision)
+
+
+def _add_tapped_squares(
+    model: Model | PretrainedView, totals: Parameters, inputs: Tensor, vectors: Vectors, precision: Precision
+) -> None:
     taps = Taps(model, inputs)
     outputs = vectors(taps.logits.detach())
     calls = Counter(name for use in taps.uses for name in use.names.values())
@@ -140,7 +152,7 @@ def add_tapped_squares(model: Model | PretrainedView, totals: Parameters, inputs
     numbers = len(inputs) * sum(totals[name].numel() for name in shared)
     if numbers > SHARED and len(inputs) > 1:
         for half in (slice(None, len(inputs) // 2), slice(len(inputs) // 2, None)):
-            add_tapped_squares(model, totals, inputs[half], lambda _, half=half: outputs[half])
+            _add_tapped_squares(model, totals, inputs[half], lambda _, half=half: outputs[half], precision)
         return
     summed: Parameters = {}
 
@@ -152,23 +164,33 @@ def add_tapped_squares(model: Model | PretrainedView, totals: Parameters, inputs
             flat = values.flatten(1)
             summed[name] = summed[name] + flat if name in summed else flat
 
+    def block(some: Tensor, last: bool = False) -> None:
+        """The passes of `some` vectors [B, v, K]."""
+        for index, vector in enumerate(some.unbind(1), start=1):
+            taps.backward(vector, receive, last and index == some.shape[1])
+            for name, values in summed.items():  # all of a parameter's calls have come: now they may be squared
+                totals[name] += values.square().sum(0).view_as(totals[name])
+            summed.clear()
+        for use in taps.uses:
+            use.flush(totals)
+
     for use in taps.uses:
-        use.passes = outputs.shape[1]
-    for index, vector in enumerate(outputs.unbind(1)):
-        taps.backward(vector, receive, last=index == outputs.shape[1] - 1)
-        for name, values in summed.items():  # all of a parameter's calls have come: now they may be squared
-            totals[name] += values.square().sum(0).view_as(totals[name])
-        summed.clear()
+        use.passes, use.precision = outputs.shape[1], precision
+    *repeated, last = outputs.split(BLOCK, dim=1)
+    run = block if any(use.waits for use in taps.uses) else Replayed(block, outputs[:, :BLOCK])
+    for some in repeated:
+        run(some)
+    block(last, last=True)
     for use in taps.uses:
         use.close(totals)
 
 
-def _way(model: Model | PretrainedView, inputs: Tensor) -> _Adds:
+def _way(model: Model | PretrainedView, inputs: Tensor, precision: Precision) -> _Adds:
     """How this model's squares are computed: the fastest way that agrees with plain autograd on two images."""
     pair = inputs[[0, -1]]
     reason = _objection(model, pair)
     if reason is None:
-        return add_tapped_squares
+        return partial(add_tapped_squares, precision=precision)
     refuse_dependence(model, pair)
     further = _objection(model, pair, add_vmapped_squares)
     if further is None:

@@ -3,19 +3,22 @@
 Every layer gives them as they are (`per_sample`, which says what the layer is), and adds the sum over samples of their
 squares to a total without holding them (`add_squares`, the fast twin). A gradient that is summed over positions and
 then squared costs no more arithmetic than the ordinary one; what libraries lose is the memory of the block
-[B, *weight], and here that block is never larger than a cache.
+[B, *weight], and here that block is never larger than a cache; on CUDA the fused kernels never write it at all.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cl_runner.fisher import kernels
 from cl_runner.fisher.curvature import Parameters
+from cl_runner.fisher.kernels import Precision
 
 # Numbers in a temporary on the CPU: a share of a core's second-level cache.
 CACHE = 1 << 17
@@ -35,9 +38,13 @@ class Use(ABC):
     names: role -> the trainable parameter that plays it.
     inputs: what the layer was given, [B, ...].
     passes: backward passes that will come, in all.
+    precision: of products of gradients and inputs over positions; sums over positions alone are as the gradients are.
+    waits: whether `add_squares` has to wait for the device.
     """
 
     passes: int = 1
+    precision: Precision = "fp32"
+    waits: ClassVar[bool] = False
 
     def __init__(self, names: dict[str, str], inputs: Tensor) -> None:
         self.names, self.inputs = names, inputs.detach()
@@ -53,9 +60,13 @@ class Use(ABC):
         """parameter -> its gradient for every sample, [B, *shape] (flat where a view was used), from the output's."""
 
     def add_squares(self, gradient: Tensor, totals: Parameters) -> None:
-        """Add the sum over samples of the squared gradients to `totals` [*shape], in place; maybe at `close` only."""
+        """Add the sum over samples of the squared gradients to `totals` [*shape], in place; maybe at `flush` only, or
+        at `close`."""
         for name, values in self.per_sample(gradient).items():
             _add_squares(totals[name], values)
+
+    def flush(self, totals: Parameters) -> None:  # noqa: B027
+        """A block of passes has come: add what is faster added together."""
 
     def close(self, totals: Parameters) -> None:  # noqa: B027
         """All passes have come: add what was held back."""
@@ -68,6 +79,7 @@ class Linear(Use):
         super().__init__(names, inputs)
         self.rows = self.inputs.flatten(1, -2) if inputs.dim() > 2 else self.inputs[:, None]  # [B, T, K]
         self.held: Tensor | None = None
+        self.waiting: list[Tensor] = []
 
     def gradient_rows(self, gradient: Tensor) -> Tensor:
         """[B, T, N]."""
@@ -84,26 +96,42 @@ class Linear(Use):
 
     def add_squares(self, gradient: Tensor, totals: Parameters) -> None:
         rows = self.gradient_rows(gradient)
-        if gram_is_cheaper(rows.shape[1], self.passes):
+        if gram_is_cheaper(rows.shape[1], self.passes, rows.device):
             # Σ_v (Σ_t g_t x_t)² = Σ_{t,t'} (Σ_v g_t g_t') x_t x_t': one product of matrices for all passes together.
             self.held = _pairs(rows, weighted=True, onto=self.held)
             return
         if "bias" in self.names:
             _add_squares(totals[self.names["bias"]], rows.sum(1))
-        if "weight" in self.names:
-            _add_product_squares(totals[self.names["weight"]], rows, self.rows)
+        if "weight" not in self.names:
+            return
+        if kernels.available(rows.device):
+            self.waiting.append(rows)
+        else:
+            self._add_product(totals[self.names["weight"]], rows)
+
+    def flush(self, totals: Parameters) -> None:
+        if not self.waiting:
+            return
+        gradients = torch.stack(self.waiting)
+        self.waiting.clear()
+
+        def eagerly(total: Tensor) -> None:
+            for rows in gradients:
+                self._add_product(total, rows)
+
+        total = totals[self.names["weight"]].view(gradients.shape[3], -1)
+        kernels.add_linear_squares(total, gradients, self.rows, self.precision, eagerly)
+
+    def _add_product(self, total: Tensor, rows: Tensor) -> None:
+        _add_product_squares(total, rounded(rows, self.precision), rounded(self.rows, self.precision))
 
     def close(self, totals: Parameters) -> None:
         if self.held is None:
             return
         if "bias" in self.names:
             totals[self.names["bias"]] += self.held.sum((0, 1)).view_as(totals[self.names["bias"]]).clamp_min_(0)
-        if "weight" not in self.names:
-            return
-        total = totals[self.names["weight"]].view(self.held.shape[2], -1)
-        for some in slices(len(self.rows), self.held[0].numel() + self.held.shape[1] * total.shape[1]):
-            total.addmm_(self.held[some].flatten(0, 1).t(), _pairs(self.rows[some]).flatten(0, 1))
-        total.clamp_min_(0)  # pairs of which nothing but rounding is left
+        if "weight" in self.names:
+            _add_gram(totals[self.names["weight"]], self.held, lambda some: self.rows[some])
         self.held = None
 
 
@@ -179,6 +207,7 @@ class Convolution(Use):
         super().__init__(names, inputs)
         self.call = call
         self.held: Tensor | None = None
+        self.waiting: list[Tensor] = []
 
     @staticmethod
     def of(names: dict[str, str], inputs: Tensor, call: Call) -> Use:
@@ -201,7 +230,44 @@ class Convolution(Use):
             _add_squares(totals[self.names["bias"]], gradient.flatten(2).sum(2))
         if "weight" not in self.names:
             return
-        total = totals[self.names["weight"]]
+        dense = self.call.groups == 1 and self.call.weight.dim() == 4
+        if kernels.available(gradient.device) and self.call.weight.dim() <= 4:
+            self.waiting.append(gradient)
+        elif dense and gram_is_cheaper(gradient[0, 0].numel(), self.passes, gradient.device):
+            self.held = _pairs(gradient.flatten(2).transpose(1, 2), weighted=True, onto=self.held)
+        else:
+            self._add_weight_squares(totals[self.names["weight"]], gradient)
+
+    def flush(self, totals: Parameters) -> None:
+        if not self.waiting:
+            return
+        gradients = torch.stack(self.waiting)
+        self.waiting.clear()
+
+        def eagerly(total: Tensor) -> None:
+            for gradient in gradients:
+                self._add_weight_squares(total.view(self.call.weight.shape), gradient)
+
+        call, weight = self.call, self.call.weight.shape
+        kernels.add_conv_squares(
+            totals[self.names["weight"]].view(*weight[:2], *_pair(weight[2:])),
+            gradients.view(*gradients.shape[:3], *_pair(gradients.shape[3:])),
+            self.inputs.view(*self.inputs.shape[:2], *_pair(self.inputs.shape[2:])),
+            _pair(call.stride),
+            _pair(call.padding, absent=0),
+            _pair(call.dilation),
+            call.groups,
+            self.precision,
+            eagerly,
+        )
+
+    def close(self, totals: Parameters) -> None:
+        if self.held is not None:
+            _add_gram(totals[self.names["weight"]], self.held, self._patches)
+            self.held = None
+
+    def _add_weight_squares(self, total: Tensor, gradient: Tensor) -> None:
+        """Add the sum over samples of the squared weight gradients to `total`, without a kernel of our own."""
         positions = gradient[0, 0].numel()
         cpu = gradient.device.type == "cpu"
         if self.call.weight.dim() != 4 or (cpu and positions >= FEW):
@@ -213,38 +279,30 @@ class Convolution(Use):
         elif self.call.groups > 1:
             for some in slices(len(gradient), total.numel()):
                 total += self._grouped(gradient[some], some).square_().sum(0).view_as(total)
-        elif gram_is_cheaper(positions, self.passes):
-            self.held = _pairs(gradient.flatten(2).transpose(1, 2), weighted=True, onto=self.held)
         else:
-            rows = gradient.flatten(2).transpose(1, 2)
+            rows = rounded(gradient.flatten(2).transpose(1, 2), self.precision)
             for some in slices(len(rows), self.call.weight[0].numel() * positions, room=ROOM):
                 _add_product_squares(total, rows[some], self._patches(some))
-
-    def close(self, totals: Parameters) -> None:
-        if self.held is None:
-            return
-        total = totals[self.names["weight"]].view(self.held.shape[2], -1)
-        for some in slices(len(self.held), self.held.shape[1] * total.shape[1]):
-            total.addmm_(self.held[some].flatten(0, 1).t(), _pairs(self._patches(some)).flatten(0, 1))
-        total.clamp_min_(0)  # pairs of which nothing but rounding is left
-        self.held = None
 
     def _grouped(self, gradient: Tensor, some: slice) -> Tensor:
         """Per-sample weight gradients, [b, groups, N / groups, K], of the samples in `some`."""
         patches = self._patches(some).unflatten(2, (self.call.groups, -1))  # [b, T, groups, K]
-        rows = gradient.flatten(2).unflatten(1, (self.call.groups, -1))  # [b, groups, N / groups, T]
+        rows = rounded(gradient.flatten(2), self.precision).unflatten(
+            1, (self.call.groups, -1)
+        )  # [b, groups, N/groups, T]
         return rows @ patches.transpose(1, 2)
 
     def _alone(self, gradient: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        inputs, gradient = (rounded(values, self.precision) for values in (self.inputs, gradient))
         for index in range(len(gradient)):
-            yield self.inputs[index : index + 1], gradient[index : index + 1]
+            yield inputs[index : index + 1], gradient[index : index + 1]
 
     def _patches(self, some: slice) -> Tensor:
         """What the kernel saw at every position, [b, T, K]."""
         call = self.call
         kernel = call.weight.shape[2:]
-        patches = F.unfold(self.inputs[some], kernel, call.dilation, call.padding, call.stride)  # type: ignore[arg-type]
-        return patches.transpose(1, 2)
+        inputs = rounded(self.inputs[some], self.precision)
+        return F.unfold(inputs, kernel, call.dilation, call.padding, call.stride).transpose(1, 2)  # type: ignore[arg-type]
 
 
 # Positions from which, on the CPU, a convolution's own backward of one sample beats a product over its patches.
@@ -281,13 +339,12 @@ class Depthwise(Convolution):
             found[self.names["bias"]] = gradient.flatten(2).sum(2)
         return found
 
-    def add_squares(self, gradient: Tensor, totals: Parameters) -> None:
-        cpu, large = gradient.device.type == "cpu", gradient[0, 0].numel() >= 2 * FEW
-        if cpu and large and "weight" in self.names and gradient.is_contiguous(memory_format=torch.channels_last):
-            super().add_squares(gradient, totals)
-            return
-        for name, values in self.per_sample(gradient).items():
-            _add_squares(totals[name], values)
+    def _add_weight_squares(self, total: Tensor, gradient: Tensor) -> None:
+        large = gradient[0, 0].numel() >= 2 * FEW and gradient.is_contiguous(memory_format=torch.channels_last)
+        if gradient.device.type == "cpu" and large:
+            super()._add_weight_squares(total, gradient)
+        else:
+            _add_squares(total, self._shifted(gradient))
 
     def _shifted(self, gradient: Tensor) -> Tensor:
         """[B, C, 1, h, w]."""
@@ -347,6 +404,8 @@ class Affine(Use):
 class Embedding(Use):
     """Rows of a table: a row's gradient is the sum over the positions that looked it up."""
 
+    waits = True
+
     def __init__(self, names: dict[str, str], inputs: Tensor, padding: int | None) -> None:
         super().__init__(names, inputs)
         self.padding = padding
@@ -372,13 +431,31 @@ class Direct(Use):
         return {self.names["values"]: gradient}
 
 
-def gram_is_cheaper(positions: int, passes: int) -> bool:
+def _pair(values: Sequence[int], absent: int = 1) -> tuple[int, int]:
+    """Of a convolution's two axes. One along a single axis is one of images of one row."""
+    height, width = (absent, *values)[-2:]
+    return height, width
+
+
+def gram_is_cheaper(positions: int, passes: int, device: torch.device) -> bool:
     """Whether to multiply all pairs of positions once instead of the positions in every pass.
 
     In multiplications for every element of the weight: T (T + 1) against 2 T a pass, and what squaring and adding the
-    product costs, which is memory and not arithmetic: about as much as thirty.
+    product costs, which is memory and not arithmetic: about as much as thirty. A kernel that squares in registers has
+    no such cost.
     """
+    if kernels.available(device):
+        return positions <= 3
     return positions <= 64 and positions * (positions + 1) <= passes * (2 * positions + 30)
+
+
+def rounded(values: Tensor, precision: Precision) -> Tensor:
+    """To the nearest that `precision` holds, as the kernels round: what it loses, without its speed."""
+    if precision == "bf16":
+        return values.bfloat16().to(values.dtype)
+    if precision == "tf32" and values.dtype == torch.float32:
+        return ((values.contiguous().view(torch.int32) + 0x1000) & -0x2000).view(torch.float32)
+    return values
 
 
 def slices(length: int, numbers: int, room: int = CACHE) -> Iterator[slice]:
@@ -398,6 +475,15 @@ def _pairs(rows: Tensor, weighted: bool = False, onto: Tensor | None = None) -> 
     if weighted:
         found.mul_((1 + (first != second)).to(found)[:, None])
     return found if onto is None else onto.add_(found)
+
+
+def _add_gram(total: Tensor, held: Tensor, inputs: Callable[[slice], Tensor]) -> None:
+    """Add `held` [B, P, N] times the pairs of `inputs` (a slice -> [b, T, K]), over samples and pairs, to `total`."""
+    total = total.view(held.shape[2], -1)
+    for some in slices(len(held), held[0].numel() + held.shape[1] * total.shape[1], room=ROOM):
+        total.addmm_(held[some].flatten(0, 1).t(), _pairs(inputs(some)).flatten(0, 1))
+    if held.shape[1] > 1:
+        total.clamp_min_(0)  # pairs of which nothing but rounding is left
 
 
 def _add_product_squares(total: Tensor, gradients: Tensor, inputs: Tensor) -> None:

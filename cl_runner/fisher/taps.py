@@ -76,13 +76,16 @@ class Taps:
         self.uses: list[Use] = []
         self._receiver = _Receiver()
         self._wanted = torch.zeros((), device=inputs.device, requires_grad=True)  # what keeps the graph alive
-        parameters = {f"model.{name}": values.detach() for name, values in model.named_parameters()}
-        trainable = {
-            id(parameters[f"model.{name}"]): name for name, values in model.named_parameters() if values.requires_grad
-        }
+        named = dict(model.named_parameters(remove_duplicate=False))  # asked once: it takes a small net's time
+        plain = {id(values): values.detach() for values in named.values()}
+        trainable: dict[int, str] = {}
+        for name, values in named.items():
+            if values.requires_grad:
+                trainable.setdefault(id(plain[id(values)]), name)
+        parameters = {f"model.{name}": plain[id(values)] for name, values in named.items()}
         # A compiled backbone would not let anything in between; its own code is what it compiles.
         with torch.enable_grad(), torch.compiler.set_stance("force_eager"), _Interception(self, trainable, len(inputs)):
-            self.logits = functional_call(Logits(model), parameters, (inputs,))
+            self.logits = functional_call(Logits(model), parameters, (inputs,), tie_weights=False)
 
     def backward(self, vectors: Tensor, receive: Gradients, last: bool) -> None:
         """Hand each use's output gradient, for the sum of `vectors` [B, K] times the logits, to `receive`.
@@ -217,10 +220,9 @@ class _Interception(TorchFunctionMode):
             return output
         if running_mean is None or running_var is None:
             raise Uncovered(f"{next(iter(names.values()))} normalises by the statistics of its batch")
-        scale = (running_var + eps).rsqrt()
         shape = (1, -1, *[1] * (input.dim() - 2))
-        mean, scale = running_mean.view(shape), scale.view(shape)
-        use = Affine(names, input, lambda x: (x - mean).mul_(scale), range(2, input.dim()))
+        mean, variance = running_mean.view(shape), running_var.view(shape)
+        use = Affine(names, input, lambda x: (x - mean).mul_((variance + eps).rsqrt_()), range(2, input.dim()))
         return self.taps.on(output, use)
 
     def layer_norm(
