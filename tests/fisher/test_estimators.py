@@ -401,3 +401,16 @@ def test_true_labels_are_refused_under_the_pretrained_head() -> None:
     view = PretrainedView(model(pretrained_head=nn.Linear(FEATURES, 9)))
     with pytest.raises(ValueError, match="for_pretrained"):
         Empirical()(view, examples())
+
+
+@pytest.mark.parametrize(("precision", "bound"), [("tf32", 1e-3), ("bf16", 5e-3)])
+@pytest.mark.parametrize("backbone", ["conv", "depthwise", "groups", "attention", "mlp"])
+@pytest.mark.parametrize("name", ["exact", "probe"])
+def test_a_lower_precision_of_the_weight_side_costs_little(
+    name: str, backbone: str, precision: Precision, bound: float
+) -> None:
+    subject, data = model(backbone).float(), examples()
+    exactly = ESTIMATORS[name](subject, data)
+    rounded = replace(ESTIMATORS[name], precision=precision)(subject, data)
+    assert distance(rounded, exactly) < bound
+    assert (distance(rounded, exactly) > 0) == (backbone != "mlp"), "one position has no sum to round"

@@ -275,3 +275,38 @@ def test_the_matrix_program_compiles_for_a_device_that_is_not_there(compiled, pr
 @pytest.mark.skipif("TRITON_INTERPRET" in os.environ, reason="interpreted, nothing is compiled")
 def test_the_depthwise_program_reads_channels_that_lie_together_four_at_a_time(compiled):
     assert "ld.global.v4" in compiled("depthwise_squares", {"block_taps": 16, "block_m": 32, "block_t": 8})
+
+
+def estimated(backbone: str, precision: str) -> tuple[float, int]:
+    """The error of a Fisher of several blocks of passes, and how many times a kernel was asked for."""
+    from dataclasses import replace
+
+    from cl_runner.fisher import reference
+    from cl_runner.fisher.estimators import Exact
+    from tests.fisher.cases import distance, examples, model
+
+    calls = 0
+    add = kernels.add_conv_squares
+
+    def counted(*args) -> None:
+        nonlocal calls
+        calls += 1
+        add(*args)
+
+    kernels.add_conv_squares = counted
+    subject, data = model(backbone).float(), examples(5)
+    found = replace(Exact(), logits="all", precision=precision, batch_size=3)(subject, data)  # five passes
+    return distance(found, reference.exact(subject, data, "all")), calls
+
+
+@needs_triton
+@pytest.mark.parametrize("backbone", ["conv", "depthwise", "groups", "batch norm", "attention"])
+def test_a_fisher_by_kernels_is_its_definition(interpreted, backbone):
+    error, calls = interpreted(estimated, backbone, "fp32")
+    assert error < 1e-5
+    assert calls >= 4, "two batches and two blocks of passes for each layer"
+
+
+@needs_triton
+def test_a_fisher_by_kernels_in_tf32_is_nearly_its_definition(interpreted):
+    assert 1e-6 < interpreted(estimated, "conv", "tf32")[0] < TF32
