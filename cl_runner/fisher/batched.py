@@ -42,8 +42,9 @@ class Batched(Estimator):
 
     def __post_init__(self) -> None:
         """Raises ConfigError for what cannot work."""
-        if self.precision != "fp32":
-            raise ConfigError("fisher.precision", f"expected fp32 for batched, got {self.precision}")
+        for field, only in (("precision", "fp32"), ("representation", "diagonal")):
+            if (value := getattr(self, field)) != only:
+                raise ConfigError(f"fisher.{field}", f"expected {only} for batched, got {value}")
         for field, value in (("batch_size", self.batch_size), ("num_samples", self.num_samples)):
             if self.train_mode and value == 1:
                 message = "expected at least 2 with train_mode (one image has no statistics to normalise by), got 1"

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
-from cl_runner.fisher.curvature import Parameters
+from cl_runner.fisher.curvature import Diagonal, Parameters
 from cl_runner.fisher.graphs import Replayed, side_stream
 from cl_runner.fisher.kernels import Precision
 from cl_runner.fisher.layers import Uncovered, Use
@@ -59,6 +59,34 @@ def wide(values: Tensor) -> Tensor:
     return values if values.device.type == "mps" else values.double()
 
 
+class Sums:
+    """Sums of very many terms: of some batches in the parameters' precision, which then join wide ones."""
+
+    def __init__(self, zeros: Parameters) -> None:
+        """`zeros`: to be added to in place, as `partial`."""
+        self.partial = zeros
+        self._wide: Parameters = {}
+        self._batches = 0
+
+    def close_batch(self) -> None:
+        self._batches += 1
+        if self._batches == FOLD:
+            self._fold()
+
+    def over(self, count: int) -> Parameters:
+        """The sums over `count`, wide."""
+        self._fold()
+        return {name: values / max(1, count) for name, values in self._wide.items()}
+
+    def _fold(self) -> None:
+        """Sixty thousand additions in float32 would cost the fifth digit."""
+        self._batches = 0
+        for name, values in self.partial.items():
+            sums = wide(values)
+            self._wide[name] = self._wide[name].add_(sums) if name in self._wide else sums.clone()
+            values.zero_()
+
+
 class SquaredGradients:
     """The running sum over samples of Σ_v (vᵀ ∂z/∂θ)², z a sample's logits and v its output vectors.
 
@@ -79,9 +107,7 @@ class SquaredGradients:
         self.precision: Precision = precision
         self.samples, self.passes = 0, 0
         self._parameters = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-        self._partial = _zeros(model)
-        self._batches = 0
-        self._sums: Parameters = {}
+        self._sums = Sums(_zeros(model))
         self._add: _Adds | None = None
 
     def add(self, inputs: Tensor, passes: int, vectors: Callable[[slice, Tensor], Tensor]) -> None:
@@ -101,31 +127,18 @@ class SquaredGradients:
         most = max(1, VECTORS // max(1, passes * self.model.head.out_features))
         for start in range(0, len(inputs), most):
             rows = slice(start, min(start + most, len(inputs)))
-            self._add(self.model, self._partial, inputs[rows], partial(self._counted, vectors, rows))
-        self._batches += 1
-        if self._batches == FOLD:
-            self._fold()
+            self._add(self.model, self._sums.partial, inputs[rows], partial(self._counted, vectors, rows))
+        self._sums.close_batch()
 
-    def mean(self) -> Parameters:
+    def curvature(self) -> Diagonal:
         """The sums over the number of samples, in the parameters' own precision and layout."""
-        self._fold()
-        means = {}
-        for name, parameter in self._parameters.items():
-            means[name] = torch.empty_like(parameter).copy_(self._sums[name] / max(1, self.samples))
-        return means
+        means = self._sums.over(self.samples)
+        return Diagonal({name: torch.empty_like(p).copy_(means[name]) for name, p in self._parameters.items()})
 
     def _counted(self, vectors: Callable[[slice, Tensor], Tensor], rows: slice, logits: Tensor) -> Tensor:
         found = vectors(rows, logits)
         self.passes += found.shape[0] * found.shape[1]
         return found
-
-    def _fold(self) -> None:
-        """Sixty thousand additions in float32 would cost the fifth digit."""
-        self._batches = 0
-        for name, values in self._partial.items():
-            sums = wide(values)
-            self._sums[name] = self._sums[name].add_(sums) if name in self._sums else sums.clone()
-            values.zero_()
 
 
 class _Adds(Protocol):
@@ -147,16 +160,38 @@ def _add_tapped_squares(
 ) -> None:
     taps = Taps(model, inputs)
     outputs = vectors(taps.logits.detach())
-    calls = Counter(name for use in taps.uses for name in use.names.values())
-    shared = {name for name, count in calls.items() if count > 1}
+    shared = shared_parameters(taps)
     numbers = len(inputs) * sum(totals[name].numel() for name in shared)
     if numbers > SHARED and len(inputs) > 1:
         for half in (slice(None, len(inputs) // 2), slice(len(inputs) // 2, None)):
             _add_tapped_squares(model, totals, inputs[half], lambda _, half=half: outputs[half], precision)
         return
+    add_passes(taps, outputs, totals, precision)
+
+
+def shared_parameters(taps: Taps) -> set[str]:
+    """Those that are used more than once: their gradients are to be summed before they are squared."""
+    calls = Counter(name for use in taps.uses for name in use.names.values())
+    return {name for name, count in calls.items() if count > 1}
+
+
+def add_passes(
+    taps: Taps,
+    outputs: Tensor,
+    totals: Parameters,
+    precision: Precision = "fp32",
+    take: Callable[[Use, Tensor], bool] = lambda use, gradient: False,
+) -> None:
+    """Make a backward pass for each of the `outputs` [B, V, K], and add the squares to `totals` in place.
+
+    `take`: (a use, its output's gradient) -> whether something else was done with it, so that nothing is added.
+    """
+    shared = shared_parameters(taps)
     summed: Parameters = {}
 
     def receive(use: Use, gradient: Tensor) -> None:
+        if take(use, gradient):
+            return
         if shared.isdisjoint(use.names.values()):
             use.add_squares(gradient, totals)
             return
@@ -188,11 +223,11 @@ def _add_tapped_squares(
 def _way(model: Model | PretrainedView, inputs: Tensor, precision: Precision) -> _Adds:
     """How this model's squares are computed: the fastest way that agrees with plain autograd on two images."""
     pair = inputs[[0, -1]]
-    reason = _objection(model, pair)
+    reason = objection(model, pair)
     if reason is None:
         return partial(add_tapped_squares, precision=precision)
     refuse_dependence(model, pair)
-    further = _objection(model, pair, add_vmapped_squares)
+    further = objection(model, pair, add_vmapped_squares)
     if further is None:
         _say_once("by vmap, which is slower", reason)
         return add_vmapped_squares
@@ -204,7 +239,7 @@ def _way(model: Model | PretrainedView, inputs: Tensor, precision: Precision) ->
 FAILURES = (RuntimeError, TypeError, IndexError)
 
 
-def _objection(model: Model | PretrainedView, inputs: Tensor, way: _Adds = add_tapped_squares) -> str | None:
+def objection(model: Model | PretrainedView, inputs: Tensor, way: _Adds = add_tapped_squares) -> str | None:
     """Why `way` does not serve this model, if it does not: it is compared with plain autograd on `inputs`."""
     found, expected = _zeros(model), _zeros(model)
     generator = torch.Generator().manual_seed(0)

@@ -6,7 +6,6 @@ returned is the mean over samples.
 """
 
 import logging
-import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -20,9 +19,11 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
+from cl_runner.errors import ConfigError
 from cl_runner.fisher.curvature import Curvature, Diagonal
-from cl_runner.fisher.engine import SquaredGradients, undisturbed
+from cl_runner.fisher.engine import undisturbed
 from cl_runner.fisher.kernels import Precision
+from cl_runner.fisher.representations import Kind, Representation, rounds
 from cl_runner.models.model import Model, PretrainedView
 from cl_runner.streams.base import Examples, Seed
 
@@ -42,9 +43,9 @@ class Report:
         samples: over which it is the mean.
         backward_passes: one for each sample and vector; those of the error not counted.
         trace: of the Fisher.
-        relative_error: an estimate of |found - expected| / |expected| over all numbers together, given the samples;
-            None where nothing was drawn. It knows no samples but those that it looks at: where a few rare draws make up
-            the Fisher, it can be far too small.
+        relative_error: an estimate of the diagonal's |found - expected| / |expected| over all numbers together, given
+            the samples; None where nothing was drawn, or nothing found. It knows no samples but those that it looks
+            at: where a few rare draws make up the Fisher, it can be far too small.
     """
 
     seconds: float
@@ -85,6 +86,10 @@ class Estimator(ABC):
         logits: which outputs enter: those that the sample's task may see, those revealed so far, or all.
         seed: of the choice of samples and of the vectors' noise.
         precision: of the products that make a weight's gradients; forward pass and activations stay as they are.
+        representation: what is kept of the matrix: its diagonal, a Kronecker product a layer (Martens & Grosse, 2015,
+            https://arxiv.org/abs/1503.05671), or all of it, of a few thousand parameters.
+        kronecker: the factors as they come (kfac), or their eigenvectors with the squares along them (ekfac; George et
+            al., 2018, https://arxiv.org/abs/1806.03884), which takes the passes twice.
 
     A call leaves the model as it was: its modes, buffers, parameters and their gradients. It sees un-augmented images,
     and computes in the parameters' own precision, since autocast puts single layers off by a tenth.
@@ -96,8 +101,16 @@ class Estimator(ABC):
     logits: Logits = "visible"
     seed: Seed = 0
     precision: Precision = "fp32"
+    representation: Representation = "diagonal"
+    kronecker: Kind = "ekfac"
 
     needs_labels: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError for what has no meaning together."""
+        if self.representation != "diagonal" and self.precision != "fp32":
+            message = f"expected fp32 for the {self.representation} representation, got {self.precision}"
+            raise ConfigError("fisher.precision", message)
 
     @abstractmethod
     def vectors(self, logits: Tensor, labels: Tensor, noise: Tensor) -> Tensor:
@@ -122,10 +135,12 @@ class Estimator(ABC):
             logits=self.logits,
             seed=self.seed,
             precision=self.precision,
+            representation=self.representation,
+            kronecker=self.kronecker,
         )
 
-    def __call__(self, model: Model | PretrainedView, examples: Examples) -> Diagonal:
-        """The diagonal of every trainable parameter, by the model's own names.
+    def __call__(self, model: Model | PretrainedView, examples: Examples) -> Curvature:
+        """The Fisher of every trainable parameter, by the model's own names.
 
         Raises ValueError where there are no examples, no outputs enter for an example, its label is not among them, or
         the model's answer to a sample depends on the others or on chance.
@@ -133,14 +148,18 @@ class Estimator(ABC):
         with self._begun(model, examples) as (prepared, generator):
             return self._mean(model, prepared, generator)[0]
 
-    def estimate(self, model: Model | PretrainedView, examples: Examples) -> tuple[Diagonal, Report]:
+    def estimate(self, model: Model | PretrainedView, examples: Examples) -> tuple[Curvature, Report]:
         """What a call gives, and how it came about; raises what a call raises."""
         start = time.perf_counter()
         with self._begun(model, examples) as (prepared, generator):
             fisher, passes = self._mean(model, prepared, generator)
             trace = float(fisher.trace())  # waits for the device
             seconds = time.perf_counter() - start
-            error = self._relative_error(fisher, model, prepared, generator) if self.by_chance(prepared) else None
+            error = (
+                self._relative_error(fisher.diagonal(), model, prepared, generator)
+                if self.by_chance(prepared)
+                else None
+            )
         return fisher, Report(seconds, len(prepared), passes, trace, error)
 
     def prepared(self, model: Model | PretrainedView, examples: Examples) -> Examples:
@@ -163,15 +182,17 @@ class Estimator(ABC):
 
     def _mean(
         self, model: Model | PretrainedView, prepared: Examples, generator: torch.Generator
-    ) -> tuple[Diagonal, int]:
+    ) -> tuple[Curvature, int]:
         """The mean over samples, and the backward passes that it took."""
-        squares = SquaredGradients(model, precision=self.precision)
-        for batch, passes, vectors in self._batches(model, prepared, generator):
-            with torch.no_grad():
-                inputs = model.preprocess(batch.images)
-            squares.add(inputs, passes, vectors)
-        squares.samples = len(prepared)  # also those that no batch has, since they have no vector
-        return Diagonal(squares.mean()), squares.passes
+        made = 0
+        for accumulator in rounds(model, self.representation, self.kronecker, self.precision):
+            for batch, passes, vectors in self._batches(model, prepared, generator):
+                with torch.no_grad():
+                    inputs = model.preprocess(batch.images)
+                accumulator.add(inputs, passes, vectors)
+            accumulator.samples = len(prepared)  # also those that no batch has, since they have no vector
+            made += accumulator.passes
+        return accumulator.curvature(), made
 
     def _batches(
         self, model: Model | PretrainedView, prepared: Examples, generator: torch.Generator
@@ -185,20 +206,21 @@ class Estimator(ABC):
 
     def _relative_error(
         self, fisher: Diagonal, model: Model | PretrainedView, prepared: Examples, generator: torch.Generator
-    ) -> float:
-        """From two more, independent estimates a and b on m of the n samples.
+    ) -> float | None:
+        """Of the diagonal, from two more, independent estimates a and b of it on m of the n samples.
 
         Given the samples, their parts of the sum are independent, and E|a - b|² = 2 Var of a mean over m. So the sum
         over all n has n/m times the variance of that over m, and the mean has m/n E|a - b|² / 2.
         """
         size = min(len(prepared), max(16, len(prepared) // 16))
         some = prepared[torch.randperm(len(prepared), generator=generator)[:size]]
-        one, other = (self._mean(model, some, generator)[0] for _ in range(2))
+        alone = replace(self, representation="diagonal")
+        one, other = (alone._mean(model, some, generator)[0].diagonal() for _ in range(2))
         distance = _norm(one.plus(other, -1)) * (size / len(prepared) / 2) ** 0.5
         whole = _norm(fisher)
         if distance == 0:
             return 0.0
-        return distance / whole if whole else math.inf
+        return distance / whole if whole else None
 
     def _vectors(
         self, model: Model | PretrainedView, batch: Examples, noise: Tensor, rows: slice, logits: Tensor

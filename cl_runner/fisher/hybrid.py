@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
+from cl_runner.errors import ConfigError
 from cl_runner.fisher.engine import wide
 from cl_runner.fisher.estimators import Estimator, Vectors, exact_vectors
 from cl_runner.models.model import Model, PretrainedView
@@ -95,6 +96,12 @@ class Hybrid(Estimator):
 
     budget: Annotated[float, Field(gt=0)] = 1.0
     tolerance: Annotated[float, Field(gt=0, lt=1)] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.representation, self.kronecker) == ("kronecker", "kfac"):
+            # Its factor of the inputs is a mean over all samples, and here most have no vectors and are not looked at.
+            raise ConfigError("fisher.kronecker", "expected ekfac for hybrid, got kfac")
 
     def passes(self, num_classes: int) -> int:
         """With a tolerance nothing is known beforehand but that `Exact` takes no fewer."""

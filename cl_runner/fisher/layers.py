@@ -263,7 +263,7 @@ class Convolution(Use):
 
     def close(self, totals: Parameters) -> None:
         if self.held is not None:
-            _add_gram(totals[self.names["weight"]], self.held, self._patches)
+            _add_gram(totals[self.names["weight"]], self.held, self.patches)
             self.held = None
 
     def _add_weight_squares(self, total: Tensor, gradient: Tensor) -> None:
@@ -282,11 +282,11 @@ class Convolution(Use):
         else:
             rows = rounded(gradient.flatten(2).transpose(1, 2), self.precision)
             for some in slices(len(rows), self.call.weight[0].numel() * positions, room=ROOM):
-                _add_product_squares(total, rows[some], self._patches(some))
+                _add_product_squares(total, rows[some], self.patches(some))
 
     def _grouped(self, gradient: Tensor, some: slice) -> Tensor:
         """Per-sample weight gradients, [b, groups, N / groups, K], of the samples in `some`."""
-        patches = self._patches(some).unflatten(2, (self.call.groups, -1))  # [b, T, groups, K]
+        patches = self.patches(some).unflatten(2, (self.call.groups, -1))  # [b, T, groups, K]
         rows = rounded(gradient.flatten(2), self.precision).unflatten(
             1, (self.call.groups, -1)
         )  # [b, groups, N/groups, T]
@@ -297,7 +297,7 @@ class Convolution(Use):
         for index in range(len(gradient)):
             yield inputs[index : index + 1], gradient[index : index + 1]
 
-    def _patches(self, some: slice) -> Tensor:
+    def patches(self, some: slice) -> Tensor:
         """What the kernel saw at every position, [b, T, K]."""
         call = self.call
         kernel = call.weight.shape[2:]

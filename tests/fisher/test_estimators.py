@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cl_runner.fisher import estimators, per_sample, reference
+from cl_runner.errors import ConfigError
+from cl_runner.fisher import per_sample, reference
 from cl_runner.fisher.batched import Batched
 from cl_runner.fisher.curvature import Diagonal
-from cl_runner.fisher.engine import SquaredGradients, undisturbed
+from cl_runner.fisher.engine import undisturbed
 from cl_runner.fisher.estimators import (
     Argmax,
     Empirical,
@@ -23,8 +24,11 @@ from cl_runner.fisher.estimators import (
     Reversed,
     Sampled,
 )
+from cl_runner.fisher.full import Full
 from cl_runner.fisher.hybrid import Draws, Hybrid, plan_of
 from cl_runner.fisher.kernels import Precision
+from cl_runner.fisher.kronecker import Kronecker
+from cl_runner.fisher.representations import Representation
 from cl_runner.models.model import Model, PretrainedView
 from cl_runner.streams.base import Examples, Scenario
 
@@ -304,20 +308,6 @@ def test_a_fisher_of_nothing_has_no_error() -> None:
     assert Probe().estimate(model().requires_grad_(False), examples())[1].relative_error == 0
 
 
-def test_the_precision_reaches_what_sums_the_squares(monkeypatch: pytest.MonkeyPatch) -> None:
-    given = []
-
-    class Noting(SquaredGradients):
-        def __init__(self, model: Model | PretrainedView, *, precision: Precision) -> None:
-            given.append(precision)
-            super().__init__(model, precision=precision)
-
-    monkeypatch.setattr(estimators, "SquaredGradients", Noting)
-    Probe(precision="tf32")(model(), examples())
-    Empirical(precision="bf16").for_pretrained()(model(), examples())
-    assert given == ["tf32", "bf16"]
-
-
 def test_every_trainable_parameter_is_there_and_no_frozen_one() -> None:
     subject = model("frozen")
     found = Probe()(subject, examples()).values
@@ -414,3 +404,24 @@ def test_a_lower_precision_of_the_weight_side_costs_little(
     rounded = replace(ESTIMATORS[name], precision=precision)(subject, data)
     assert distance(rounded, exactly) < bound
     assert (distance(rounded, exactly) > 0) == (backbone != "mlp"), "one position has no sum to round"
+
+
+@pytest.mark.parametrize("representation", ["kronecker", "full"])
+def test_other_representations_need_full_precision(representation: Representation) -> None:
+    with pytest.raises(ConfigError, match="fisher.precision: expected fp32 for the"):
+        Exact(representation=representation, precision="tf32")
+
+
+def test_a_fisher_is_held_as_asked() -> None:
+    subject, data = model(), examples()
+    held = [replace(Exact(), representation=name)(subject, data) for name in ("diagonal", "kronecker", "full")]
+    assert [type(fisher) for fisher in held] == [Diagonal, Kronecker, Full]
+    assert float(held[1].trace()) == pytest.approx(float(held[0].trace())) == float(held[2].trace())
+
+
+def test_ekfac_takes_the_passes_twice() -> None:
+    passes = {
+        kind: Exact(representation="kronecker", kronecker=kind).estimate(model(), examples())[1].backward_passes
+        for kind in ("kfac", "ekfac")
+    }
+    assert passes["ekfac"] == 2 * passes["kfac"]

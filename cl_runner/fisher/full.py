@@ -1,0 +1,226 @@
+"""The whole Fisher, for models of a few thousand parameters: the definition of what the other representations keep."""
+
+from collections.abc import Callable, Container
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from cl_runner.errors import ConfigError
+from cl_runner.fisher.curvature import Curvature, Diagonal, Parameters
+from cl_runner.fisher.engine import VECTORS, objection, refuse_batch_dependence, refuse_dependence, wide
+from cl_runner.fisher.per_sample import add_vmapped_squares, even_slices, looped_gradients, vmapped_gradients
+from cl_runner.models.model import Model, PretrainedView
+
+LIMIT = 20_000  # parameters: their matrix takes 3.2 GB
+# What is added to the scaled matrix before it is inverted, in relation to its norm: the first that makes it definite.
+# In directions with less curvature than that, anchors are not told apart.
+RIDGES = (1e-14, 1e-12, 1e-10)
+STEPS = 3  # of refinement, which take back most of what that changes
+ROWS = 256  # gradients that are collected before their products are added: each addition goes over the whole matrix
+
+
+@dataclass(frozen=True)
+class Full:
+    """F: every pair of parameters. In float64, where the device has it: see `merged`.
+
+    matrix: [P, P], symmetric.
+    shapes: of the parameters; flattened, one after the other, they are the matrix's rows.
+    """
+
+    matrix: Tensor
+    shapes: dict[str, tuple[int, ...]]
+
+    def quadratic(self, delta: Parameters) -> Tensor:
+        flat = self._flat(delta)
+        return flat @ (self.matrix @ flat)
+
+    def product(self, delta: Parameters) -> Parameters:
+        """In the precision of `delta`."""
+        found = self._named(self.matrix @ self._flat(delta))
+        return {name: values.to(delta[name].dtype) for name, values in found.items()}
+
+    def plus(self, other: "Full", weight: float = 1.0) -> "Full":
+        shapes = self.shapes | other.shapes
+        return Full(torch.add(self._over(shapes), other._over(shapes), alpha=weight), shapes)
+
+    def scaled(self, factor: float) -> "Full":
+        return Full(factor * self.matrix, self.shapes)
+
+    def only(self, names: Container[str]) -> "Full":
+        shapes = {name: shape for name, shape in self.shapes.items() if name in names}
+        if len(shapes) == len(self.shapes):
+            return self
+        kept = torch.cat([torch.full((_size(shape),), name in shapes) for name, shape in self.shapes.items()])
+        kept = kept.to(self.matrix.device)
+        return Full(self.matrix[kept][:, kept], shapes)
+
+    def only_rows(self, rows: dict[str, Tensor]) -> "Full":
+        masks = {name: self.matrix.new_ones(shape) for name, shape in self.shapes.items()}
+        for name in masks.keys() & rows.keys():
+            masks[name] *= rows[name].view(-1, *[1] * (masks[name].dim() - 1))
+        mask = self._flat(masks)
+        return Full(self.matrix * mask * mask[:, None], self.shapes)
+
+    def merged(
+        self, anchor: Parameters, other: Curvature, other_anchor: Parameters
+    ) -> tuple["Full", Parameters, Tensor] | None:
+        """The anchor is float64 like the matrix, whatever the weights are.
+
+        Where a direction has next to no curvature of its own, but is correlated with others that have, the sum is least
+        far away from either anchor; float32 would round such a mean by more than what the stiff directions can bear.
+        """
+        if not isinstance(other, Full):
+            return None
+        # As in `Diagonal`: with m = m1 + d, F d = F2 (m2 - m1), no large numbers are subtracted.
+        both = self.plus(other)
+        one, two = (fisher._over(both.shapes) for fisher in (self, other))
+        start, end = both._flat(other_anchor | anchor), both._flat(anchor | other_anchor)
+        mean = start + _solution(both.matrix, two @ (end - start))
+        # Exact for whatever mean was found.
+        least = (mean - start) @ one @ (mean - start) + (end - mean) @ two @ (end - mean)
+        return both, both._named(mean), least.clamp_min(0)
+
+    def trace(self) -> Tensor:
+        return self.matrix.trace()
+
+    def diagonal(self) -> Diagonal:
+        return Diagonal(self._named(self.matrix.diagonal().clone()))
+
+    def _flat(self, values: Parameters) -> Tensor:
+        """[P], in the matrix's precision."""
+        parts = [values[name].reshape(-1).to(self.matrix.dtype) for name in self.shapes]
+        return torch.cat(parts) if parts else self.matrix.new_zeros(0)
+
+    def _named(self, flat: Tensor) -> Parameters:
+        parts = flat.split([_size(shape) for shape in self.shapes.values()])
+        return {name: part.view(shape) for part, (name, shape) in zip(parts, self.shapes.items(), strict=True)}
+
+    def _over(self, shapes: dict[str, tuple[int, ...]]) -> Tensor:
+        """The matrix over these parameters, in their order; zero for those that it does not have."""
+        if list(shapes.items()) == list(self.shapes.items()):
+            return self.matrix
+        starts, total = {}, 0
+        for name, shape in shapes.items():
+            starts[name], total = total, total + _size(shape)
+        device = self.matrix.device
+        where = [torch.arange(starts[name], starts[name] + _size(shape)) for name, shape in self.shapes.items()]
+        index = torch.cat(where).to(device) if where else torch.zeros(0, dtype=torch.int64, device=device)
+        matrix = self.matrix.new_zeros(total, total)
+        matrix[index[:, None], index] = self.matrix
+        return matrix
+
+
+class OuterProducts:
+    """The running sum over samples of Σ_v (Jᵀv)(Jᵀv)ᵀ, J = ∂z/∂θ, z a sample's logits and v its output vectors.
+
+    It takes what `SquaredGradients` takes, whose sums are its diagonal.
+
+    samples: how many the mean is over.
+    passes: backward passes so far.
+    """
+
+    def __init__(self, model: Model | PretrainedView) -> None:
+        """Raises ConfigError for a model with too many trainable parameters, and ValueError, which names the layer, for
+        one whose samples do not stand for themselves."""
+        self._parameters = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+        size = sum(values.numel() for values in self._parameters.values())
+        check_size(size)
+        refuse_batch_dependence(model)
+        self.model = model
+        self.samples, self.passes = 0, 0
+        self._gradients = vmapped_gradients
+        self._rows: list[Tensor] = []
+        self._total = wide(torch.zeros(size, size, device=model.device))
+
+    def add(self, inputs: Tensor, passes: int, vectors: Callable[[slice, Tensor], Tensor]) -> None:
+        """Add a batch's samples, as `SquaredGradients.add` does."""
+        if self.samples == 0 and self._parameters:
+            self._look(inputs[[0, -1]])
+        self.samples += len(inputs)
+        if not self._parameters:
+            return
+        most = max(1, VECTORS // max(1, passes * self.model.head.out_features))
+        for rows in even_slices(len(inputs), most):
+            self._gradients(self.model, inputs[rows], partial(self._counted, vectors, rows), self._receive)
+
+    def curvature(self) -> Full:
+        """The mean over samples."""
+        self._close()
+        shapes = {name: tuple(values.shape) for name, values in self._parameters.items()}
+        return Full(self._total / max(1, self.samples), shapes)
+
+    def _look(self, inputs: Tensor) -> None:
+        refuse_dependence(self.model, inputs)
+        if objection(self.model, inputs, add_vmapped_squares) is not None:
+            self._gradients = looped_gradients
+
+    def _counted(self, vectors: Callable[[slice, Tensor], Tensor], rows: slice, logits: Tensor) -> Tensor:
+        found = vectors(rows, logits)
+        self.passes += found.shape[0] * found.shape[1]
+        return found
+
+    def _receive(self, gradients: Parameters) -> None:
+        """`gradients`: [b, V, ...], of those parameters for which they are not zero."""
+        first = next(iter(gradients.values()))
+        parts = [
+            gradients[name].flatten(2) if name in gradients else first.new_zeros(*first.shape[:2], values.numel())
+            for name, values in self._parameters.items()
+        ]
+        self._rows.append(torch.cat(parts, 2).flatten(0, 1))
+        if sum(map(len, self._rows)) >= ROWS:
+            self._close()
+
+    def _close(self) -> None:
+        if self._rows:
+            rows = wide(torch.cat(self._rows))
+            self._total.addmm_(rows.t(), rows)
+            self._rows.clear()
+
+
+def check_size(parameters: int) -> None:
+    """Raises ConfigError where the whole matrix over so many parameters is too large."""
+    if parameters > LIMIT:
+        raise ConfigError(
+            "fisher.representation",
+            f"expected at most {LIMIT:,} trainable parameters for full, got {parameters:,}, whose matrix would take "
+            f"{8e-9 * parameters**2:,.1f} GB; choose kronecker or diagonal",
+        )
+
+
+def _solution(matrix: Tensor, right: Tensor) -> Tensor:
+    """d with `matrix` d = `right`, which has one; zero where the matrix is zero.
+
+    The matrix is singular as a rule. What is solved has a little of its own diagonal added: so a parameter with little
+    curvature loses no larger a share of it than one with much.
+
+    Raises torch.linalg.LinAlgError where the matrix is not positive semi-definite.
+    """
+    device, dtype = matrix.device, right.dtype
+    if device.type == "mps":  # neither float64 nor this factorisation is there
+        matrix, right = matrix.cpu(), right.cpu()
+    matrix, right = matrix.double(), right.double()
+    scale = matrix.diagonal().clamp_min(0).rsqrt().nan_to_num(posinf=0)
+    system = matrix * scale * scale[:, None]
+    right = scale * right
+    norm, diagonal = system.norm(), system.diagonal().clone()
+    for share in RIDGES:
+        ridge = share * norm + torch.finfo(norm.dtype).tiny
+        system.diagonal().copy_(diagonal + ridge)
+        factor, failed = torch.linalg.cholesky_ex(system, check_errors=share == RIDGES[-1])
+        if not failed:
+            break
+    system.diagonal().copy_(diagonal)
+    found = torch.zeros_like(right)
+    for _ in range(1 + STEPS):
+        found += torch.cholesky_solve((right - system @ found)[:, None], factor)[:, 0]
+    return (scale * found).to(device=device, dtype=dtype)
+
+
+def _size(shape: tuple[int, ...]) -> int:
+    return torch.Size(shape).numel()
+
+
+# Checkpoints are read with `weights_only=True`, which builds no class that is not named here.
+torch.serialization.add_safe_globals([Full])
