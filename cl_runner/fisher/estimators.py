@@ -22,6 +22,7 @@ from torch import Tensor
 from cl_runner.errors import ConfigError
 from cl_runner.fisher.curvature import Curvature, Diagonal
 from cl_runner.fisher.engine import undisturbed
+from cl_runner.fisher.full import check_size
 from cl_runner.fisher.kernels import Precision
 from cl_runner.fisher.representations import Kind, Representation, rounds
 from cl_runner.models.model import Model, PretrainedView
@@ -61,6 +62,10 @@ class FisherEstimator(Protocol):
     num_samples: int | None
 
     def __call__(self, model: Model | PretrainedView, examples: Examples) -> Curvature: ...
+
+    def check(self, model: Model | PretrainedView) -> None:
+        """Raises ConfigError for a model whose Fisher could not be held."""
+        ...
 
     def estimate(self, model: Model | PretrainedView, examples: Examples) -> tuple[Curvature, Report]:
         """What a call gives, and how it came about."""
@@ -111,6 +116,10 @@ class Estimator(ABC):
         if self.representation != "diagonal" and self.precision != "fp32":
             message = f"expected fp32 for the {self.representation} representation, got {self.precision}"
             raise ConfigError("fisher.precision", message)
+
+    def check(self, model: Model | PretrainedView) -> None:
+        if self.representation == "full":
+            check_size(sum(p.numel() for p in model.parameters() if p.requires_grad))
 
     @abstractmethod
     def vectors(self, logits: Tensor, labels: Tensor, noise: Tensor) -> Tensor:

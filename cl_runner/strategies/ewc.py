@@ -58,6 +58,7 @@ class EWC(Strategy):
 
     def setup(self, model: Model, stream: Stream) -> None:
         super().setup(model, stream)
+        self.fisher.check(model)
         self.previous, self.pretrained = Penalty(), Penalty()
         self.reports: list[dict[str, Any]] = []  # of every Fisher, the pretrained model's first
 
