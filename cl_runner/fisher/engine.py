@@ -1,9 +1,10 @@
 """Squared per-sample gradients, summed: by taps where every parameter has a rule, by `vmap` or a loop where not."""
 
 import logging
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import lru_cache, partial
 from typing import Protocol
 
@@ -35,7 +36,8 @@ SAME = 1e-2  # how far logits of the same image may be from each other
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside; afterwards every module's mode and every buffer is as it was, whatever happened."""
+    """Eval mode inside, and nothing compiled; afterwards every module's mode and every buffer is as it was, whatever
+    happened."""
     modes = [(module, module.training) for module in model.modules()]
     buffers = [
         (module, name, buffer, buffer.clone())
@@ -44,7 +46,8 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     ]
     try:
         model.eval()
-        yield
+        with _uncompiled():
+            yield
     finally:
         for module, mode in modes:
             module.training = mode
@@ -57,6 +60,12 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 def wide(values: Tensor) -> Tensor:
     """In float64, where the device has it."""
     return values if values.device.type == "mps" else values.double()
+
+
+def _uncompiled() -> AbstractContextManager:
+    """A compiled backbone would let nothing in between; the code that it was made of does."""
+    # Setting the stance would import the compiler, which takes seconds: what has not been imported compiled nothing.
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 class Sums:
@@ -292,7 +301,7 @@ def refuse_batch_dependence(model: nn.Module) -> None:
 
 def refuse_dependence(model: Model | PretrainedView, inputs: Tensor) -> None:
     """Raises ValueError where the logits of `inputs` [B, C, H, W] depend on who else is in the batch, or on chance."""
-    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+    with torch.no_grad():
         together = model.encode(inputs).logits
         alone = torch.cat([model.encode(image).logits for image in inputs.split(1)])
     if float((together - alone).norm()) > SAME * float(alone.norm()):

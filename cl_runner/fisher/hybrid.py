@@ -116,7 +116,7 @@ class Hybrid(Estimator):
     def prepared(self, model: Model | PretrainedView, examples: Examples) -> Examples:
         """With the logits [N, K] that enter, and the threshold of each sample, the same for all."""
         parts = []
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        with torch.no_grad():
             for batch in examples.batches(self.batch_size):
                 batch = batch.to(model.device)
                 parts.append(self._entering(model, model(batch.images).logits, batch))

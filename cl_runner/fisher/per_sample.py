@@ -47,7 +47,7 @@ def vmapped_gradients(
         vectors: logits -> v [B, V, K].
     """
     logits = Logits(model)
-    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+    with torch.no_grad():
         all_vectors = vectors(logits(inputs))
     if all_vectors.shape[1] == 0:
         return
@@ -59,11 +59,10 @@ def vmapped_gradients(
         pull = vjp(lambda values: functional_call(logits, values, (image[None],)), parameters)[1]
         return vmap(pull)(outputs[:, None])[0]
 
-    with torch.compiler.set_stance("force_eager"):
-        for rows in even_slices(len(inputs), max(1, most // all_vectors.shape[1])):
-            for some in all_vectors[rows].split(most, dim=1):
-                found = _vmapped(gradients, inputs[rows], some)
-                receive({name.removeprefix("model."): values for name, values in found.items()})
+    for rows in even_slices(len(inputs), max(1, most // all_vectors.shape[1])):
+        for some in all_vectors[rows].split(most, dim=1):
+            found = _vmapped(gradients, inputs[rows], some)
+            receive({name.removeprefix("model."): values for name, values in found.items()})
 
 
 def add_looped_squares(
@@ -86,19 +85,18 @@ def looped_gradients(
 ) -> None:
     """As `vmapped_gradients`, by plain autograd: of one sample and one vector at a time, those that are not zero."""
     parameters = {name: values for name, values in model.named_parameters() if values.requires_grad}
-    with torch.compiler.set_stance("force_eager"):
-        with torch.no_grad():
-            all_vectors = vectors(model.encode(inputs).logits)
-        # Not `image[None]`, whose strides lead PyTorch to wrong gradients of grouped convolutions in channels_last.
-        for image, some in zip(inputs.split(1), all_vectors, strict=True):
-            with torch.enable_grad():
-                logits = model.encode(image).logits
-            for vector in some if logits.requires_grad else ():
-                gradients = torch.autograd.grad(
-                    logits, list(parameters.values()), vector[None], retain_graph=True, allow_unused=True
-                )
-                found = zip(parameters, gradients, strict=True)
-                receive({name: gradient[None, None] for name, gradient in found if gradient is not None})
+    with torch.no_grad():
+        all_vectors = vectors(model.encode(inputs).logits)
+    # Not `image[None]`, whose strides lead PyTorch to wrong gradients of grouped convolutions in channels_last.
+    for image, some in zip(inputs.split(1), all_vectors, strict=True):
+        with torch.enable_grad():
+            logits = model.encode(image).logits
+        for vector in some if logits.requires_grad else ():
+            gradients = torch.autograd.grad(
+                logits, list(parameters.values()), vector[None], retain_graph=True, allow_unused=True
+            )
+            found = zip(parameters, gradients, strict=True)
+            receive({name: gradient[None, None] for name, gradient in found if gradient is not None})
 
 
 def _vmapped(gradients: Callable[[Tensor, Tensor], Parameters], inputs: Tensor, vectors: Tensor) -> Parameters:

@@ -83,8 +83,7 @@ class Taps:
             if values.requires_grad:
                 trainable.setdefault(id(plain[id(values)]), name)
         parameters = {f"model.{name}": plain[id(values)] for name, values in named.items()}
-        # A compiled backbone would not let anything in between; its own code is what it compiles.
-        with torch.enable_grad(), torch.compiler.set_stance("force_eager"), _Interception(self, trainable, len(inputs)):
+        with torch.enable_grad(), _Interception(self, trainable, len(inputs)):
             self.logits = functional_call(Logits(model), parameters, (inputs,), tie_weights=False)
 
     def backward(self, vectors: Tensor, receive: Gradients, last: bool) -> None:
