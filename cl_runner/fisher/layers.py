@@ -314,7 +314,9 @@ class Pointwise(Linear):
 
     def __init__(self, names: dict[str, str], inputs: Tensor, call: Call) -> None:
         super().__init__(names, inputs)
-        seen = self.inputs[(slice(None), slice(None), *(slice(None, None, step) for step in call.stride))]
+        seen = self.inputs
+        if max(call.stride) > 1:
+            seen = seen[(slice(None), slice(None), *(slice(None, None, step) for step in call.stride))]
         self.rows = seen.flatten(2).transpose(1, 2)
 
     def gradient_rows(self, gradient: Tensor) -> Tensor:
@@ -352,16 +354,16 @@ class Depthwise(Convolution):
         if gradient.device.type == "cpu" and not gradient.is_contiguous(memory_format=torch.channels_last):
             return self._as_one_image(gradient)
         padded = F.pad(self.inputs, (call.padding[1], call.padding[1], call.padding[0], call.padding[0]))
-        found = gradient.new_empty(*gradient.shape[:2], 1, *call.weight.shape[2:])
-        for row in range(found.shape[3]):
-            for column in range(found.shape[4]):
+        found = gradient.new_empty(*call.weight.shape[2:], *gradient.shape[:2])
+        for row, of_row in enumerate(found):
+            for column, out in enumerate(of_row):
                 window = padded
-                for axis, start, step in zip((2, 3), (row, column), call.stride, strict=True):
-                    first = start * call.dilation[axis - 2]
-                    window = window.narrow(axis, first, step * (size[axis - 2] - 1) + 1)
+                for axis, place in enumerate((row, column)):
+                    first, reach = place * call.dilation[axis], call.stride[axis] * (size[axis] - 1) + 1
+                    window = window.narrow(axis + 2, first, reach)
                 window = window[:, :, :: call.stride[0], :: call.stride[1]]
-                found[:, :, 0, row, column] = (gradient * window).sum((2, 3))
-        return found
+                torch.sum(gradient * window, (2, 3), out=out)
+        return found.permute(2, 3, 0, 1)[:, :, None]
 
     def _as_one_image(self, gradient: Tensor) -> Tensor:
         """The samples' channels side by side as one image's: its ordinary gradient is theirs, one by one."""
@@ -378,21 +380,28 @@ class Affine(Use):
     """What a normalisation ends with, y = w x̂ + b: the gradients are sums of g x̂ and g over positions."""
 
     def __init__(
-        self, names: dict[str, str], inputs: Tensor, normalised: Callable[[Tensor], Tensor], axes: Sequence[int]
+        self,
+        names: dict[str, str],
+        inputs: Tensor,
+        normalised: Callable[[Tensor], Tensor],
+        axes: Sequence[int],
+        scale: Tensor | None = None,
     ) -> None:
-        """`axes`: those over which a weight is shared, without the samples'."""
+        """`axes`: those over which a weight is shared, without the samples'. `scale`: what x̂ is still to be multiplied
+        by, where that is the same at all positions and for all samples: in the shape of the weight."""
         super().__init__(names, inputs)
-        self.normalised, self.axes = normalised, list(axes)
+        self.normalised, self.axes, self.scale = normalised, list(axes), scale
 
     def per_sample(self, gradient: Tensor) -> Parameters:
         # A few samples at a time: what is written stays in the cache until it is read.
         parts = [self._some(some, gradient) for some in slices(len(gradient), gradient[0].numel())]
-        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]} if len(parts) > 1 else parts[0]
 
     def _some(self, some: slice, gradient: Tensor) -> Parameters:
         g, found = gradient[some], {}
         if "weight" in self.names:
-            found[self.names["weight"]] = self._summed(self.normalised(self.inputs[some]) * g)
+            sums = self._summed(self.normalised(self.inputs[some]) * g)
+            found[self.names["weight"]] = sums if self.scale is None else sums * self.scale
         if "bias" in self.names:
             found[self.names["bias"]] = self._summed(g)
         return found

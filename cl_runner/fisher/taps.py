@@ -220,8 +220,8 @@ class _Interception(TorchFunctionMode):
         if running_mean is None or running_var is None:
             raise Uncovered(f"{next(iter(names.values()))} normalises by the statistics of its batch")
         shape = (1, -1, *[1] * (input.dim() - 2))
-        mean, variance = running_mean.view(shape), running_var.view(shape)
-        use = Affine(names, input, lambda x: (x - mean).mul_((variance + eps).rsqrt_()), range(2, input.dim()))
+        mean, scale = running_mean.view(shape), (running_var + eps).rsqrt()
+        use = Affine(names, input, lambda x: x - mean, range(2, input.dim()), scale)
         return self.taps.on(output, use)
 
     def layer_norm(
