@@ -342,7 +342,9 @@ class Depthwise(Convolution):
         return found
 
     def _add_weight_squares(self, total: Tensor, gradient: Tensor) -> None:
-        large = gradient[0, 0].numel() >= 2 * FEW and gradient.is_contiguous(memory_format=torch.channels_last)
+        few_taps = self.call.weight[0].numel() <= 9  # of more, its own backward is slow
+        large = gradient[0, 0].numel() >= 2 * FEW and few_taps
+        large &= gradient.is_contiguous(memory_format=torch.channels_last)
         if gradient.device.type == "cpu" and large:
             super()._add_weight_squares(total, gradient)
         else:

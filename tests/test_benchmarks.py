@@ -1,0 +1,44 @@
+"""The Fisher's benchmark, on a network of a few weights."""
+
+import importlib
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from cl_runner.models.mlp import MLP
+
+
+@pytest.fixture
+def speed(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
+    module = importlib.import_module("fisher_speed")
+    monkeypatch.setattr(module, "SOON", 0.001)
+    return module
+
+
+def test_a_row_has_its_time_its_error_and_what_it_is_of(speed: ModuleType) -> None:
+    subject = speed.Subject("tiny", MLP(widths=[4]), (1, 2, 2), batch_size=8)
+    rows = ["probe: cl_runner", "empirical: loop", "empirical: cl_runner"]
+    settings = speed.Settings(torch.device("cpu"), rounds=2, batches=2, limit=10.0, rows=rows)
+    lines = speed.measured(subject, 3, settings, only_exact=False)
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[4:]]
+    assert [row[:2] for row in cells] == [
+        ["probe", "cl_runner"],
+        ["empirical", "cl_runner"],
+        ["", "loop, one sample at a time"],
+    ]
+    assert all(float(row[2]) > 0 for row in cells)
+    assert all(float(row[-1]) < 1e-5 for row in cells[1:])
+
+
+def test_a_peer_that_fails_is_shown_to(speed: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(network: torch.nn.Module) -> None:
+        raise NotImplementedError("no such layer")
+
+    monkeypatch.setattr(speed, "PEERS", (speed.Peer("refusal", None, "exact", (refuse,)),))
+    subject = speed.Subject("tiny", MLP(widths=[4]), (1, 2, 2), batch_size=8)
+    settings = speed.Settings(torch.device("cpu"), rounds=1, batches=1, limit=10.0, rows=["refusal"])
+    line = speed.measured(subject, 3, settings, only_exact=True)[-1]
+    assert line == "| exact | refusal | - | - | - | fails: NotImplementedError: no such layer |"
