@@ -7,6 +7,8 @@ from types import ModuleType
 import pytest
 import torch
 
+from cl_runner.fisher.estimators import Exact, Probe
+from cl_runner.fisher.hybrid import Hybrid
 from cl_runner.models.mlp import MLP
 
 
@@ -42,3 +44,18 @@ def test_a_peer_that_fails_is_shown_to(speed: ModuleType, monkeypatch: pytest.Mo
     settings = speed.Settings(torch.device("cpu"), rounds=1, batches=1, limit=10.0, rows=["refusal"])
     line = speed.measured(subject, 3, settings, only_exact=True)[-1]
     assert line == "| exact | refusal | - | - | - | fails: NotImplementedError: no such layer |"
+
+
+def test_the_quality_of_what_draws_is_that_of_every_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
+    quality, nets = importlib.import_module("fisher_quality"), importlib.import_module("nets")
+    subject = nets.Subject("tiny", MLP(widths=[4]), (1, 2, 2))
+    model, examples = subject.build(3, torch.device("cpu")), subject.examples(8, 3, torch.device("cpu"))
+    truth = Exact()(model, examples).diagonal()
+    drawn = quality.row("probe, 2", "probe", Probe(draws=2), model, examples, truth)
+    assert drawn.passes == 2
+    assert len(set(drawn.errors)) == len(set(drawn.reported)) == len(quality.SEEDS)
+    whole = quality.row("hybrid, budget 2", "hybrid", Hybrid(budget=2), model, examples, truth)
+    assert whole.errors == pytest.approx([0], abs=1e-6)
+    assert whole.share == pytest.approx(1)
+    assert whole.reported == []

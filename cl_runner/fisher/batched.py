@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cl_runner.errors import ConfigError
 from cl_runner.fisher.curvature import Diagonal
+from cl_runner.fisher.engine import wide
 from cl_runner.fisher.estimators import Count, Estimator, unit
 from cl_runner.models.model import Model, PretrainedView
 from cl_runner.streams.base import Examples
@@ -84,7 +85,8 @@ class Batched(Estimator):
     ) -> tuple[Tensor | None, ...]:
         with torch.enable_grad():
             logits = model(batch.images).logits
-        vectors = self.vectors(self._entering(model, logits.detach(), batch), batch.labels, torch.empty(0))
+        entering = wide(self._entering(model, logits.detach(), batch))
+        vectors = self.vectors(entering, batch.labels, torch.empty(0)).to(logits)
         return torch.autograd.grad(logits, parameters, vectors[:, 0], allow_unused=True) if parameters else ()
 
 

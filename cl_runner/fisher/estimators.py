@@ -21,7 +21,7 @@ from torch import Tensor
 
 from cl_runner.errors import ConfigError
 from cl_runner.fisher.curvature import Curvature, Diagonal
-from cl_runner.fisher.engine import undisturbed
+from cl_runner.fisher.engine import undisturbed, wide
 from cl_runner.fisher.full import check_size
 from cl_runner.fisher.kernels import Precision
 from cl_runner.fisher.representations import Kind, Representation, rounds
@@ -45,7 +45,8 @@ class Report:
         backward_passes: one for each sample and vector; those of the error not counted.
         trace: of the Fisher.
         relative_error: an estimate of the diagonal's |found - expected| / |expected| over all numbers together, given
-            the samples; None where nothing was drawn, or nothing found. It knows no samples but those that it looks
+            the samples; None where nothing was drawn, or nothing found, and of Kronecker factors, which add an error of
+            their own. It knows no samples but those that it looks
             at: where a few rare draws make up the Fisher, it can be far too small.
     """
 
@@ -164,11 +165,9 @@ class Estimator(ABC):
             fisher, passes = self._mean(model, prepared, generator)
             trace = float(fisher.trace())  # waits for the device
             seconds = time.perf_counter() - start
-            error = (
-                self._relative_error(fisher.diagonal(), model, prepared, generator)
-                if self.by_chance(prepared)
-                else None
-            )
+            error = None
+            if self.by_chance(prepared) and self.representation != "kronecker":
+                error = self._relative_error(fisher.diagonal(), model, prepared, generator)
         return fisher, Report(seconds, len(prepared), passes, trace, error)
 
     def prepared(self, model: Model | PretrainedView, examples: Examples) -> Examples:
@@ -234,7 +233,9 @@ class Estimator(ABC):
     def _vectors(
         self, model: Model | PretrainedView, batch: Examples, noise: Tensor, rows: slice, logits: Tensor
     ) -> Tensor:
-        return self.vectors(self._entering(model, logits, batch[rows]), batch.labels[rows], noise[rows])
+        # Wide: e_y - p of a model that is sure is a small difference of large numbers.
+        entering = wide(self._entering(model, logits, batch[rows]))
+        return self.vectors(entering, batch.labels[rows], noise[rows]).to(logits)
 
     def _entering(self, model: Model | PretrainedView, logits: Tensor, batch: Examples) -> Tensor:
         """`logits` [B, K] with -inf where an output does not enter. Raises ValueError where that leaves none."""

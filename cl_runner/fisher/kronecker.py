@@ -31,6 +31,7 @@ from torch import Tensor
 from cl_runner.errors import ConfigError
 from cl_runner.fisher.curvature import Curvature, Diagonal, Parameters
 from cl_runner.fisher.engine import VECTORS, Sums, Vectors, add_passes, objection, refuse_batch_dependence
+from cl_runner.fisher.graphs import side_stream
 from cl_runner.fisher.layers import CACHE, ROOM, Convolution, Linear, Use, slices
 from cl_runner.fisher.per_sample import even_slices
 from cl_runner.fisher.taps import Taps
@@ -307,6 +308,10 @@ class KroneckerFactors:
         return Layer(shapes, outputs, columns + len(names) - 1, positions)
 
     def _add(self, inputs: Tensor, vectors: Vectors) -> None:
+        with side_stream(inputs.device):  # where passes may be captured as a CUDA graph
+            self._add_passes(inputs, vectors)
+
+    def _add_passes(self, inputs: Tensor, vectors: Vectors) -> None:
         taps = Taps(self.model, inputs)
         outputs = vectors(taps.logits.detach())
         self.passes += outputs.shape[0] * outputs.shape[1]

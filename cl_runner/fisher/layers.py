@@ -194,7 +194,7 @@ def strided(
     if padding == "same":
         reach = [step * (size - 1) for step, size in zip(dilation, weight.shape[2:], strict=True)]
         if any(total % 2 for total in reach):
-            raise Uncovered("a convolution pads one side more than the other")
+            raise Uncovered("a convolution that pads one side more than the other")
         padding = [total // 2 for total in reach]
     assert not isinstance(padding, str)
     return Call(weight, every(stride), every(padding), dilation, groups)

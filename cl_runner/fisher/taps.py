@@ -194,7 +194,10 @@ class _Interception(TorchFunctionMode):
         axes = CONVOLUTIONS[func]
         if input.dim() != axes + 2:
             raise Uncovered(f"{next(iter(names.values()))} is used on a convolution's input without samples")
-        call = strided(weight, axes, stride, padding, dilation, groups)
+        try:
+            call = strided(weight, axes, stride, padding, dilation, groups)
+        except Uncovered as uncovered:
+            raise Uncovered(f"{next(iter(names.values()))} is used in {uncovered}") from None
         return self.taps.on(output, Convolution.of(names, input, call))
 
     def batch_norm(
@@ -208,7 +211,7 @@ class _Interception(TorchFunctionMode):
         momentum: float = 0.1,
         eps: float = 1e-5,
     ) -> Tensor:
-        if training:
+        if training and input.shape[0] == self.size:  # not of a weight, as some layers standardise theirs
             raise ValueError(
                 "the Fisher needs each sample's own gradient, and a batch norm in it takes the statistics of its "
                 "batch in eval mode too; only fisher=batched with train_mode takes it as it is"
@@ -283,12 +286,14 @@ class _Interception(TorchFunctionMode):
         """Self-attention as `nn.MultiheadAttention` calls it, [L, B, D]; here with the samples first."""
         given: dict[str, Any] = dict(zip(ATTENTION_ARGUMENTS, args, strict=False)) | kwargs
         parts = ("in_proj_weight", "in_proj_bias", "out_proj_weight", "out_proj_bias")
-        if not self.named(**{part: given[part] for part in parts}):
+        names = self.named(**{part: given[part] for part in parts})
+        if not names:
             return F.multi_head_attention_forward(query, key, value, *args, **kwargs)
         plain = query is key is value and query.dim() == 3 and given["in_proj_weight"] is not None
         asked = [name for name in ATTENTION_EXTRAS if given.get(name) is not None and given[name] is not False]
         if not plain or asked:
-            raise Uncovered(f"an attention with {', '.join(asked) or 'other keys than queries'} has no rule")
+            special = ", ".join(asked) or "other keys than queries"
+            raise Uncovered(f"{next(iter(names.values()))} is used in an attention with {special}")
         if given["dropout_p"] and given["training"]:
             raise _active_dropout()
         with self:  # the projections below are layers like any other

@@ -1,0 +1,244 @@
+"""The sum over batches: what it refuses, what it holds at a time, and what it falls back on."""
+
+import gc
+import logging
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cl_runner.fisher import engine, layers, reference
+from cl_runner.fisher.curvature import Diagonal
+from cl_runner.fisher.engine import add_tapped_squares, objection, undisturbed
+from cl_runner.fisher.estimators import Empirical, Estimator, Exact, Probe
+from cl_runner.fisher.per_sample import add_looped_squares, add_vmapped_squares
+from cl_runner.fisher.taps import Taps
+from cl_runner.models.model import Model
+from cl_runner.streams.base import Examples
+
+from .cases import BACKBONES, FEATURES, PIXELS, distance, examples, model
+from .test_estimators import untouched
+
+
+@pytest.fixture(autouse=True)
+def nothing_said():
+    engine._say_once.cache_clear()
+
+
+class AlwaysTraining(nn.Module):
+    """Keeps what is in it in train mode, whatever is asked."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.layer(inputs)
+
+    def train(self, mode: bool = True) -> "AlwaysTraining":
+        return super().train(True)
+
+
+class Function(nn.Module):
+    """A linear layer, and a function of what it says."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.layer, self.function = nn.Linear(PIXELS, FEATURES), function
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.function(self.layer(inputs.flatten(1)))
+
+
+def sequence(*layers: nn.Module) -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(PIXELS, FEATURES), *layers)
+
+
+def attention_with_dropout(x: Tensor) -> Tensor:
+    x = x[:, None, :, None].expand(-1, 1, -1, FEATURES)
+    return F.scaled_dot_product_attention(x, x, x, dropout_p=0.5).mean((1, 2))
+
+
+REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "batch norm without statistics": (
+        lambda: sequence(nn.BatchNorm1d(FEATURES, track_running_stats=False)),
+        r"backbone\.2 \(BatchNorm1d\) normalises by the statistics of its batch; only fisher=batched",
+    ),
+    "batch norm in train mode": (
+        lambda: sequence(AlwaysTraining(nn.BatchNorm1d(FEATURES))),
+        r"backbone\.2\.layer \(BatchNorm1d\) normalises by the statistics of its batch; only fisher=batched",
+    ),
+    "dropout in train mode": (
+        lambda: sequence(AlwaysTraining(nn.Dropout(0.5))),
+        r"backbone\.2\.layer \(Dropout\) drops out in eval mode too",
+    ),
+    "batch norm by its function": (
+        lambda: Function(lambda x: F.batch_norm(x, None, None, training=True) if len(x) > 1 else x),
+        "a batch norm in it takes the statistics of its batch in eval mode too",
+    ),
+    "dropout by its function": (lambda: Function(F.dropout), "a dropout in it stays active in eval mode"),
+    "alpha dropout by its function": (
+        lambda: Function(lambda x: F.alpha_dropout(x, training=True)),
+        "a dropout in it stays active in eval mode",
+    ),
+    "dropout in attention": (lambda: Function(attention_with_dropout), "depends on .* or on chance"),
+    "noise": (lambda: Function(lambda x: x * torch.rand_like(x)), "depends on .* or on chance"),
+    "statistics of the batch": (lambda: Function(lambda x: x - x.mean(0) / 2), "depends on the other samples"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_model_whose_samples_do_not_stand_for_themselves_is_refused_in_one_line(name: str) -> None:
+    build, message = REFUSED[name]
+    with pytest.raises(ValueError, match=message) as refusal:
+        Probe()(model(build()), examples())
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("layer", [nn.Dropout(0.0), nn.BatchNorm1d(FEATURES), nn.InstanceNorm1d(FEATURES)])
+def test_layers_that_leave_samples_to_themselves_in_eval_mode_are_not_refused(layer: nn.Module) -> None:
+    engine.refuse_batch_dependence(model(sequence(layer)).eval())
+
+
+@pytest.mark.parametrize("way", [add_vmapped_squares, add_looped_squares])
+@pytest.mark.parametrize("name", BACKBONES)
+def test_what_the_taps_fall_back_on_is_the_definition_too(
+    name: str, way: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subject, data = model(name), examples(5)
+    monkeypatch.setattr(engine, "_way", lambda *_: way)
+    with untouched(subject):
+        found = Exact(batch_size=3)(subject, data)
+    assert distance(found, reference.exact(subject, data)) < 1e-10
+
+
+@pytest.mark.parametrize("way", [add_tapped_squares, add_vmapped_squares, add_looped_squares])
+@pytest.mark.parametrize("name", ["conv", "groups", "depthwise", "batch norm"])
+def test_channels_last_changes_nothing(name: str, way: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    subject, data = model(name), examples(5)
+    expected = reference.exact(subject, data)
+    subject.preprocess.memory_format = torch.channels_last
+    monkeypatch.setattr(engine, "_way", lambda *_: way)
+    assert distance(Exact()(subject.to(memory_format=torch.channels_last), data), expected) < 1e-10
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_every_kind_of_layer_is_covered_by_taps(name: str) -> None:
+    subject = model(name)
+    with undisturbed(subject):
+        assert objection(subject, subject.preprocess(examples(2).images)) is None
+
+
+@pytest.mark.parametrize("name", ["mlp", "conv", "batch norm", "attention"])
+def test_float32_is_right_to_the_sixth_digit_over_many_batches(name: str) -> None:
+    data, estimator = examples(4 * engine.FOLD + 3), Empirical(batch_size=2)
+    assert distance(estimator(model(name).float(), data), estimator(model(name), data)) < 1e-6
+
+
+def test_a_sum_of_very_many_batches_is_right_to_the_sixth_digit() -> None:
+    sums, plain = engine.Sums({"weight": torch.zeros(())}), torch.zeros(())
+    for _ in range(20_000):
+        sums.partial["weight"] += 0.1
+        plain += 0.1
+        sums.close_batch()
+    assert float(sums.over(20_000)["weight"]) == pytest.approx(0.1, rel=1e-6)
+    assert float(plain / 20_000) != pytest.approx(0.1, rel=1e-6)
+
+
+@pytest.mark.parametrize("numbers", [1, 60])
+@pytest.mark.parametrize("estimator", [Exact(), Probe(draws=2), Empirical()], ids=["exact", "probe", "empirical"])
+def test_few_vectors_at_a_time_change_nothing(
+    estimator: Estimator, numbers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subject, data = model("conv"), examples()
+    expected = estimator(subject, data)
+    monkeypatch.setattr(engine, "VECTORS", numbers)
+    assert distance(estimator(subject, data), expected) < 1e-12
+
+
+@pytest.mark.parametrize("name", ["called twice", "tied"])
+def test_few_gradients_of_shared_parameters_at_a_time_change_nothing(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subject, data, sizes = model(name), examples(), []
+    expected = Exact()(subject, data)
+    subject.backbone.register_forward_hook(lambda module, inputs, output: sizes.append(len(output)))
+    monkeypatch.setattr(engine, "SHARED", 2 * FEATURES * (FEATURES + 1))  # two samples of the repeated layer
+    assert distance(Exact()(subject, data), expected) < 1e-12
+    assert sizes.count(11) == 1, "the whole batch goes through once, to see that it is too much"
+    assert sizes[-1] <= 3
+
+
+@pytest.mark.parametrize("count", [1, 5])
+def test_a_batch_of_one_sample_is_a_batch(count: int) -> None:
+    subject, data = model("batch norm"), examples(count)
+    assert distance(Exact(batch_size=4)(subject, data), reference.exact(subject, data)) < 1e-10
+
+
+class SmallBranch(nn.Module):
+    """A residual branch behind a layer scale that has not grown yet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.norm = nn.Linear(PIXELS, FEATURES), nn.LayerNorm(FEATURES)
+        self.scale = nn.Parameter(torch.full((FEATURES,), 1e-6))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        x = self.enter(inputs.flatten(1))
+        return x + self.norm(x) * self.scale
+
+
+@pytest.mark.parametrize(
+    ("kind", "backbone", "parameter"),
+    [
+        (layers.Linear, lambda: sequence(nn.Tanh()), "backbone.1.weight"),
+        (layers.Convolution, BACKBONES["conv"], "backbone.0.weight"),
+        (layers.Affine, SmallBranch, "backbone.norm.weight"),
+        (layers.Direct, SmallBranch, "backbone.scale"),
+    ],
+    ids=["linear", "convolution", "layer norm", "direct"],
+)
+def test_a_rule_that_is_wrong_is_found_out_and_not_used(
+    kind: type[layers.Use],
+    backbone: Callable[[], nn.Module],
+    parameter: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    subject, data, right = model(backbone()), examples(), kind.add_squares
+
+    def wrong(self: layers.Use, gradient: Tensor, totals: dict[str, Tensor]) -> None:
+        right(self, gradient * 1.01, totals)
+
+    monkeypatch.setattr(kind, "add_squares", wrong)
+    assert distance(Probe()(subject, data), of_definition(subject, data)) < 1e-10
+    (said,) = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert said.endswith(f"by vmap, which is slower: {parameter} takes part in a way that has no rule")
+
+
+def of_definition(subject: Model, data: Examples) -> Diagonal:
+    """What `Probe()` estimates."""
+    signs = Probe().noise(len(data), len(subject.revealed), torch.Generator().manual_seed(0))
+    return reference.probe(subject, data, signs)
+
+
+def test_what_a_batch_needed_is_freed_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[weakref.ref] = []
+
+    def taps(*args: Any) -> Taps:
+        built = Taps(*args)
+        made.extend(weakref.ref(thing) for thing in [built, *built.uses])
+        return built
+
+    monkeypatch.setattr(engine, "Taps", taps)
+    gc.disable()  # what is left to the collector stays, on a device, until there is no memory
+    try:
+        Probe()(model("conv"), examples())
+        assert len(made) > 6
+        assert not any(thing() for thing in made)
+    finally:
+        gc.enable()
