@@ -48,12 +48,17 @@ def main() -> None:
 def measured(folder: Path) -> dict[str, Curve]:
     """estimator -> its curve, in the order of COLOURS."""
     curves: dict[str, Curve] = {name: defaultdict(list) for name in COLOURS}
+    met: set[tuple[str, float, int]] = set()
     for path in sorted(folder.glob("*/results.json")):
         results = json.loads(path.read_text())
         strategy = results["config"]["strategy"]
         if strategy["_target_"].endswith(".EWC"):
             estimator = strategy["fisher"]["_target_"].rpartition(".")[2].lower()
             curve = curves.setdefault(estimator, defaultdict(list))
+            key = estimator, strategy["strength"], results["config"]["seed"]
+            if key in met:
+                raise SystemExit(f"expected one run for each seed, got a second of {' '.join(map(str, key))}: {path}")
+            met.add(key)
             curve[strategy["strength"]].append(100 * results["metrics"]["average_accuracy"])
     return {name: dict(sorted(curve.items())) for name, curve in curves.items() if curve}
 
