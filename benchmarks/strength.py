@@ -1,10 +1,11 @@
-"""EWC's accuracy over its strength, a curve a Fisher estimator, beside the published one: a table and a picture.
+"""EWC's accuracy over its strength, a curve a Fisher estimator, beside the published one: tables and a picture.
 
     python benchmarks/strength.py OUTPUTS [--picture benchmarks/strength.png]
 
-OUTPUTS holds runs of `experiment=vandeven_fisher_mnist` (its header says how to make them). Published values: G. van de
-Ven, "On the computation of the Fisher information in continual learning", 2025, https://arxiv.org/abs/2502.11756, Split
-MNIST, 30 seeds; most of them read off the plot, to about 0.2.
+OUTPUTS holds runs of `experiment=vandeven_fisher_mnist` (its header says how to make them), those of strategy=finetune
+standing for no Fisher. Published values: G. van de Ven, "On the computation of the Fisher information in continual
+learning", 2025, https://arxiv.org/abs/2502.11756, Split MNIST, 30 seeds; most of them read off the plot, to 0.2. A
+measured value passes within 2·sqrt(SEM² + SD²/n) of it, SEM published (or 0.2) and SD ours, at least 0.5.
 """
 
 import argparse
@@ -26,6 +27,10 @@ PUBLISHED = {
     "empirical": {1e3: 85.2, 1e4: 87.1, 1e5: 91.9, 1e6: 95.9, 1e7: 97.9, 1e8: 99.1, 1e9: 99.12},
     "batched": {1e4: 84.6, 1e6: 86.9, 1e7: 91.2, 1e8: 95.1, 1e9: 97.9, 1e10: 99.0, 1e11: 99.11},
 }
+NONE = 85.41  # without a Fisher
+SEM = {("none", 0.0): 0.88, ("empirical", 1e9): 0.12, ("batched", 1e11): 0.16}  # published standard errors
+READ = 0.2  # what stands for one where a value was read off the plot
+LEAST = 0.5  # tolerance
 # Okabe & Ito's, which the colour-blind tell apart too.
 COLOURS = {"exact": "#000000", "probe": "#D55E00", "sampled": "#009E73", "empirical": "#0072B2", "batched": "#CC79A7"}
 
@@ -37,29 +42,33 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--picture", type=Path, help="where to write the picture (PNG)")
     arguments = parser.parse_args()
-    curves = measured(arguments.folder)
+    found = measured(arguments.folder)
+    curves = {name: curve for name, curve in found.items() if name != "none"}
     if not curves:
         raise SystemExit(f"expected a folder of finished runs of strategy=ewc, got {arguments.folder}")
     print_table(curves)
+    print_verdicts(found)
     if arguments.picture:
         draw(curves, arguments.picture)
 
 
 def measured(folder: Path) -> dict[str, Curve]:
-    """estimator -> its curve, in the order of COLOURS."""
+    """estimator -> its curve, in the order of COLOURS; `none`, of strength 0, is no Fisher."""
     curves: dict[str, Curve] = {name: defaultdict(list) for name in COLOURS}
     met: set[tuple[str, float, int]] = set()
     for path in sorted(folder.glob("*/results.json")):
         results = json.loads(path.read_text())
         strategy = results["config"]["strategy"]
-        if strategy["_target_"].endswith(".EWC"):
-            estimator = strategy["fisher"]["_target_"].rpartition(".")[2].lower()
-            curve = curves.setdefault(estimator, defaultdict(list))
-            key = estimator, strategy["strength"], results["config"]["seed"]
-            if key in met:
-                raise SystemExit(f"expected one run for each seed, got a second of {' '.join(map(str, key))}: {path}")
-            met.add(key)
-            curve[strategy["strength"]].append(100 * results["metrics"]["average_accuracy"])
+        kind = strategy["_target_"].rpartition(".")[2]
+        if kind not in ("EWC", "Finetune"):
+            continue
+        estimator = strategy["fisher"]["_target_"].rpartition(".")[2].lower() if kind == "EWC" else "none"
+        key = estimator, strategy.get("strength", 0.0), results["config"]["seed"]
+        if key in met:
+            raise SystemExit(f"expected one run for each seed, got a second of {' '.join(map(str, key))}: {path}")
+        met.add(key)
+        curve = curves.setdefault(estimator, defaultdict(list))
+        curve[key[1]].append(100 * results["metrics"]["average_accuracy"])
     return {name: dict(sorted(curve.items())) for name, curve in curves.items() if curve}
 
 
@@ -74,6 +83,24 @@ def print_table(curves: dict[str, Curve]) -> None:
         print(f"| {name} | " + " | ".join(cells) + f" | {statistics.mean(curve[best]):.2f} at {best:.0e} |")
     seeds = sorted({len(values) for curve in curves.values() for values in curve.values()})
     print(f"\nSeeds a cell: {' to '.join(str(count) for count in {seeds[0]: 0, seeds[-1]: 0})}.")
+
+
+def print_verdicts(curves: dict[str, Curve]) -> None:
+    """What was published beside what was measured, where both are there."""
+    print("\n| Fisher | strength | measured | SD | published | tolerance | verdict |")
+    print("|---" * 7 + "|")
+    for name, published in {"none": {0.0: NONE}, **PUBLISHED}.items():
+        for strength, expected in published.items():
+            values = curves.get(name, {}).get(strength, [])
+            if len(values) < 2:
+                continue
+            sem = SEM.get((name, strength))
+            tolerance = max(LEAST, 2 * math.hypot(READ if sem is None else sem, standard_error(values)))
+            verdict = "pass" if abs(statistics.mean(values) - expected) <= tolerance else "miss"
+            held = "–" if name == "none" else f"{strength:.0e}"
+            given = f"{expected:g}" if sem is None else f"{expected:g} ± {sem:g}"
+            spread = f"{statistics.stdev(values):.2f}"
+            print(f"| {name} | {held} | {cell(values, None)} | {spread} | {given} | {tolerance:.1f} | {verdict} |")
 
 
 def cell(values: list[float] | None, published: float | None) -> str:
