@@ -32,8 +32,9 @@ from cl_runner.errors import ConfigError
 from cl_runner.fisher.curvature import Curvature, Diagonal, Parameters
 from cl_runner.fisher.engine import VECTORS, Sums, Vectors, add_passes, objection, refuse_batch_dependence
 from cl_runner.fisher.graphs import side_stream
-from cl_runner.fisher.layers import CACHE, ROOM, Convolution, Linear, Use, slices
+from cl_runner.fisher.layers import Convolution, Linear, Use
 from cl_runner.fisher.per_sample import even_slices
+from cl_runner.fisher.products import CACHE, ROOM, slices
 from cl_runner.fisher.taps import Taps
 from cl_runner.models.model import Model, PretrainedView
 

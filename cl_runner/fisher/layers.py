@@ -18,14 +18,20 @@ from torch import Tensor
 
 from cl_runner.fisher import kernels
 from cl_runner.fisher.curvature import Parameters
-from cl_runner.fisher.kernels import Precision
+from cl_runner.fisher.kernels import Adder, Precision
+from cl_runner.fisher.products import (
+    ROOM,
+    add_gram,
+    add_product_squares,
+    add_squares,
+    gram_is_cheaper,
+    pairs,
+    rounded,
+    slices,
+)
 
-# Numbers in a temporary on the CPU: a share of a core's second-level cache.
-CACHE = 1 << 17
-# Numbers in a weight up to which its product is not taken apart: smaller products are slower ones.
-WHOLE = 1 << 20
-# Numbers in a temporary that no cache could hold.
-ROOM = 1 << 24
+# Positions from which, on the CPU, a convolution's own backward of one sample beats a product over its patches.
+FEW = 128
 
 
 class Uncovered(Exception):  # noqa: N818
@@ -63,7 +69,7 @@ class Use(ABC):
         """Add the sum over samples of the squared gradients to `totals` [*shape], in place; maybe at `flush` only, or
         at `close`."""
         for name, values in self.per_sample(gradient).items():
-            _add_squares(totals[name], values)
+            add_squares(totals[name], values)
 
     def flush(self, totals: Parameters) -> None:  # noqa: B027
         """A block of passes has come: add what is faster added together."""
@@ -72,14 +78,45 @@ class Use(ABC):
         """All passes have come: add what was held back."""
 
 
-class Linear(Use):
+class Weighted(Use):
+    """A layer whose weight's gradient is a sum of products over positions.
+
+    held: products of pairs of gradients, summed over passes; None while there are none.
+    waiting: gradients of passes that a kernel is to take together.
+    """
+
+    def __init__(self, names: dict[str, str], inputs: Tensor) -> None:
+        super().__init__(names, inputs)
+        self.held: Tensor | None = None
+        self.waiting: list[Tensor] = []
+
+    def flush(self, totals: Parameters) -> None:
+        if not self.waiting:
+            return
+        gradients = torch.stack(self.waiting)
+        self.waiting.clear()
+
+        def eagerly(total: Tensor) -> None:
+            for gradient in gradients:
+                self.add_weight_squares(total, gradient)
+
+        self.add_fused_squares(totals[self.names["weight"]], gradients, eagerly)
+
+    @abstractmethod
+    def add_weight_squares(self, total: Tensor, gradient: Tensor) -> None:
+        """Add the sum over samples of the squared weight gradients to `total`, without a kernel of our own."""
+
+    @abstractmethod
+    def add_fused_squares(self, total: Tensor, gradients: Tensor, rival: Adder) -> None:
+        """The same for several passes [V, B, ...], by a kernel, or by `rival` where that is faster."""
+
+
+class Linear(Weighted):
     """y = x Wᵀ + b over any number of positions: W's gradient is the sum over a sample's positions of g xᵀ."""
 
     def __init__(self, names: dict[str, str], inputs: Tensor) -> None:
         super().__init__(names, inputs)
         self.rows = self.inputs.flatten(1, -2) if inputs.dim() > 2 else self.inputs[:, None]  # [B, T, K]
-        self.held: Tensor | None = None
-        self.waiting: list[Tensor] = []
 
     def gradient_rows(self, gradient: Tensor) -> Tensor:
         """[B, T, N]."""
@@ -98,32 +135,24 @@ class Linear(Use):
         rows = self.gradient_rows(gradient)
         if gram_is_cheaper(rows.shape[1], self.passes, rows.device):
             # Σ_v (Σ_t g_t x_t)² = Σ_{t,t'} (Σ_v g_t g_t') x_t x_t': one product of matrices for all passes together.
-            self.held = _pairs(rows, weighted=True, onto=self.held)
+            self.held = pairs(rows, weighted=True, onto=self.held)
             return
         if "bias" in self.names:
-            _add_squares(totals[self.names["bias"]], rows.sum(1))
+            add_squares(totals[self.names["bias"]], rows.sum(1))
         if "weight" not in self.names:
             return
         if kernels.available(rows.device):
             self.waiting.append(rows)
         else:
-            self._add_product(totals[self.names["weight"]], rows)
+            self.add_weight_squares(totals[self.names["weight"]], rows)
 
-    def flush(self, totals: Parameters) -> None:
-        if not self.waiting:
-            return
-        gradients = torch.stack(self.waiting)
-        self.waiting.clear()
+    def add_weight_squares(self, total: Tensor, gradient: Tensor) -> None:
+        """`gradient`: [B, T, N]."""
+        add_product_squares(total, rounded(gradient, self.precision), rounded(self.rows, self.precision))
 
-        def eagerly(total: Tensor) -> None:
-            for rows in gradients:
-                self._add_product(total, rows)
-
-        total = totals[self.names["weight"]].view(gradients.shape[3], -1)
-        kernels.add_linear_squares(total, gradients, self.rows, self.precision, eagerly)
-
-    def _add_product(self, total: Tensor, rows: Tensor) -> None:
-        _add_product_squares(total, rounded(rows, self.precision), rounded(self.rows, self.precision))
+    def add_fused_squares(self, total: Tensor, gradients: Tensor, rival: Adder) -> None:
+        total = total.view(gradients.shape[3], -1)
+        kernels.add_linear_squares(total, gradients, self.rows, self.precision, rival)
 
     def close(self, totals: Parameters) -> None:
         if self.held is None:
@@ -131,7 +160,7 @@ class Linear(Use):
         if "bias" in self.names:
             totals[self.names["bias"]] += self.held.sum((0, 1)).view_as(totals[self.names["bias"]]).clamp_min_(0)
         if "weight" in self.names:
-            _add_gram(totals[self.names["weight"]], self.held, lambda some: self.rows[some])
+            add_gram(totals[self.names["weight"]], self.held, lambda some: self.rows[some])
         self.held = None
 
 
@@ -200,14 +229,12 @@ def strided(
     return Call(weight, every(stride), every(padding), dilation, groups)
 
 
-class Convolution(Use):
+class Convolution(Weighted):
     """Any convolution with a kernel: the ordinary gradient of each sample by itself, or a product over its patches."""
 
     def __init__(self, names: dict[str, str], inputs: Tensor, call: Call) -> None:
         super().__init__(names, inputs)
         self.call = call
-        self.held: Tensor | None = None
-        self.waiting: list[Tensor] = []
 
     @staticmethod
     def of(names: dict[str, str], inputs: Tensor, call: Call) -> Use:
@@ -227,30 +254,21 @@ class Convolution(Use):
 
     def add_squares(self, gradient: Tensor, totals: Parameters) -> None:
         if "bias" in self.names:
-            _add_squares(totals[self.names["bias"]], gradient.flatten(2).sum(2))
+            add_squares(totals[self.names["bias"]], gradient.flatten(2).sum(2))
         if "weight" not in self.names:
             return
         dense = self.call.groups == 1 and self.call.weight.dim() == 4
         if kernels.available(gradient.device) and self.call.weight.dim() <= 4:
             self.waiting.append(gradient)
         elif dense and gram_is_cheaper(gradient[0, 0].numel(), self.passes, gradient.device):
-            self.held = _pairs(gradient.flatten(2).transpose(1, 2), weighted=True, onto=self.held)
+            self.held = pairs(gradient.flatten(2).transpose(1, 2), weighted=True, onto=self.held)
         else:
-            self._add_weight_squares(totals[self.names["weight"]], gradient)
+            self.add_weight_squares(totals[self.names["weight"]], gradient)
 
-    def flush(self, totals: Parameters) -> None:
-        if not self.waiting:
-            return
-        gradients = torch.stack(self.waiting)
-        self.waiting.clear()
-
-        def eagerly(total: Tensor) -> None:
-            for gradient in gradients:
-                self._add_weight_squares(total.view(self.call.weight.shape), gradient)
-
+    def add_fused_squares(self, total: Tensor, gradients: Tensor, rival: Adder) -> None:
         call, weight = self.call, self.call.weight.shape
         kernels.add_conv_squares(
-            totals[self.names["weight"]].view(*weight[:2], *_pair(weight[2:])),
+            total.view(*weight[:2], *_pair(weight[2:])),
             gradients.view(*gradients.shape[:3], *_pair(gradients.shape[3:])),
             self.inputs.view(*self.inputs.shape[:2], *_pair(self.inputs.shape[2:])),
             _pair(call.stride),
@@ -258,16 +276,15 @@ class Convolution(Use):
             _pair(call.dilation),
             call.groups,
             self.precision,
-            eagerly,
+            lambda total: rival(total.view(weight)),
         )
 
     def close(self, totals: Parameters) -> None:
         if self.held is not None:
-            _add_gram(totals[self.names["weight"]], self.held, self.patches)
+            add_gram(totals[self.names["weight"]], self.held, self.patches)
             self.held = None
 
-    def _add_weight_squares(self, total: Tensor, gradient: Tensor) -> None:
-        """Add the sum over samples of the squared weight gradients to `total`, without a kernel of our own."""
+    def add_weight_squares(self, total: Tensor, gradient: Tensor) -> None:
         positions = gradient[0, 0].numel()
         cpu = gradient.device.type == "cpu"
         if self.call.weight.dim() != 4 or (cpu and positions >= FEW):
@@ -282,14 +299,13 @@ class Convolution(Use):
         else:
             rows = rounded(gradient.flatten(2).transpose(1, 2), self.precision)
             for some in slices(len(rows), self.call.weight[0].numel() * positions, room=ROOM):
-                _add_product_squares(total, rows[some], self.patches(some))
+                add_product_squares(total, rows[some], self.patches(some))
 
     def _grouped(self, gradient: Tensor, some: slice) -> Tensor:
         """Per-sample weight gradients, [b, groups, N / groups, K], of the samples in `some`."""
         patches = self.patches(some).unflatten(2, (self.call.groups, -1))  # [b, T, groups, K]
-        rows = rounded(gradient.flatten(2), self.precision).unflatten(
-            1, (self.call.groups, -1)
-        )  # [b, groups, N/groups, T]
+        gradient = rounded(gradient.flatten(2), self.precision)
+        rows = gradient.unflatten(1, (self.call.groups, -1))  # [b, groups, N / groups, T]
         return rows @ patches.transpose(1, 2)
 
     def _alone(self, gradient: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -303,10 +319,6 @@ class Convolution(Use):
         kernel = call.weight.shape[2:]
         inputs = rounded(self.inputs[some], self.precision)
         return F.unfold(inputs, kernel, call.dilation, call.padding, call.stride).transpose(1, 2)  # type: ignore[arg-type]
-
-
-# Positions from which, on the CPU, a convolution's own backward of one sample beats a product over its patches.
-FEW = 128
 
 
 class Pointwise(Linear):
@@ -341,14 +353,14 @@ class Depthwise(Convolution):
             found[self.names["bias"]] = gradient.flatten(2).sum(2)
         return found
 
-    def _add_weight_squares(self, total: Tensor, gradient: Tensor) -> None:
+    def add_weight_squares(self, total: Tensor, gradient: Tensor) -> None:
         few_taps = self.call.weight[0].numel() <= 9  # of more, its own backward is slow
         large = gradient[0, 0].numel() >= 2 * FEW and few_taps
         large &= gradient.is_contiguous(memory_format=torch.channels_last)
         if gradient.device.type == "cpu" and large:
-            super()._add_weight_squares(total, gradient)
+            super().add_weight_squares(total, gradient)
         else:
-            _add_squares(total, self._shifted(gradient))
+            add_squares(total, self._shifted(gradient))
 
     def _shifted(self, gradient: Tensor) -> Tensor:
         """[B, C, 1, h, w]."""
@@ -446,74 +458,3 @@ def _pair(values: Sequence[int], absent: int = 1) -> tuple[int, int]:
     """Of a convolution's two axes. One along a single axis is one of images of one row."""
     height, width = (absent, *values)[-2:]
     return height, width
-
-
-def gram_is_cheaper(positions: int, passes: int, device: torch.device) -> bool:
-    """Whether to multiply all pairs of positions once instead of the positions in every pass.
-
-    In multiplications for every element of the weight: T (T + 1) against 2 T a pass, and what squaring and adding the
-    product costs, which is memory and not arithmetic: about as much as thirty. A kernel that squares in registers has
-    no such cost.
-    """
-    if kernels.available(device):
-        return positions <= 3
-    return positions <= 64 and positions * (positions + 1) <= passes * (2 * positions + 30)
-
-
-def rounded(values: Tensor, precision: Precision) -> Tensor:
-    """To the nearest that `precision` holds, as the kernels round: what it loses, without its speed."""
-    if precision == "bf16":
-        return values.bfloat16().to(values.dtype)
-    if precision == "tf32" and values.dtype == torch.float32:
-        return ((values.contiguous().view(torch.int32) + 0x1000) & -0x2000).view(torch.float32)
-    return values
-
-
-def slices(length: int, numbers: int, room: int = CACHE) -> Iterator[slice]:
-    """As many at a time as keep a temporary of so many `numbers` each within `room`; at least one."""
-    size = max(1, room // max(1, numbers))
-    for start in range(0, length, size):
-        yield slice(start, min(start + size, length))
-
-
-def _pairs(rows: Tensor, weighted: bool = False, onto: Tensor | None = None) -> Tensor:
-    """r_t r_t' for t <= t', [b, T (T + 1) / 2, N], of `rows` [b, T, N]; `weighted`: twice where t < t'; plus `onto`."""
-    positions = rows.shape[1]
-    if positions == 1:
-        return rows.square() if onto is None else onto.addcmul_(rows, rows)
-    first, second = torch.triu_indices(positions, positions, device=rows.device)
-    found = rows[:, first] * rows[:, second]
-    if weighted:
-        found.mul_((1 + (first != second)).to(found)[:, None])
-    return found if onto is None else onto.add_(found)
-
-
-def _add_gram(total: Tensor, held: Tensor, inputs: Callable[[slice], Tensor]) -> None:
-    """Add `held` [B, P, N] times the pairs of `inputs` (a slice -> [b, T, K]), over samples and pairs, to `total`."""
-    total = total.view(held.shape[2], -1)
-    for some in slices(len(held), held[0].numel() + held.shape[1] * total.shape[1], room=ROOM):
-        total.addmm_(held[some].flatten(0, 1).t(), _pairs(inputs(some)).flatten(0, 1))
-    if held.shape[1] > 1:
-        total.clamp_min_(0)  # pairs of which nothing but rounding is left
-
-
-def _add_product_squares(total: Tensor, gradients: Tensor, inputs: Tensor) -> None:
-    """Add Σ_b (Σ_t g_bt x_bt)² to `total`, N K numbers, from `gradients` [B, T, N] and `inputs` [B, T, K]."""
-    total = total.view(gradients.shape[2], -1)
-    if total.device.type != "cpu":
-        for some in slices(len(gradients), total.numel(), room=ROOM):
-            total += torch.bmm(gradients[some].transpose(1, 2), inputs[some]).square_().sum(0)
-        return
-    # By columns where the whole would not stay in the cache between its product and its square.
-    whole = total.numel() <= WHOLE
-    for columns in [slice(None)] if whole else slices(total.shape[1], total.shape[0]):
-        part = total[:, columns]
-        scratch = torch.empty_like(part, memory_format=torch.contiguous_format)
-        for g, x in zip(gradients, inputs[:, :, columns], strict=True):
-            torch.mm(g.t(), x, out=scratch)
-            part.addcmul_(scratch, scratch)
-
-
-def _add_squares(total: Tensor, gradients: Tensor) -> None:
-    """Add the sum over samples of the squares of `gradients` [B, ...] to `total`, which may be a view of that shape."""
-    total += torch.linalg.vecdot(gradients.flatten(1), gradients.flatten(1), dim=0).view_as(total)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cl_runner.fisher import layers
+from cl_runner.fisher import products
 from cl_runner.fisher.curvature import Parameters
 from cl_runner.fisher.layers import Affine, Convolution, Depthwise, Direct, Embedding, Linear, Pointwise, Uncovered, Use
 from cl_runner.fisher.taps import Taps
@@ -217,7 +217,7 @@ def test_the_squares_are_right_for_a_gradient_that_is_one_number_at_all_position
 def test_the_squares_are_the_same_when_the_cache_holds_less_than_a_sample(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(layers, "CACHE", 7)
+    monkeypatch.setattr(products, "CACHE", 7)
     model, inputs = trial(CASES[name])
     check_squares(model, inputs, outputs(model, inputs, 20))
 

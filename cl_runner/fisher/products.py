@@ -1,0 +1,87 @@
+"""Sums of squared products of matrices, in pieces that stay in a cache: the arithmetic under the rules of the layers."""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from cl_runner.fisher import kernels
+from cl_runner.fisher.kernels import Precision
+
+# Numbers in a temporary on the CPU: a share of a core's second-level cache.
+CACHE = 1 << 17
+# Numbers in a weight up to which its product is not taken apart: smaller products are slower ones.
+WHOLE = 1 << 20
+# Numbers in a temporary that no cache could hold.
+ROOM = 1 << 24
+
+
+def gram_is_cheaper(positions: int, passes: int, device: torch.device) -> bool:
+    """Whether to multiply all pairs of positions once instead of the positions in every pass.
+
+    In multiplications for every element of the weight: T (T + 1) against 2 T a pass, and what squaring and adding the
+    product costs, which is memory and not arithmetic: about as much as thirty. A kernel that squares in registers has
+    no such cost.
+    """
+    if kernels.available(device):
+        return positions <= 3
+    return positions <= 64 and positions * (positions + 1) <= passes * (2 * positions + 30)
+
+
+def rounded(values: Tensor, precision: Precision) -> Tensor:
+    """To the nearest that `precision` holds, as the kernels round: what it loses, without its speed."""
+    if precision == "bf16":
+        return values.bfloat16().to(values.dtype)
+    if precision == "tf32" and values.dtype == torch.float32:
+        return ((values.contiguous().view(torch.int32) + 0x1000) & -0x2000).view(torch.float32)
+    return values
+
+
+def slices(length: int, numbers: int, room: int | None = None) -> Iterator[slice]:
+    """As many at a time as keep a temporary of so many `numbers` each within `room` (None: a cache's); at least one."""
+    size = max(1, (CACHE if room is None else room) // max(1, numbers))
+    for start in range(0, length, size):
+        yield slice(start, min(start + size, length))
+
+
+def pairs(rows: Tensor, weighted: bool = False, onto: Tensor | None = None) -> Tensor:
+    """r_t r_t' for t <= t', [b, T (T + 1) / 2, N], of `rows` [b, T, N]; `weighted`: twice where t < t'; plus `onto`."""
+    positions = rows.shape[1]
+    if positions == 1:
+        return rows.square() if onto is None else onto.addcmul_(rows, rows)
+    first, second = torch.triu_indices(positions, positions, device=rows.device)
+    found = rows[:, first] * rows[:, second]
+    if weighted:
+        found.mul_((1 + (first != second)).to(found)[:, None])
+    return found if onto is None else onto.add_(found)
+
+
+def add_gram(total: Tensor, held: Tensor, inputs: Callable[[slice], Tensor]) -> None:
+    """Add `held` [B, P, N] times the pairs of `inputs` (a slice -> [b, T, K]), over samples and pairs, to `total`."""
+    total = total.view(held.shape[2], -1)
+    for some in slices(len(held), held[0].numel() + held.shape[1] * total.shape[1], room=ROOM):
+        total.addmm_(held[some].flatten(0, 1).t(), pairs(inputs(some)).flatten(0, 1))
+    if held.shape[1] > 1:
+        total.clamp_min_(0)  # pairs of which nothing but rounding is left
+
+
+def add_product_squares(total: Tensor, gradients: Tensor, inputs: Tensor) -> None:
+    """Add Σ_b (Σ_t g_bt x_bt)² to `total`, N K numbers, from `gradients` [B, T, N] and `inputs` [B, T, K]."""
+    total = total.view(gradients.shape[2], -1)
+    if total.device.type != "cpu":
+        for some in slices(len(gradients), total.numel(), room=ROOM):
+            total += torch.bmm(gradients[some].transpose(1, 2), inputs[some]).square_().sum(0)
+        return
+    # By columns where the whole would not stay in the cache between its product and its square.
+    whole = total.numel() <= WHOLE
+    for columns in [slice(None)] if whole else slices(total.shape[1], total.shape[0]):
+        part = total[:, columns]
+        scratch = torch.empty_like(part, memory_format=torch.contiguous_format)
+        for g, x in zip(gradients, inputs[:, :, columns], strict=True):
+            torch.mm(g.t(), x, out=scratch)
+            part.addcmul_(scratch, scratch)
+
+
+def add_squares(total: Tensor, gradients: Tensor) -> None:
+    """Add the sum over samples of the squares of `gradients` [B, ...] to `total`, which may be a view of that shape."""
+    total += torch.linalg.vecdot(gradients.flatten(1), gradients.flatten(1), dim=0).view_as(total)
