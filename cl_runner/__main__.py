@@ -1,11 +1,8 @@
 """The command line: compose, check, run."""
 
 import os
-import shutil
 import sys
-import time
-import traceback
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -15,9 +12,6 @@ from omegaconf import DictConfig
 from cl_runner.compose import CONF, VERSION_BASE, choices, compose_jobs, in_order
 from cl_runner.config import check
 from cl_runner.errors import ConfigError
-
-if TYPE_CHECKING:
-    from cl_runner.config import Experiment
 
 # These only print something about the configuration: Hydra answers them, and torch is never imported.
 ASKS_HYDRA = {"--help", "-h", "--hydra-help", "--version", "--cfg", "-c", "--info", "-i", "--shell-completion", "-sc"}
@@ -47,6 +41,7 @@ def try_composing(argv: list[str]) -> None:
 
 def run_jobs(argv: list[str]) -> None:
     """Check every job that the command line asks for, then let Hydra carry them out."""
+    from cl_runner.job import is_done, move_aside, show
     from cl_runner.trackers.console import log_to, the_console
 
     try:
@@ -75,10 +70,10 @@ def run_jobs(argv: list[str]) -> None:
 @hydra.main(config_path=str(CONF), config_name="config", version_base=VERSION_BASE)
 def hydra_main(cfg: DictConfig) -> float | None:
     """One job. Returns the run's average accuracy."""
-    from cl_runner.__main__ import carry_out  # under `python -m` this module is called __main__; workers know its name
+    from cl_runner.job import carry_out
 
     try:
-        return carry_out(cfg)
+        return carry_out(check(cfg))
     except ConfigError as error:  # what only building could tell: weights that cannot be fetched, say
         if HydraConfig.get().mode is RunMode.MULTIRUN:
             raise
@@ -97,72 +92,6 @@ def _refuse(error: ConfigError) -> NoReturn:
 
 def _say(error: Exception) -> None:
     print(f"cl-runner: {type(error).__name__}: {error}", file=sys.stderr)
-
-
-def carry_out(cfg: DictConfig) -> float | None:
-    """Run one experiment in its folder, and leave word of how it ended."""
-    from cl_runner.clock import environment
-    from cl_runner.folder import RunFolder
-    from cl_runner.run import run
-    from cl_runner.trackers.console import Console, log_file, log_to, the_console
-
-    experiment = check(cfg)
-    folder = RunFolder(experiment.folder)
-    if folder.done:
-        show(experiment)
-        return folder.results["metrics"]["average_accuracy"]
-    new = not folder.status
-    folder.path.mkdir(parents=True, exist_ok=True)
-    folder.write_config(experiment.config)
-    folder.start(
-        pid=os.getpid(),
-        started=time.time(),
-        command=" ".join(sys.argv),
-        environment=environment(experiment.device),
-    )
-    console = the_console()
-    with log_to(console), log_file(folder.path):
-        try:
-            results = run(experiment, folder, [experiment.tracker, Console(console, experiment.tracker.line)])
-        except BaseException as error:
-            if new and isinstance(error, ConfigError):
-                shutil.rmtree(folder.path)  # nothing was begun in it
-                raise
-            folder.fail(error, traceback.format_exc())
-            raise
-    return results["metrics"]["average_accuracy"]
-
-
-def is_done(experiment: "Experiment") -> bool:
-    from cl_runner.folder import RunFolder
-
-    return RunFolder(experiment.folder).done
-
-
-def move_aside(experiment: "Experiment") -> None:
-    """Make room for a run that is to be made again."""
-    from cl_runner.folder import RunFolder
-
-    folder = RunFolder(experiment.folder)
-    if experiment.config["rerun"] and folder.path.exists():
-        print(f"the earlier run is kept in {folder.move_aside()}")
-
-
-def show(experiment: "Experiment") -> None:
-    """Show a finished run as it was shown when it ended."""
-    from cl_runner.clock import environment
-    from cl_runner.folder import RunFolder
-    from cl_runner.trackers.console import show_results, the_console
-
-    folder, now = RunFolder(experiment.folder), environment(experiment.device)
-    results: dict[str, Any] = folder.results
-    then = results["environment"]
-    console = the_console()
-    console.print("This run is done (rerun=true runs it again).")
-    show_results(results, folder.path, console)
-    for package in ("cl_runner", "torch"):
-        if then.get(package) != now[package]:
-            console.print(f"warning: it was made with {package} {then.get(package)}; {now[package]} is installed now")
 
 
 def list_choices(groups: list[str]) -> None:

@@ -13,7 +13,7 @@ FLOORS = [
     {"strategies"},
     {"trainer", "checkpoint", "evaluate"},
     {"run", "state"},
-    {"__main__", "report"},
+    {"__main__", "job", "report"},
 ]
 FLOOR = {module: number for number, floor in enumerate(FLOORS) for module in floor}
 ONLY_IN = {

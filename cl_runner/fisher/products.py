@@ -1,4 +1,4 @@
-"""Sums of squared products of matrices, in pieces that stay in a cache: the arithmetic under the rules of the layers."""
+"""Sums of squared products of matrices, in pieces that fit a cache: the arithmetic under the rules of the layers."""
 
 from collections.abc import Callable, Iterator
 
