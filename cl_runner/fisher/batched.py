@@ -51,6 +51,9 @@ class Batched(Estimator):
                 message = "expected at least 2 with train_mode (one image has no statistics to normalise by), got 1"
                 raise ConfigError(f"fisher.{field}", message)
 
+    def check(self, model: Model | PretrainedView, image_shape: tuple[int, ...]) -> None:
+        """Any model will do: no sample's own gradient is asked for."""
+
     def vectors(self, logits: Tensor, labels: Tensor, noise: Tensor) -> Tensor:
         p = logits.softmax(1)[:, None]
         return (unit(labels[:, None], p) - p) / len(logits)

@@ -1,18 +1,18 @@
-"""Estimators of the diagonal of the Fisher: they differ in their output vectors alone.
+"""Estimators of the Fisher: they differ in their output vectors alone.
 
 For one sample with logits z(θ) and probabilities p = softmax(z), F = Jᵀ (diag(p) - p pᵀ) J, J = ∂z/∂θ. Any vectors v
-with Σ v vᵀ = diag(p) - p pᵀ, exactly or on average, give its diagonal as Σ (Jᵀ v)²: one backward pass a vector. What is
-returned is the mean over samples.
+with Σ v vᵀ = diag(p) - p pᵀ, exactly or on average, give it as Σ (Jᵀ v)(Jᵀ v)ᵀ: one backward pass a vector. What is
+returned is the mean over samples, or what a representation keeps of it: as a rule the diagonal, Σ (Jᵀ v)².
 """
 
 import logging
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Annotated, ClassVar, Literal, Protocol
+from typing import Annotated, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -22,8 +22,8 @@ from torch import Tensor
 from cl_runner.errors import ConfigError
 from cl_runner.fisher.curvature import Curvature, Diagonal
 from cl_runner.fisher.engine import undisturbed, wide
-from cl_runner.fisher.full import check_size
 from cl_runner.fisher.kernels import Precision
+from cl_runner.fisher.passes import SlicedVectors
 from cl_runner.fisher.representations import Kind, Representation, rounds
 from cl_runner.models.model import Model, PretrainedView
 from cl_runner.streams.base import Examples, Seed
@@ -32,7 +32,6 @@ log = logging.getLogger("cl_runner")
 
 Logits = Literal["visible", "seen", "all"]
 Count = Annotated[int, Field(ge=1)]
-Vectors = Callable[[slice, Tensor], Tensor]  # a slice of a batch, its logits [b, K] -> [b, V, K]
 
 
 @dataclass(frozen=True)
@@ -57,33 +56,9 @@ class Report:
     relative_error: float | None
 
 
-class FisherEstimator(Protocol):
-    """What a strategy asks for a Fisher."""
-
-    num_samples: int | None
-
-    def __call__(self, model: Model | PretrainedView, examples: Examples) -> Curvature: ...
-
-    def check(self, model: Model | PretrainedView) -> None:
-        """Raises ConfigError for a model whose Fisher could not be held."""
-        ...
-
-    def estimate(self, model: Model | PretrainedView, examples: Examples) -> tuple[Curvature, Report]:
-        """What a call gives, and how it came about."""
-        ...
-
-    def for_pretrained(self) -> "FisherEstimator":
-        """The estimator for a pretrained model under its own head, whose true labels nobody knows."""
-        ...
-
-    def passes(self, num_classes: int) -> int:
-        """Backward passes a sample, at most, where `num_classes` outputs enter: what a call will cost."""
-        ...
-
-
 @dataclass(kw_only=True)
 class Estimator(ABC):
-    """A diagonal Fisher from per-sample gradients; a subclass says which output vectors.
+    """A Fisher from per-sample gradients; a subclass says which output vectors.
 
     Args:
         num_samples: how many samples, drawn without replacement; None: all.
@@ -118,9 +93,19 @@ class Estimator(ABC):
             message = f"expected fp32 for the {self.representation} representation, got {self.precision}"
             raise ConfigError("fisher.precision", message)
 
-    def check(self, model: Model | PretrainedView) -> None:
-        if self.representation == "full":
-            check_size(sum(p.numel() for p in model.parameters() if p.requires_grad))
+    def check(self, model: Model | PretrainedView, image_shape: tuple[int, ...]) -> None:
+        """Try the model's layers on two images of noise, [C, H, W] each: not after a task what can be told before it.
+
+        Raises ConfigError for a model whose Fisher cannot be computed, or not be held.
+        """
+        images = torch.randint(256, (2, *image_shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+        try:
+            with self._undisturbed(model), torch.no_grad():
+                accumulator = next(rounds(model, self.representation, self.kronecker, self.precision))
+                inputs = model.preprocess(images.to(model.device))
+                accumulator.add(inputs, 1, lambda _, logits: torch.ones_like(logits)[:, None])
+        except ValueError as error:
+            raise ConfigError("fisher", str(error)) from error
 
     @abstractmethod
     def vectors(self, logits: Tensor, labels: Tensor, noise: Tensor) -> Tensor:
@@ -185,26 +170,37 @@ class Estimator(ABC):
             examples = examples[torch.randperm(len(examples), generator=generator)[: self.num_samples]]
         if len(examples) == 0:
             raise ValueError("the Fisher is a mean over examples: expected at least one, got none")
-        with undisturbed(model), torch.autocast(model.device.type, enabled=False):
+        with self._undisturbed(model):
             yield self.prepared(model, examples), generator
+
+    @contextmanager
+    def _undisturbed(self, model: Model | PretrainedView) -> Iterator[None]:
+        with undisturbed(model), torch.autocast(model.device.type, enabled=False):
+            yield
 
     def _mean(
         self, model: Model | PretrainedView, prepared: Examples, generator: torch.Generator
     ) -> tuple[Curvature, int]:
         """The mean over samples, and the backward passes that it took."""
         made = 0
+
+        def counted(vectors: SlicedVectors, rows: slice, logits: Tensor) -> Tensor:
+            nonlocal made
+            found = vectors(rows, logits)
+            made += found.shape[0] * found.shape[1]
+            return found
+
         for accumulator in rounds(model, self.representation, self.kronecker, self.precision):
             for batch, passes, vectors in self._batches(model, prepared, generator):
                 with torch.no_grad():
                     inputs = model.preprocess(batch.images)
-                accumulator.add(inputs, passes, vectors)
+                accumulator.add(inputs, passes, partial(counted, vectors))
             accumulator.samples = len(prepared)  # also those that no batch has, since they have no vector
-            made += accumulator.passes
         return accumulator.curvature(), made
 
     def _batches(
         self, model: Model | PretrainedView, prepared: Examples, generator: torch.Generator
-    ) -> Iterator[tuple[Examples, int, Vectors]]:
+    ) -> Iterator[tuple[Examples, int, SlicedVectors]]:
         """Batches on the model's device, vectors a sample at most, and the vectors."""
         passes = self.passes(len(model.revealed))
         noise = self.noise(len(prepared), len(model.revealed), generator).split(self.batch_size)

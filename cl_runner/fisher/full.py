@@ -1,6 +1,6 @@
 """The whole Fisher, for models of a few thousand parameters: the definition of what the other representations keep."""
 
-from collections.abc import Callable, Container
+from collections.abc import Container
 from dataclasses import dataclass
 from functools import partial
 
@@ -9,8 +9,10 @@ from torch import Tensor
 
 from cl_runner.errors import ConfigError
 from cl_runner.fisher.curvature import Curvature, Diagonal, Parameters
-from cl_runner.fisher.engine import VECTORS, objection, refuse_batch_dependence, refuse_dependence, wide
+from cl_runner.fisher.engine import VECTORS, wide
+from cl_runner.fisher.passes import SlicedVectors
 from cl_runner.fisher.per_sample import add_vmapped_squares, even_slices, looped_gradients, vmapped_gradients
+from cl_runner.fisher.trial import objection, refuse_batch_dependence, refuse_dependence
 from cl_runner.models.model import Model, PretrainedView
 
 LIMIT = 20_000  # parameters: their matrix takes 3.2 GB
@@ -118,7 +120,6 @@ class OuterProducts:
     It takes what `SquaredGradients` takes, whose sums are its diagonal.
 
     samples: how many the mean is over.
-    passes: backward passes so far.
     """
 
     def __init__(self, model: Model | PretrainedView) -> None:
@@ -129,12 +130,12 @@ class OuterProducts:
         check_size(size)
         refuse_batch_dependence(model)
         self.model = model
-        self.samples, self.passes = 0, 0
+        self.samples = 0
         self._gradients = vmapped_gradients
         self._rows: list[Tensor] = []
         self._total = wide(torch.zeros(size, size, device=model.device))
 
-    def add(self, inputs: Tensor, passes: int, vectors: Callable[[slice, Tensor], Tensor]) -> None:
+    def add(self, inputs: Tensor, passes: int, vectors: SlicedVectors) -> None:
         """Add a batch's samples, as `SquaredGradients.add` does."""
         if self.samples == 0 and self._parameters:
             self._look(inputs[[0, -1]])
@@ -143,7 +144,7 @@ class OuterProducts:
             return
         most = max(1, VECTORS // max(1, passes * self.model.head.out_features))
         for rows in even_slices(len(inputs), most):
-            self._gradients(self.model, inputs[rows], partial(self._counted, vectors, rows), self._receive)
+            self._gradients(self.model, inputs[rows], partial(vectors, rows), self._receive)
 
     def curvature(self) -> Full:
         """The mean over samples."""
@@ -155,11 +156,6 @@ class OuterProducts:
         refuse_dependence(self.model, inputs)
         if objection(self.model, inputs, add_vmapped_squares) is not None:
             self._gradients = looped_gradients
-
-    def _counted(self, vectors: Callable[[slice, Tensor], Tensor], rows: slice, logits: Tensor) -> Tensor:
-        found = vectors(rows, logits)
-        self.passes += found.shape[0] * found.shape[1]
-        return found
 
     def _receive(self, gradients: Parameters) -> None:
         """`gradients`: [b, V, ...], of those parameters for which they are not zero."""

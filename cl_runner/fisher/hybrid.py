@@ -18,7 +18,8 @@ from torch import Tensor
 
 from cl_runner.errors import ConfigError
 from cl_runner.fisher.engine import wide
-from cl_runner.fisher.estimators import Estimator, Vectors, exact_vectors
+from cl_runner.fisher.estimators import Estimator, exact_vectors
+from cl_runner.fisher.passes import SlicedVectors
 from cl_runner.models.model import Model, PretrainedView
 from cl_runner.streams.base import Examples
 
@@ -135,7 +136,7 @@ class Hybrid(Estimator):
 
     def _batches(
         self, model: Model | PretrainedView, prepared: Examples, generator: torch.Generator
-    ) -> Iterator[tuple[Examples, int, Vectors]]:
+    ) -> Iterator[tuple[Examples, int, SlicedVectors]]:
         plan = plan_of(prepared)
         draws = Draws.of(plan, generator)
         passes = torch.where(plan.whole, plan.outputs - 1, plan.heavy.sum(1) + draws.probes.to(plan.outputs)).cpu()

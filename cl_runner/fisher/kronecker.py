@@ -30,12 +30,14 @@ from torch import Tensor
 
 from cl_runner.errors import ConfigError
 from cl_runner.fisher.curvature import Curvature, Diagonal, Parameters
-from cl_runner.fisher.engine import VECTORS, Sums, Vectors, add_passes, objection, refuse_batch_dependence
+from cl_runner.fisher.engine import VECTORS, Sums
 from cl_runner.fisher.graphs import side_stream
 from cl_runner.fisher.layers import Convolution, Linear, Use
+from cl_runner.fisher.passes import SlicedVectors, Vectors, add_passes
 from cl_runner.fisher.per_sample import even_slices
 from cl_runner.fisher.products import CACHE, ROOM, slices
 from cl_runner.fisher.taps import Taps
+from cl_runner.fisher.trial import objection, refuse_batch_dependence
 from cl_runner.models.model import Model, PretrainedView
 
 HELD = 1 << 27  # numbers in all layers' inputs, at all positions, that are held at a time
@@ -227,21 +229,20 @@ class KroneckerFactors:
 
     samples: how many the mean is over. More than were added, where the others have no vectors; A is the mean over those
         that were added.
-    passes: backward passes so far.
     """
 
     def __init__(self, model: Model | PretrainedView) -> None:
         """Raises ValueError, which names the layer, for a model whose samples do not stand for themselves."""
         refuse_batch_dependence(model)
         self.model = model
-        self.samples, self.passes = 0, 0
+        self.samples = 0
         self.layers: dict[str, Layer] = {}  # by the name of the weight
         self.numbers = 1  # of a sample that are held at a time
         self.parameters = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
         self._added = 0
         self._inputs, self._outputs, self._squares = Sums({}), Sums({}), Sums({})
 
-    def add(self, inputs: Tensor, passes: int, vectors: Callable[[slice, Tensor], Tensor]) -> None:
+    def add(self, inputs: Tensor, passes: int, vectors: SlicedVectors) -> None:
         """Add a batch's samples, as `SquaredGradients.add` does.
 
         Raises ConfigError for a model whose layers cannot be told apart.
@@ -315,7 +316,6 @@ class KroneckerFactors:
     def _add_passes(self, inputs: Tensor, vectors: Vectors) -> None:
         taps = Taps(self.model, inputs)
         outputs = vectors(taps.logits.detach())
-        self.passes += outputs.shape[0] * outputs.shape[1]
 
         def take(use: Use, gradient: Tensor) -> bool:
             layer = self.layer(use)
@@ -339,7 +339,7 @@ class RotatedSquares:
 
     def __init__(self, factors: KroneckerFactors) -> None:
         self.factors = factors
-        self.samples, self.passes = 0, 0
+        self.samples = 0
         self._bases: dict[str, Factors] = {}
         moments = {}
         for name, matrix in factors.factors().items():
@@ -350,7 +350,7 @@ class RotatedSquares:
             moments[name] = bases.inputs.new_zeros(len(bases.outputs), len(bases.inputs))
         self._moments = Sums(moments)
 
-    def add(self, inputs: Tensor, passes: int, vectors: Callable[[slice, Tensor], Tensor]) -> None:
+    def add(self, inputs: Tensor, passes: int, vectors: SlicedVectors) -> None:
         """Add a batch's samples, as `SquaredGradients.add` does."""
         self.samples += len(inputs)
         for rows in even_slices(len(inputs), self.factors.at_a_time(passes)):
@@ -369,7 +369,6 @@ class RotatedSquares:
     def _add(self, inputs: Tensor, vectors: Vectors) -> None:
         taps = Taps(self.factors.model, inputs)
         outputs = vectors(taps.logits.detach())
-        self.passes += outputs.shape[0] * outputs.shape[1]
         rotated: dict[Use, Linear] = {}  # over positions, every layer is a linear one
         totals = self._moments.partial
         for use in taps.uses:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.func import functional_call, vjp, vmap
 
 from cl_runner.fisher.curvature import Parameters
-from cl_runner.fisher.taps import Logits
+from cl_runner.fisher.taps import ToLogits
 from cl_runner.models.model import Model, PretrainedView
 
 # All gradients of one vmap call together, in numbers.
@@ -46,7 +46,7 @@ def vmapped_gradients(
         inputs: [B, C, H, W] float, preprocessed.
         vectors: logits -> v [B, V, K].
     """
-    logits = Logits(model)
+    logits = ToLogits(model)
     with torch.no_grad():
         all_vectors = vectors(logits(inputs))
     if all_vectors.shape[1] == 0:

@@ -1,6 +1,6 @@
 """The ways to hold a Fisher, by name, and what each is summed up by."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Literal, Protocol
 
 from torch import Tensor
@@ -10,6 +10,7 @@ from cl_runner.fisher.engine import SquaredGradients
 from cl_runner.fisher.full import OuterProducts
 from cl_runner.fisher.kernels import Precision
 from cl_runner.fisher.kronecker import KroneckerFactors, RotatedSquares
+from cl_runner.fisher.passes import SlicedVectors
 from cl_runner.models.model import Model, PretrainedView
 
 Representation = Literal["diagonal", "kronecker", "full"]
@@ -20,13 +21,11 @@ class Accumulator(Protocol):
     """A running sum over samples of Σ_v (Jᵀv)(Jᵀv)ᵀ, or of what is kept of it; J = ∂z/∂θ, z a sample's logits.
 
     samples: how many the mean is over: those that were added; may be set, where others have no vectors.
-    passes: backward passes so far, one for each sample and vector.
     """
 
     samples: int
-    passes: int
 
-    def add(self, inputs: Tensor, passes: int, vectors: Callable[[slice, Tensor], Tensor]) -> None:
+    def add(self, inputs: Tensor, passes: int, vectors: SlicedVectors) -> None:
         """Add a batch's samples.
 
         Args:

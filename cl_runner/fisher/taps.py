@@ -51,7 +51,7 @@ RULES = {
 }
 
 
-class Logits(nn.Module):
+class ToLogits(nn.Module):
     """A model from preprocessed inputs to logits, so that preprocessing runs once a batch."""
 
     def __init__(self, model: Model | PretrainedView) -> None:
@@ -84,7 +84,9 @@ class Taps:
                 trainable.setdefault(id(plain[id(values)]), name)
         parameters = {f"model.{name}": plain[id(values)] for name, values in named.items()}
         with torch.enable_grad(), _Interception(self, trainable, len(inputs)):
-            self.logits = functional_call(Logits(model), parameters, (inputs,), tie_weights=False)
+            self.logits = functional_call(ToLogits(model), parameters, (inputs,), tie_weights=False)
+        for use in self.uses:
+            use.check_unchanged()
 
     def backward(self, vectors: Tensor, receive: Gradients, last: bool) -> None:
         """Hand each use's output gradient, for the sum of `vectors` [B, K] times the logits, to `receive`.
@@ -120,7 +122,6 @@ class _Tap(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
-        ctx.use.check_unchanged()
         ctx.receiver.receive(ctx.use, gradients[0])
         return gradients[0], None, None, None
 

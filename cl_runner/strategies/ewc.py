@@ -9,7 +9,7 @@ from torch import Tensor
 from cl_runner.errors import ConfigError
 from cl_runner.fisher.cost import announce
 from cl_runner.fisher.curvature import Curvature
-from cl_runner.fisher.estimators import FisherEstimator
+from cl_runner.fisher.estimators import Estimator
 from cl_runner.fisher.quadratic import Penalty
 from cl_runner.models.architecture import Architecture
 from cl_runner.models.model import Model, Output, PretrainedView
@@ -33,7 +33,7 @@ class EWC(Strategy):
     def __init__(
         self,
         *,
-        fisher: FisherEstimator,
+        fisher: Estimator,
         strength: Annotated[float, Field(ge=0)] = 10_000.0,
         pretrained_strength: Annotated[float, Field(ge=0)] | None = None,
         anchor: Source = "auto",
@@ -58,7 +58,7 @@ class EWC(Strategy):
 
     def setup(self, model: Model, stream: Stream) -> None:
         super().setup(model, stream)
-        self.fisher.check(model)
+        self.fisher.check(model, stream.image_shape)
         self.previous, self.pretrained = Penalty(), Penalty()
         self.reports: list[dict[str, Any]] = []  # of every Fisher, the pretrained model's first
 
@@ -67,7 +67,6 @@ class EWC(Strategy):
         if task.index > 0 or not anchor.weights or not wants_pretrained(self.anchor, self.model):
             return
         view, fisher, examples = PretrainedView(self.model), self.fisher.for_pretrained(), task.train
-        announce(fisher, view, examples)
         self.pretrained = Penalty().plus(self._estimated(fisher, view, examples), anchor.weights)
 
     def penalties(self, batch: Examples, output: Output) -> dict[str, Tensor]:
@@ -98,7 +97,8 @@ class EWC(Strategy):
         values = last | {name: sum(report[name] for report in self.reports) for name in spent}
         return {f"fisher_{name}": value for name, value in values.items()}
 
-    def _estimated(self, fisher: FisherEstimator, model: Model | PretrainedView, examples: Examples) -> Curvature:
+    def _estimated(self, fisher: Estimator, model: Model | PretrainedView, examples: Examples) -> Curvature:
+        announce(fisher, model, examples)
         found, report = fisher.estimate(model, examples)
         self.reports.append(vars(report))
         return found

@@ -11,22 +11,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cl_runner.fisher import engine, layers, reference
+from cl_runner.errors import ConfigError
+from cl_runner.fisher import engine, layers, passes, reference, trial
 from cl_runner.fisher.curvature import Diagonal
-from cl_runner.fisher.engine import add_tapped_squares, objection, undisturbed
+from cl_runner.fisher.engine import undisturbed
 from cl_runner.fisher.estimators import Empirical, Estimator, Exact, Probe
+from cl_runner.fisher.passes import add_tapped_squares
 from cl_runner.fisher.per_sample import add_looped_squares, add_vmapped_squares
 from cl_runner.fisher.taps import Taps
+from cl_runner.fisher.trial import objection
 from cl_runner.models.model import Model
 from cl_runner.streams.base import Examples
 
-from .cases import BACKBONES, FEATURES, PIXELS, distance, examples, model
+from .cases import BACKBONES, CHANNELS, FEATURES, PIXELS, SIDE, distance, examples, model
 from .test_estimators import untouched
 
 
 @pytest.fixture(autouse=True)
 def nothing_said():
-    engine._say_once.cache_clear()
+    trial._say_once.cache_clear()
 
 
 class AlwaysTraining(nn.Module):
@@ -101,7 +104,7 @@ def test_a_model_whose_samples_do_not_stand_for_themselves_is_refused_in_one_lin
 
 @pytest.mark.parametrize("layer", [nn.Dropout(0.0), nn.BatchNorm1d(FEATURES), nn.InstanceNorm1d(FEATURES)])
 def test_layers_that_leave_samples_to_themselves_in_eval_mode_are_not_refused(layer: nn.Module) -> None:
-    engine.refuse_batch_dependence(model(sequence(layer)).eval())
+    trial.refuse_batch_dependence(model(sequence(layer)).eval())
 
 
 @pytest.mark.parametrize("way", [add_vmapped_squares, add_looped_squares])
@@ -110,7 +113,7 @@ def test_what_the_taps_fall_back_on_is_the_definition_too(
     name: str, way: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     subject, data = model(name), examples(5)
-    monkeypatch.setattr(engine, "_way", lambda *_: way)
+    monkeypatch.setattr(engine, "way_for", lambda *_: way)
     with untouched(subject):
         found = Exact(batch_size=3)(subject, data)
     assert distance(found, reference.exact(subject, data)) < 1e-10
@@ -122,7 +125,7 @@ def test_channels_last_changes_nothing(name: str, way: Callable[..., None], monk
     subject, data = model(name), examples(5)
     expected = reference.exact(subject, data)
     subject.preprocess.memory_format = torch.channels_last
-    monkeypatch.setattr(engine, "_way", lambda *_: way)
+    monkeypatch.setattr(engine, "way_for", lambda *_: way)
     assert distance(Exact()(subject.to(memory_format=torch.channels_last), data), expected) < 1e-10
 
 
@@ -167,7 +170,7 @@ def test_few_gradients_of_shared_parameters_at_a_time_change_nothing(
     subject, data, sizes = model(name), examples(), []
     expected = Exact()(subject, data)
     subject.backbone.register_forward_hook(lambda module, inputs, output: sizes.append(len(output)))
-    monkeypatch.setattr(engine, "SHARED", 2 * FEATURES * (FEATURES + 1))  # two samples of the repeated layer
+    monkeypatch.setattr(passes, "SHARED", 2 * FEATURES * (FEATURES + 1))  # two samples of the repeated layer
     assert distance(Exact()(subject, data), expected) < 1e-12
     assert sizes.count(11) == 1, "the whole batch goes through once, to see that it is too much"
     assert sizes[-1] <= 3
@@ -234,7 +237,7 @@ def test_what_a_batch_needed_is_freed_with_it(monkeypatch: pytest.MonkeyPatch) -
         made.extend(weakref.ref(thing) for thing in [built, *built.uses])
         return built
 
-    monkeypatch.setattr(engine, "Taps", taps)
+    monkeypatch.setattr(passes, "Taps", taps)
     gc.disable()  # what is left to the collector stays, on a device, until there is no memory
     try:
         Probe()(model("conv"), examples())
@@ -242,3 +245,72 @@ def test_what_a_batch_needed_is_freed_with_it(monkeypatch: pytest.MonkeyPatch) -
         assert not any(thing() for thing in made)
     finally:
         gc.enable()
+
+
+class Undecided(nn.Module):
+    """A linear layer, written in another way, for which there is no rule, when it meets a batch with a bright image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(FEATURES, PIXELS) / PIXELS**0.5)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        rows = inputs.flatten(1)
+        if rows.max() > 1.9:  # of 2
+            return torch.einsum("bi,oi->bo", rows, self.weight)
+        return F.linear(rows, self.weight)
+
+
+def test_a_model_that_leaves_the_rules_in_a_later_batch_is_computed_in_another_way_from_there_on() -> None:
+    subject, data = model(Undecided()), examples(12)
+    data.images.clamp_(max=200)
+    data.images[7] = 255
+    with untouched(subject):
+        found = Exact(batch_size=4)(subject, data)
+    assert distance(found, reference.exact(subject, data)) < 1e-10
+
+
+def test_a_model_that_has_diverged_is_said_so() -> None:
+    subject = model("mlp")
+    with torch.no_grad():
+        subject.head.weight[0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"those of backbone\.1\.weight are not: the model has diverged"):
+        Probe()(subject, examples())
+
+
+def test_training_in_tf32_leaves_the_fisher_in_full_precision() -> None:
+    seen = []
+
+    def look(features: Tensor) -> Tensor:
+        seen.append((torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32))
+        return features
+
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.allow_tf32 = True
+    try:
+        Probe()(model(Function(look)), examples())
+        assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == ("high", True)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert set(seen) == {("highest", False)}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_the_check_before_training_refuses_what_a_pass_would(name: str) -> None:
+    build, message = REFUSED[name]
+    with pytest.raises(ConfigError, match=message):
+        Probe().check(model(build()), (CHANNELS, SIDE, SIDE))
+
+
+@pytest.mark.parametrize("representation", ["diagonal", "kronecker", "full"])
+def test_the_check_leaves_a_good_model_alone(representation: Any) -> None:
+    subject = model("conv")
+    subject.visible.zero_()  # as before the first task
+    with untouched(subject):
+        Probe(representation=representation).check(subject, (CHANNELS, SIDE, SIDE))
+
+
+def test_a_model_that_kronecker_has_no_factors_for_is_refused_before_training() -> None:
+    subject = model(Undecided())
+    with pytest.raises(ConfigError, match=r"fisher\.representation: expected diagonal or full for this model, since"):
+        Probe(representation="kronecker").check(subject, (CHANNELS, SIDE, SIDE))

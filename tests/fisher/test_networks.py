@@ -9,8 +9,9 @@ import torchvision
 from torch import nn
 
 from cl_runner.fisher import reference
-from cl_runner.fisher.engine import objection, undisturbed
+from cl_runner.fisher.engine import undisturbed
 from cl_runner.fisher.estimators import Empirical
+from cl_runner.fisher.trial import objection
 from cl_runner.models.efficientnet import EfficientNetLite0
 from cl_runner.models.model import Model
 from cl_runner.models.preprocess import Preprocess

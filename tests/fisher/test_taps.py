@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 from torch.utils.checkpoint import checkpoint
 
-from cl_runner.fisher import engine, reference
+from cl_runner.fisher import reference, trial
 from cl_runner.fisher.estimators import Probe
 from cl_runner.models.model import Model
 
@@ -425,7 +425,7 @@ HARD: dict[str, tuple[Callable[[], nn.Module], str]] = {
 
 @pytest.fixture(autouse=True)
 def nothing_said():
-    engine._say_once.cache_clear()
+    trial._say_once.cache_clear()
 
 
 def error(subject: Model) -> float:
