@@ -45,6 +45,7 @@ PROVIDED = {"optimizer": {"params"}, "scheduler": {"optimizer", "steps"}}  # arg
 # These change where and how a run is carried out and watched, not what it computes.
 NOT_HASHED = ("device", "data_root", "output_root", "rerun", "fisher", "tracker", "trainer.log_every")
 NOT_HASHED += ("trainer.keep_checkpoint", "stream.download", "stream.max_device_gb")
+NOT_OURS = ("hydra", "published")  # Hydra's own, and what an experiment's file says of published results
 _STRICT = ConfigDict(strict=True, arbitrary_types_allowed=True, allow_inf_nan=False)
 ANY_SEED = 2**31 - 1  # stands for the seed where runs that differ in nothing else are one group
 
@@ -139,7 +140,7 @@ def validated(cfg: DictConfig) -> dict[str, Any]:
 
     Raises ConfigError.
     """
-    own = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
+    own = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key not in NOT_OURS])
     try:
         plain: Any = OmegaConf.to_container(own, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
@@ -154,6 +155,14 @@ def validated(cfg: DictConfig) -> dict[str, Any]:
     for name in ("fisher", *COMPONENTS):
         plain[name] = _checked_node(name, plain[name], allowed, PROVIDED.get(name, set()))
     return plain
+
+
+def check_plugin(path: str, node: dict[str, Any], package: str) -> None:
+    """Hold a launcher's or sweeper's values to its arguments, and hear what it would refuse itself.
+
+    Raises ConfigError.
+    """
+    build(_checked_node(path, node, (package,), set()))
 
 
 def build(node: dict[str, Any], **provided: Any) -> Any:

@@ -13,7 +13,7 @@ FLOORS = [
     {"strategies"},
     {"trainer", "checkpoint", "evaluate"},
     {"run", "state"},
-    {"__main__", "job", "report"},
+    {"__main__", "job", "verify", "report"},
 ]
 FLOOR = {module: number for number, floor in enumerate(FLOORS) for module in floor}
 ONLY_IN = {

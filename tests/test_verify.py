@@ -1,0 +1,108 @@
+import json
+import math
+
+import pytest
+
+from cl_runner import verify
+from cl_runner.compose import compose_jobs
+from cl_runner.config import check
+from cl_runner.errors import ConfigError
+from cl_runner.verify import Measured, chosen, main, published
+
+ROWS = published()
+FILE = """
+published:
+  source: a paper
+  n: 4
+  seeds: 2
+  rows:
+    one: {overrides: [strategy=finetune], value: 50.0, sem: 1.0}
+    other: {overrides: [strategy=joint], value: 60.0, tolerance: 3.0, tier: gpu, seeds: 3}
+"""
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "study.yaml").write_text(FILE)
+    (tmp_path / "silent.yaml").write_text("seed: 1\n")
+    return tmp_path
+
+
+def test_a_row_takes_from_its_study_what_it_does_not_set_itself(folder):
+    one, other = published(folder)
+    assert (one.name, one.tier, one.seeds, one.sd) == ("study/one", "cpu", range(1, 3), 2.0)
+    assert (other.name, other.tier, other.seeds, other.tolerance) == ("study/other", "gpu", range(1, 4), 3.0)
+
+
+def test_a_mean_passes_within_two_standard_errors_of_the_difference(folder):
+    one, _ = published(folder)
+    allowed = 2 * math.sqrt(1.0 + 4.0 / 2)  # SEM 1, SD 2, two runs of ours
+    assert one.allowed(2) == pytest.approx(allowed)
+    assert Measured(one, (50 + allowed - 0.01,) * 2).verdict == "pass"
+    assert Measured(one, (50 - allowed - 0.01,) * 2).verdict == "miss"
+
+
+def test_no_tolerance_is_narrower_than_half_a_point(folder):
+    (folder / "study.yaml").write_text(FILE.replace("sem: 1.0", "sem: 0.01"))
+    assert published(folder)[0].allowed(10) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (
+            "value: 50.0, sem: 1.0, tolerance: 1.0",
+            "study.yaml: published.rows.one: expected one of sem, sd and tolerance",
+        ),
+        ("value: 50.0", "study.yaml: published.rows.one: expected one of sem, sd and tolerance"),
+        ("valu: 50.0, sem: 1.0", r"study.yaml: published.rows.one.value: Field required"),
+    ],
+)
+def test_a_row_that_is_said_wrongly_is_named(wrong, message, folder):
+    (folder / "study.yaml").write_text(FILE.replace("value: 50.0, sem: 1.0", wrong))
+    with pytest.raises(ConfigError, match=message):
+        published(folder)
+
+
+def test_rows_are_chosen_by_name_by_experiment_or_by_tier(folder):
+    one, other = rows = published(folder)
+    assert chosen(rows, ["study/other"], None) == [other]
+    assert chosen(rows, ["study"], None) == rows
+    assert chosen(rows, [], None) == [one]
+    assert chosen(rows, [], "gpu") == rows
+    with pytest.raises(ConfigError, match="expected rows among study/one, study/other, got 'studdy'"):
+        chosen(rows, ["studdy"], None)
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_every_published_row_composes_to_a_configuration(row):
+    compose_jobs(row.command(seed=1))
+
+
+def test_what_is_published_changes_no_run(tmp_path):
+    (cfg,) = compose_jobs(["stream=split_digits", "model=mlp", "strategy=finetune", "tracker=local", "device=cpu"])
+    before = check(cfg).hash
+    cfg.published = {"source": "a paper"}
+    experiment = check(cfg)
+    assert experiment.hash == before
+    assert "published" not in experiment.config
+
+
+def test_a_row_is_run_once_and_its_verdict_written(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(verify, "published", lambda: published(folder))
+    monkeypatch.setattr(verify.Row, "command", lambda row, seed: [*row.overrides, f"seed={seed}"])
+    small = ["stream=split_digits", "stream.max_per_class=5", "model=mlp", "model.widths=[4]", "trainer.epochs=1"]
+    words = ["study/one", *small, "device=cpu", f"output_root={tmp_path / 'runs'}"]
+    table = tmp_path / "PUBLISHED.md"
+    main([*words, "--write", str(table)])
+    runs = sorted((tmp_path / "runs").glob("*/results.json"))
+    times = [run.stat().st_mtime_ns for run in runs]
+    main([*words, "--only-done"])
+    assert [run.stat().st_mtime_ns for run in runs] == times
+    assert len(times) == 2
+    accuracies = [100 * json.loads(run.read_text())["metrics"]["average_accuracy"] for run in runs]
+    (line,) = [line for line in table.read_text().splitlines() if line.startswith("| study/one")]
+    assert f"| {sum(accuracies) / 2:.2f} ± " in line
+    assert line.split("|")[-2].strip() in ("pass", "miss")
+    assert "a paper" in table.read_text()
+    assert "study/one" in capsys.readouterr().out
