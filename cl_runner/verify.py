@@ -1,173 +1,18 @@
 """`cl-runner verify`: run what papers report, and put what we measure beside it.
 
-An experiment's file in conf/experiment/ holds, under `published`, where its numbers come from and a row for each of
-them. A row is run over its seeds like any other sweep, so that what is done is not done again.
+A row is run over its seeds like any other sweep, so that what is done is not done again.
 """
 
 import argparse
-import math
-import statistics
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from rich.console import Console
 from rich.table import Table
 
-from cl_runner.compose import CONF, compose_jobs, in_order
-from cl_runner.errors import ConfigError
+from cl_runner.compose import compose_jobs, in_order
 from cl_runner.folder import RunFolder, write_atomically
-
-LEAST = 0.5  # tolerance, in points
-TIERS = ("cpu", "gpu", "full")  # each holds those before it; `full` also what needs weights of the user's
-
-Tier = Literal["cpu", "gpu", "full"]
-
-
-class Value(BaseModel):
-    """One published number, in percent.
-
-    sem, n: its standard error and over how many runs it is a mean; sd: their standard deviation instead of the former.
-    tolerance: where no error was published.
-    cause: why ours differs, if it does and is known.
-    """
-
-    model_config = ConfigDict(extra="forbid")
-
-    overrides: list[str]
-    value: float
-    sem: float | None = None
-    sd: float | None = None
-    n: Annotated[int, Field(ge=1)] | None = None
-    tolerance: float | None = None
-    metric: str | None = None
-    seeds: Annotated[int, Field(ge=1)] | None = None
-    tier: Tier | None = None
-    cause: str = ""
-
-
-class Study(BaseModel):
-    """The `published` part of an experiment's file; what it sets holds for rows that do not set it themselves."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    source: str
-    n: Annotated[int, Field(ge=1)]  # published runs a number
-    seeds: Annotated[int, Field(ge=1)]  # ours: 1, 2, ...
-    tier: Tier = "cpu"
-    metric: str = "average_accuracy"
-    rows: dict[str, Value]
-
-
-@dataclass(frozen=True)
-class Row:
-    """A published number and the runs that are to reproduce it."""
-
-    name: str  # <experiment>/<row>
-    source: str
-    overrides: tuple[str, ...]
-    seeds: range
-    tier: Tier
-    metric: str
-    value: float
-    sd: float | None  # of one published run
-    n: int
-    tolerance: float | None
-    cause: str
-
-    @property
-    def sem(self) -> float | None:
-        return None if self.sd is None else self.sd / math.sqrt(self.n)
-
-    def allowed(self, runs: int) -> float:
-        """How far a mean of so many runs may be off: two standard errors of the difference, or what the row says."""
-        if self.tolerance is not None:
-            return self.tolerance
-        assert self.sd is not None
-        return max(LEAST, 2 * math.sqrt(self.sd**2 / self.n + self.sd**2 / runs))
-
-    def command(self, seed: int) -> list[str]:
-        return [f"experiment={self.name.partition('/')[0]}", *self.overrides, f"seed={seed}"]
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What the runs of a row gave, in percent."""
-
-    row: Row
-    values: tuple[float, ...]
-
-    @property
-    def mean(self) -> float:
-        return statistics.fmean(self.values)
-
-    @property
-    def sem(self) -> float:
-        return statistics.stdev(self.values) / math.sqrt(len(self.values)) if len(self.values) > 1 else math.nan
-
-    @property
-    def verdict(self) -> str:
-        return "pass" if abs(self.mean - self.row.value) <= self.row.allowed(len(self.values)) else "miss"
-
-
-def published(folder: Path = CONF / "experiment") -> list[Row]:
-    """Every row of every experiment that reproduces something.
-
-    Raises ConfigError for a file that says it wrongly.
-    """
-    rows = []
-    for file in sorted(folder.glob("*.yaml")):
-        content = yaml.safe_load(file.read_text()).get("published")
-        if content is None:
-            continue
-        try:
-            study = Study.model_validate(content)
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"]))
-            raise ConfigError(f"{file.name}: published.{where}", f"{first['msg']}, got {first['input']!r}") from None
-        rows += [_row(file.stem, name, study, value) for name, value in study.rows.items()]
-    return rows
-
-
-def _row(experiment: str, name: str, study: Study, value: Value) -> Row:
-    n = value.n or study.n
-    sd = value.sd if value.sem is None else value.sem * math.sqrt(n)
-    if (sd is None) == (value.tolerance is None):
-        raise ConfigError(f"{experiment}.yaml: published.rows.{name}", "expected one of sem, sd and tolerance")
-    return Row(
-        name=f"{experiment}/{name}",
-        source=study.source,
-        overrides=tuple(value.overrides),
-        seeds=range(1, (value.seeds or study.seeds) + 1),
-        tier=value.tier or study.tier,
-        metric=value.metric or study.metric,
-        value=value.value,
-        sd=sd,
-        n=n,
-        tolerance=value.tolerance,
-        cause=value.cause,
-    )
-
-
-def chosen(rows: Sequence[Row], names: Sequence[str], tier: Tier | None) -> list[Row]:
-    """Those named (a row, or an experiment for all of its rows), or those of a tier and the tiers below it.
-
-    Raises ConfigError for a name that does not exist.
-    """
-    if not names:
-        within = TIERS[: TIERS.index(tier or "cpu") + 1]
-        return [row for row in rows if row.tier in within]
-    found = []
-    for name in names:
-        named = [row for row in rows if name in (row.name, row.name.partition("/")[0])]
-        if not named:
-            raise ConfigError("verify", f"expected rows among {', '.join(row.name for row in rows)}, got {name!r}")
-        found += named
-    return list(dict.fromkeys(found))
+from cl_runner.published import TIERS, Measured, Row, chosen, published
 
 
 def main(argv: list[str]) -> int:
@@ -196,7 +41,9 @@ def main(argv: list[str]) -> int:
 
 
 def _arguments(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="cl-runner verify", description="run what papers report, and put what we measure beside it")
+    parser = argparse.ArgumentParser(
+        prog="cl-runner verify", description="Run what papers report, and put what we measure beside it."
+    )
     parser.add_argument(
         "words", nargs="*", metavar="ROW|KEY=VALUE", help="EXPERIMENT/ROW, or EXPERIMENT; and overrides for every run"
     )

@@ -13,7 +13,7 @@ FLOORS = [
     {"strategies"},
     {"trainer", "checkpoint", "evaluate"},
     {"run", "state"},
-    {"__main__", "job", "verify", "report"},
+    {"__main__", "job", "published", "verify", "report"},
 ]
 FLOOR = {module: number for number, floor in enumerate(FLOORS) for module in floor}
 ONLY_IN = {

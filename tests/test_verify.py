@@ -7,7 +7,8 @@ from cl_runner import verify
 from cl_runner.compose import compose_jobs
 from cl_runner.config import check
 from cl_runner.errors import ConfigError
-from cl_runner.verify import Measured, chosen, main, published
+from cl_runner.published import Measured, Row, chosen, published
+from cl_runner.verify import main
 
 ROWS = published()
 FILE = """
@@ -90,7 +91,7 @@ def test_what_is_published_changes_no_run(tmp_path):
 
 def test_a_row_is_run_once_and_its_verdict_written(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(verify, "published", lambda: published(folder))
-    monkeypatch.setattr(verify.Row, "command", lambda row, seed: [*row.overrides, f"seed={seed}"])
+    monkeypatch.setattr(Row, "command", lambda row, seed: [*row.overrides, f"seed={seed}"])
     small = ["stream=split_digits", "stream.max_per_class=5", "model=mlp", "model.widths=[4]", "trainer.epochs=1"]
     words = ["study/one", *small, "device=cpu", f"output_root={tmp_path / 'runs'}"]
     table = tmp_path / "PUBLISHED.md"
