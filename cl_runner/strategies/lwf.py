@@ -33,10 +33,11 @@ class LwF(Strategy):
         temperature: Annotated[float, Field(gt=0)] = 2.0,
         squared_temperature: bool = True,
         weighting: Literal["constant", "tasks", "average"] = "tasks",
-        softmax: Literal["task", "joint"] = "task",
+        softmax: Literal["task", "joint", "all"] = "task",
     ) -> None:
         """`squared_temperature`: multiply by T^2, so that gradients do not shrink with it (Hinton et al., 2015);
-        `softmax`: one for each earlier task's outputs, their losses averaged, or one over all of them; `weighting`: of
+        `softmax`: one for each earlier task's outputs, their losses averaged, one over all of them (joint), or one over
+        all of the head, where outputs to come are active from the start; `weighting`: of
         the task's loss and of that distillation in task k = 1, 2, …: constant (1, 1), tasks (1, k-1), by which each
         earlier task counts once (the paper), or average (1/k, 1-1/k), the latter times `strength`;
         `pretrained_strength`: null for the same as `strength`."""
@@ -61,8 +62,9 @@ class LwF(Strategy):
         self.number = task.index + 1
         self.teacher.load_state_dict(self.model.state_dict())
         groups = dict.fromkeys(earlier.classes for earlier in self.stream.tasks[: task.index])
-        if self.softmax == "joint" and groups:
-            groups = {tuple(sorted({label for group in groups for label in group})): None}
+        if self.softmax != "task" and groups:
+            old = sorted({label for group in groups for label in group})
+            groups = {tuple(old if self.softmax == "joint" else range(self.stream.num_classes)): None}
         self.old_groups = [torch.tensor(group, device=self.model.device) for group in groups]
 
     def task_loss(self, batch: Examples, output: Output) -> Tensor:

@@ -89,6 +89,11 @@ def test_each_earlier_task_has_a_softmax_of_its_own_or_all_share_one():
     joint.before_task(stream.tasks[2])
     joint.teacher = strategy.teacher
     torch.testing.assert_close(joint.penalties(batch, output)["lwf"], 2 * kl([0, 1, 2, 3]))
+    whole = LwF(softmax="all")
+    whole.setup(model, stream)
+    whole.before_task(stream.tasks[2])
+    whole.teacher = strategy.teacher
+    torch.testing.assert_close(whole.penalties(batch, output)["lwf"], 2 * kl([0, 1, 2, 3, 4, 5]))
 
 
 def test_the_first_task_has_no_previous_teacher_but_the_pretrained_one():
