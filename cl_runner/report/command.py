@@ -1,0 +1,200 @@
+"""`cl-runner report`: many runs as one table, its pictures and one page."""
+
+import argparse
+import shlex
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from rich.console import Console
+
+from cl_runner.errors import ConfigError
+from cl_runner.folder import write_atomically
+from cl_runner.report.groups import Groups, group_runs, resolve, shown
+from cl_runner.report.runs import REPORT, Found, LeftOut, read
+from cl_runner.report.selection import Pick, select
+from cl_runner.report.table import (
+    SPREADS,
+    Table,
+    make_table,
+    markdown,
+    said,
+    scale_of,
+    to_csv,
+    to_latex,
+    to_markdown,
+    to_rich,
+)
+
+MOST_NAMED = 12  # runs that are not in the table, on the terminal; the page names all
+VALIDATION = "validation_accuracy"
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong as everything else here does."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError("report", message)
+
+
+def main(argv: list[str]) -> int:
+    """Write DIR/report and print its table. Returns the exit status.
+
+    Raises ConfigError.
+    """
+    asked = _parser().parse_args(argv, argparse.Namespace(argv=argv))
+    if not asked.select and (asked.tasks or asked.within):
+        raise ConfigError("--tasks" if asked.tasks else "--within", "expected together with --select")
+    found = read(asked.folder)
+    groups = group_runs(found.runs, asked.by)
+    curves = [resolve(key, groups.keys, "--curve") for key in asked.curve]
+    table = make_table(groups, asked.metrics, asked.baseline)
+    picks, doubts = select(groups, asked.tasks, asked.within) if asked.select else ([], [])
+    out = [*found.left_out, *groups.left_out]
+    warnings = [*_warnings(table, out), *doubts]
+    written = _write(asked, found, table, picks, curves, out, warnings)
+    _print(table, asked.spread, picks, asked.tasks)
+    for line in [*warnings, *_named(out)]:
+        print(f"cl-runner report: {line}", file=sys.stderr)
+    print(f"cl-runner report: {written}", file=sys.stderr)
+    return 0
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="cl-runner report",
+        description="Write DIR/report/ (index.html, table.csv, table.md, table.tex, pictures) and print its table. "
+        "Runs that differ in their seed only are one row; the columns are the keys in which rows differ.",
+    )
+    parser.add_argument("folder", metavar="DIR", type=Path, help="the output_root of one or several commands")
+    several = {"nargs": "+", "default": [], "metavar": "KEY"}
+    parser.add_argument("--by", help="group by these keys alone, e.g. strategy.strength fisher", **several)
+    parser.add_argument("--metrics", help="e.g. average_accuracy seconds/train", **{**several, "metavar": "METRIC"})
+    parser.add_argument(
+        "--spread", nargs="*", choices=SPREADS, default=["std", "interval"], help="what stands beside a mean"
+    )
+    parser.add_argument(
+        "--baseline", default="", help="differences to it on equal seeds: a strategy, or key=value,key=value"
+    )
+    parser.add_argument("--curve", help="also draw accuracy over these keys, e.g. strategy.strength", **several)
+    parser.add_argument(
+        "--select", action="store_true", help="name the best group of each strategy by validation accuracy alone"
+    )
+    parser.add_argument(
+        "--tasks", type=_count, metavar="K", help="with --select: look at the first K tasks only, after the K-th"
+    )
+    parser.add_argument("--within", help="with --select: choose within each value of these keys", **several)
+    return parser
+
+
+def _count(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a number of tasks, got {text!r}")
+    return int(text)
+
+
+def _warnings(table: Table, out: Sequence[LeftOut]) -> list[str]:
+    warnings = []
+    if out:
+        states = Counter(run.state for run in out)
+        said_states = ", ".join(f"{count} {state}" for state, count in states.items())
+        warnings.append(f"{len(out)} {'run is' if len(out) == 1 else 'runs are'} not in the table: {said_states}")
+    if table.groups.pooled:
+        warnings.append(f"rows hold runs that also differ in {', '.join(table.groups.pooled)}")
+    if alone := [group for group in table.groups if table.baseline and group not in table.baselines]:
+        agrees = f"no {table.baseline} agrees in all other keys with"
+        warnings.append(f"{agrees} {len(alone)} of {len(table.groups)} rows, {table.groups.label(alone[0])} among them")
+    return warnings
+
+
+def _named(out: Sequence[LeftOut]) -> list[str]:
+    lines = [f"  {run.state:<8} {run.folder}" + (f": {run.why}" if run.why else "") for run in out[:MOST_NAMED]]
+    return [*lines, f"  and {len(out) - MOST_NAMED} more"] if len(out) > MOST_NAMED else lines
+
+
+def _write(
+    asked: argparse.Namespace,
+    found: Found,
+    table: Table,
+    picks: Sequence[Pick],
+    curves: Sequence[str],
+    out: Sequence[LeftOut],
+    warnings: Sequence[str],
+) -> str:
+    """Returns what was written where."""
+    from cl_runner.report import page, pictures  # matplotlib: not before all is known to be well
+
+    folder = asked.folder / REPORT
+    contents: dict[str, str | bytes] = {
+        "table.csv": to_csv(table),
+        "table.md": to_markdown(table, asked.spread) + _notes(warnings, out),
+        "table.tex": to_latex(table, asked.spread),
+    }
+    if picks:
+        contents["selection.md"] = markdown(*_selection(table.groups, picks, asked.tasks, table))
+    for name, figure in pictures.draw(table.groups, curves):
+        contents[name] = pictures.to_png(figure)
+    runs = sum(len(group.runs) for group in table.groups)
+    contents["index.html"] = page.make_page(
+        table,
+        title=asked.folder.resolve().name,
+        summary=f"{runs} runs in {len(table.groups)} groups · cl-runner report {shlex.join(asked.argv)}",
+        out=out,
+        warnings=warnings,
+        file_names=list(contents),
+        picked=[pick.group for pick in picks],
+        curve=curves[0] if curves else None,
+    )
+    try:
+        folder.mkdir(exist_ok=True)
+        for name, content in contents.items():
+            write_atomically(folder / name, content)
+    except OSError as error:
+        raise ConfigError("DIR", f"expected a folder that can be written, got {str(folder)!r} ({error})") from None
+    return f"{runs} of {runs + len(out)} runs in {len(table.groups)} groups: {folder / 'index.html'}"
+
+
+def _print(table: Table, spread: Sequence[str], picks: Sequence[Pick], tasks: int | None) -> None:
+    console = Console()
+    if console.is_terminal:
+        console.print(to_rich(table.heads(), table.cells(spread), len(table.groups.keys)))
+    else:
+        print(to_markdown(table, spread), end="")
+    if not picks:
+        return
+    heads, rows = _selection(table.groups, picks, tasks, table)
+    print()
+    if console.is_terminal:
+        console.print(to_rich(heads, rows, len(table.groups.keys)))
+    else:
+        print(markdown(heads, rows), end="")
+
+
+def _selection(
+    groups: Groups, picks: Sequence[Pick], tasks: int | None, table: Table
+) -> tuple[list[str], list[list[str]]]:
+    """Heads and rows: what was chosen, by what, among how many, and how it does on the test sets."""
+    scale = scale_of(VALIDATION, [pick.validation for pick in picks])
+    first = f" of the first {tasks}" if tasks else ""
+    own = list(groups)
+    measured = dict(zip(own, table.cells(["std"]), strict=True))
+    keys = len(groups.keys)
+    heads = [*groups.names, f"{VALIDATION}{first} (%)", "chosen from", *table.heads()[keys:]]
+    rows = [
+        [
+            *map(shown, pick.group.values),
+            said(pick.validation, scale, ["std"]),
+            str(pick.candidates),
+            *measured[pick.group][keys:],
+        ]
+        for pick in picks
+    ]
+    return heads, rows
+
+
+def _notes(warnings: Sequence[str], out: Sequence[LeftOut]) -> str:
+    lines = [*(f"{warning[0].upper()}{warning[1:]}." for warning in warnings)]
+    named = [f"- {run.state}: {run.folder}" + (f" ({run.why})" if run.why else "") for run in out]
+    return "".join(f"\n{line}\n" for line in lines) + ("\n" + "\n".join(named) + "\n" if named else "")

@@ -1,0 +1,288 @@
+"""Which runs are repetitions of one another, and what tells the others apart."""
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from cl_runner.config import NOT_HASHED
+from cl_runner.errors import ConfigError
+from cl_runner.report.runs import LeftOut, Run
+from cl_runner.report.statistics import Summary, forgetting_matrix, mean_of_matrices, summarise
+
+TASKS, GROUP = "tasks", "group"  # columns of what no key of the configuration tells: the stream's length, the hash
+SEED = "${seed}"  # stands where a key follows the seed
+ABSENT = "–"  # where a component has no such key
+Settings = dict[str, Any]  # dotted key -> value; a component's own key -> its name
+Value = str | int | float | bool | None
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Runs that differ in their seed only (or, with keys chosen by hand, in what these leave out)."""
+
+    values: tuple[Value, ...]  # of the keys of its Groups
+    runs: list[Run]  # one a seed, by seed
+
+    @property
+    def num_tasks(self) -> int:
+        return self.runs[0].num_tasks
+
+    @property
+    def seeds(self) -> list[int]:
+        return [run.seed for run in self.runs]
+
+    def by_seed(self, metric: str) -> dict[int, float | None]:
+        return {run.seed: run.metrics.get(metric) for run in self.runs}
+
+    def summary(self, metric: str) -> Summary:
+        return summarise(list(self.by_seed(metric).values()))
+
+    @cached_property
+    def forgetting(self) -> list[np.ndarray]:
+        return [forgetting_matrix(run.accuracy) for run in self.runs]
+
+    @cached_property
+    def mean_accuracy(self) -> np.ndarray:
+        return mean_of_matrices([run.accuracy for run in self.runs])
+
+    @cached_property
+    def mean_forgetting(self) -> np.ndarray:
+        """The mean of the seeds' matrices, not the matrix of their mean."""
+        return mean_of_matrices(self.forgetting)
+
+
+@dataclass(frozen=True, eq=False)
+class Groups:
+    """All groups, in the order of their values."""
+
+    keys: list[str]  # dotted; the strategy first
+    groups: list[Group]
+    left_out: list[LeftOut]  # runs whose work is counted already
+    pooled: list[str]  # keys in which runs of one group differ
+
+    def __iter__(self) -> Iterator[Group]:
+        return iter(self.groups)
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    @property
+    def names(self) -> list[str]:
+        return short_names(self.keys)
+
+    def value(self, group: Group, key: str) -> Value:
+        return group.values[self.keys.index(key)]
+
+    def label(self, group: Group) -> str:
+        """ewc strength=100, say."""
+        named = zip(self.names[1:], group.values[1:], strict=True)
+        said = (f"{name}={shown(value)}" for name, value in named if value != ABSENT)
+        return " ".join([shown(group.values[0]), *said])
+
+
+def group_runs(runs: Sequence[Run], by: Sequence[str] = ()) -> Groups:
+    """Runs in groups: by everything but the seed, told apart by the keys that differ; or by the keys of `by` alone.
+
+    Raises ConfigError where a key of `by` is unknown, or its keys leave two runs of one seed in one group.
+    """
+    settings = _settings(runs)
+    if by:
+        return _by_keys(runs, settings, by)
+    whole = all(run.group for run in runs)  # an older run's status does not say its group
+    identity = [
+        (run.group if whole else json.dumps(own, sort_keys=True), run.num_tasks)
+        for run, own in zip(runs, settings, strict=True)
+    ]
+    members: dict[tuple, list[int]] = defaultdict(list)
+    for index, name in enumerate(identity):
+        members[name].append(index)
+    keys = ["strategy", *(key for key in _differing(settings) if key != "strategy")]
+    keys = [key for key in keys if all(len({settings[i].get(key) for i in own}) == 1 for own in members.values())]
+    rows = [[*(settings[own[0]].get(key, ABSENT) for key in keys)] for own in members.values()]
+    for key, extra in ((TASKS, [name[1] for name in members]), (GROUP, [str(name[0])[-8:] for name in members])):
+        if len({tuple(map(repr, row)) for row in rows}) < len(rows) and len(set(extra)) > 1:
+            keys.append(key)
+            rows = [[*row, value] for row, value in zip(rows, extra, strict=True)]
+    left_out: list[LeftOut] = []
+    groups = [
+        Group(tuple(row), _one_a_seed([runs[i] for i in own], left_out))
+        for row, own in zip(rows, members.values(), strict=True)
+    ]
+    return Groups(keys, _in_order(groups), left_out, [])
+
+
+def _by_keys(runs: Sequence[Run], settings: list[Settings], by: Sequence[str]) -> Groups:
+    known, differing = dict.fromkeys(key for own in settings for key in own), _differing(settings)
+    chosen = list(dict.fromkeys(["strategy", *(resolve(key, known, "--by", differing) for key in by)]))
+    members: dict[tuple, list[int]] = defaultdict(list)
+    for index, (run, own) in enumerate(zip(runs, settings, strict=True)):
+        members[*(own.get(key, ABSENT) for key in chosen), run.num_tasks].append(index)
+    pooled = {key for own in members.values() for key in _differing([settings[i] for i in own])}
+    for values, own in members.items():
+        seeds = [runs[i].seed for i in own]
+        if len(set(seeds)) < len(seeds):
+            twice = next(seed for seed in seeds if seeds.count(seed) > 1)
+            which = [settings[i] for i in own if runs[i].seed == twice]
+            apart = _differing(which) or list(_differing([settings[i] for i in own]))
+            raise ConfigError(
+                "--by",
+                f"expected keys that tell all runs of one seed apart, got {' '.join(chosen)}: {shown(values[0])} has "
+                f"seed {twice} {len(which)} times; add {' or '.join(apart) or 'nothing: their configurations are one'}",
+            )
+    lengths = {values[-1] for values in members}
+    keys = [*chosen, TASKS] if len(lengths) > 1 else chosen
+    groups = [
+        Group(values[: len(keys)], sorted((runs[i] for i in own), key=_by_seed)) for values, own in members.items()
+    ]
+    return Groups(keys, _in_order(groups), [], sorted(pooled - set(chosen)))
+
+
+def resolve(key: str, known: Iterable[str], field: str, rather: Sequence[str] = ()) -> str:
+    """The dotted key that `key` names, itself or by its last parts; one of `rather` where several do.
+
+    Raises ConfigError where there is none, or more than one.
+    """
+    known = list(known)
+    if key in known:
+        return key
+    found = [name for name in known if name.endswith(f".{key}")]
+    found = [name for name in found if name in rather] or found
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise ConfigError(field, f"expected one key, got {key!r}, which may be {' or '.join(found)}")
+    near = get_close_matches(key, [*known, *(name.rpartition(".")[2] for name in known)], n=1)
+    hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
+    raise ConfigError(field, f"expected a key of the configuration, got {key!r}; {hint}")
+
+
+def short_names(keys: Sequence[str]) -> list[str]:
+    """The last parts of each key that no other key ends with."""
+
+    def short(key: str) -> str:
+        parts = key.split(".")
+        names = (".".join(parts[-count:]) for count in range(1, len(parts)))
+        return next((name for name in names if not any(_ends(other, name) for other in keys if other != key)), key)
+
+    return [short(key) for key in keys]
+
+
+def _ends(key: str, name: str) -> bool:
+    return key == name or key.endswith(f".{name}")
+
+
+def shown(value: Value) -> str:
+    """As one would type it: 1e4, not 10000.0; null, true."""
+    if isinstance(value, float):
+        text = f"{value:.6g}"
+        mantissa, _, exponent = (f"{value:.5e}" if abs(value) >= 1e4 else text).partition("e")
+        return f"{float(mantissa):g}e{int(exponent)}" if exponent else text
+    return json.dumps(value) if value is None or isinstance(value, bool) else str(value)
+
+
+def ordering(value: Value) -> tuple[int, float, str]:
+    """Numbers by size before words by letter; what is absent first."""
+    if value == ABSENT:
+        return (0, 0.0, "")
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return (1, float(value), "")
+    return (2, 0.0, shown(value))
+
+
+def _in_order(groups: list[Group]) -> list[Group]:
+    return sorted(groups, key=lambda group: [ordering(value) for value in group.values])
+
+
+def _by_seed(run: Run) -> int:
+    return run.seed
+
+
+def _one_a_seed(runs: list[Run], left_out: list[LeftOut]) -> list[Run]:
+    """The run finished last of every seed; the others are named."""
+    kept: dict[int, Run] = {}
+    for run in sorted(runs, key=lambda run: run.finished):
+        if earlier := kept.get(run.seed):
+            left_out.append(LeftOut(earlier.folder, "twice", f"{run.folder} is the same work, finished later"))
+        kept[run.seed] = run
+    return sorted(kept.values(), key=_by_seed)
+
+
+def _differing(settings: Sequence[Settings]) -> list[str]:
+    """Keys that differ among runs whose components above the key are the same.
+
+    What only the choice of a component brings with it (finetune has no strength) tells nothing apart.
+    """
+
+    def context(own: Settings, key: str) -> tuple:
+        return tuple(own.get(part) for part in _above(key))
+
+    keys = dict.fromkeys(key for own in settings for key in own)
+    differing = []
+    for key in keys:
+        met: dict[tuple, Value] = {}
+        for own in settings:
+            value = own.get(key, ABSENT)
+            if met.setdefault(context(own, key), value) != value:
+                differing.append(key)
+                break
+    return differing
+
+
+def _above(key: str) -> list[str]:
+    parts = key.split(".")
+    return [".".join(parts[:count]) for count in range(1, len(parts))]
+
+
+def _settings(runs: Sequence[Run]) -> list[Settings]:
+    """Of every run: what changes its numbers, with a mark where a value follows the seed."""
+    settings = [dict(_flat(_relevant(run.config))) for run in runs]
+    follows = {key: True for own in settings for key, value in own.items() if type(value) is int}
+    for run, own in zip(runs, settings, strict=True):
+        for key, value in own.items():
+            if type(value) is int and value != run.seed:
+                follows[key] = False
+    for run, own in zip(runs, settings, strict=True):
+        for key, value in own.items():
+            is_seed = key.endswith(".seed") and value == run.seed
+            if is_seed or (type(value) is int and follows[key] and _seeds_differ(runs)):
+                own[key] = SEED
+    return settings
+
+
+def _seeds_differ(runs: Sequence[Run]) -> bool:
+    return any(run.seed != runs[0].seed for run in runs)
+
+
+def _relevant(config: dict[str, Any]) -> dict[str, Any]:
+    """The configuration without its seed and without what changes no number."""
+    epochs = "trainer.epochs" if config.get("trainer", {}).get("iterations") else "trainer.iterations"
+    plain = {key: dict(value) if isinstance(value, dict) else value for key, value in config.items() if key != "seed"}
+    for path in (*NOT_HASHED, epochs):
+        parent, _, key = path.rpartition(".")
+        (plain.get(parent, {}) if parent else plain).pop(key, None)
+    return plain
+
+
+def _flat(node: dict[str, Any], path: str = "") -> Iterator[tuple[str, Value]]:
+    for key, value in node.items():
+        name = f"{path}.{key}" if path else key
+        if isinstance(value, dict):
+            if "_target_" in value:
+                yield name, _component(name, value)
+            yield from _flat(value, name)
+        elif key != "_target_":
+            yield name, value if isinstance(value, str | int | float | bool | None) else json.dumps(value)
+
+
+def _component(key: str, node: dict[str, Any]) -> str:
+    """A component's name, as a run's folder has it: ewc, split_mnist, efficientnet_b0."""
+    kind = node["_target_"].rpartition(".")[2].lower()
+    if key == "stream":
+        return f"{kind}_{node['name']}" if node.get("name") else kind
+    return node.get("name") or kind

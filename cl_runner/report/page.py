@@ -1,0 +1,136 @@
+"""Groups as one HTML page that needs nothing else: no server, no network."""
+
+import base64
+import json
+import math
+import re
+from collections.abc import Sequence
+from html import escape
+from importlib.resources import files
+from typing import Any
+
+import numpy as np
+
+from cl_runner.report.groups import Group, ordering, shown
+from cl_runner.report.runs import LeftOut
+from cl_runner.report.statistics import Summary, over_tasks
+from cl_runner.report.table import Cell, Scale, Table
+from cl_runner.trackers.colours import ACCURACY, FORGETTING, LINES
+
+STEP = 1e-4  # of the accuracies in the page's matrices, which are 16-bit integers
+UNMEASURED = -(2**15)
+LEGEND = (
+    "Runs that differ in their seed only are one row: mean ± standard deviation of the sample over seeds, below it "
+    "Student's 95 % interval of the mean. Accuracy and forgetting over tasks have a band of one standard deviation."
+)
+DIFFERENCE = " Δ: mean difference to {} on equal seeds, with its 95 % interval and, in brackets, the number of pairs."
+
+
+def make_page(
+    table: Table,
+    title: str,
+    summary: str,
+    out: Sequence[LeftOut],
+    warnings: Sequence[str],
+    file_names: Sequence[str],
+    picked: Sequence[Group] = (),
+    curve: str | None = None,
+) -> str:
+    """The whole page; `file_names` lie beside it, the runs' folders one up.
+
+    out: runs that are in no row. picked: groups to mark as selected. curve: the key over which the last chart is drawn.
+    """
+    groups = table.groups
+    first = table.metrics[0]
+    means = [row[first].summary.mean for row in table.rows]
+    data = {
+        "title": title,
+        "summary": summary,
+        "legend": LEGEND + (DIFFERENCE.format(table.baseline) if table.baseline else ""),
+        "warnings": list(warnings),
+        "files": list(file_names),
+        "out": [[run.folder, run.state, run.why, run.there] for run in out],
+        "colours": {"accuracy": ACCURACY, "forgetting": FORGETTING, "lines": LINES},
+        "keys": [{"key": key, "name": name} for key, name in zip(groups.keys, groups.names, strict=True)],
+        "metrics": [{"name": name, **vars(table.scales[name])} for name in table.metrics],
+        "baseline": table.baseline,
+        "range": _range([row[first].summary for row in table.rows], table.scales[first]),
+        "curve": groups.keys.index(curve) if curve else None,
+        "first": int(np.nanargmax(means)) if np.isfinite(means).any() else 0,
+        "groups": [_group(table, group, row, group in picked) for group, row in zip(groups, table.rows, strict=True)],
+    }
+    assets = {"style": _asset("page.css"), "script": _asset("page.js"), "title": escape(title), "data": _embedded(data)}
+    return re.sub(r"{{(\w+)}}", lambda place: assets[place[1]], _asset("page.html"))  # once: data may hold braces
+
+
+def _group(table: Table, group: Group, row: dict[str, Cell], picked: bool) -> dict[str, Any]:
+    return {
+        "values": [shown(value) for value in group.values],
+        "order": [ordering(value) for value in group.values],
+        "label": table.groups.label(group),
+        "n": len(group.runs),
+        "tasks": group.num_tasks,
+        "pick": picked,
+        "baseline": table.baselines.get(group) is group,
+        "cells": [_cell(cell) for cell in row.values()],
+        "accuracy": encode(group.mean_accuracy),
+        "forgetting": encode(group.mean_forgetting),
+        "over": {
+            "accuracy": _over([run.accuracy for run in group.runs]),
+            "forgetting": _over(group.forgetting, before=1),
+        },
+        "runs": [
+            [run.folder, run.seed, [_short(run.metrics.get(name)) for name in table.metrics]] for run in group.runs
+        ],
+    }
+
+
+def _cell(cell: Cell) -> list[Any]:
+    numbers = [_short(getattr(cell.summary, name)) for name in ("mean", "std", "sem", "low", "high")]
+    difference = cell.difference
+    if difference is None or not difference.n:
+        return [cell.summary.n, *numbers, None]
+    return [
+        cell.summary.n,
+        *numbers,
+        [difference.n, _short(difference.mean), _short(difference.low), _short(difference.high)],
+    ]
+
+
+def _over(matrices: list[np.ndarray], before: int = 0) -> list[list[float | None] | None]:
+    """Mean and standard deviation over seeds, a number a task; no deviation of a single seed."""
+    lines = over_tasks(matrices, before)
+    std = lines.std(axis=0, ddof=1) if len(lines) > 1 else None
+    return [[_short(v, 4) for v in part.tolist()] if part is not None else None for part in (lines.mean(axis=0), std)]
+
+
+def encode(matrix: np.ndarray) -> str:
+    """Base64 of little-endian 16-bit integers, row by row."""
+    steps = np.where(np.isfinite(matrix), np.rint(np.nan_to_num(matrix) / STEP), UNMEASURED)
+    return base64.b64encode(steps.astype("<i2").tobytes()).decode()
+
+
+def _range(summaries: Sequence[Summary], scale: Scale) -> list[float]:
+    """What the little axes of the table span: all means and their spread; intervals too, but for those of two seeds."""
+    ends = [(s.mean, s.mean) for s in summaries if s.n]
+    ends += [(s.mean - s.std, s.mean + s.std) for s in summaries if s.n > 1]
+    ends += [(s.low, s.high) for s in summaries if s.n > 2]
+    low, high = min((low for low, _ in ends), default=0.0), max((high for _, high in ends), default=1.0)
+    margin = 0.06 * (high - low) or 0.5
+    low, high = low - margin, high + margin
+    return [max(low, -1.0), min(high, 1.0)] if scale.unit == "%" else [low, high]
+
+
+def _short(value: float | None, digits: int = 6) -> float | None:
+    """Six digits say all that a page shows."""
+    return None if value is None or not math.isfinite(value) else float(f"{value:.{digits}g}")
+
+
+def _embedded(data: dict[str, Any]) -> str:
+    """JSON that may stand in a script element: nothing in it can end the element."""
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    return text.replace("<", "\\u003c")
+
+
+def _asset(name: str) -> str:
+    return files("cl_runner.report").joinpath(name).read_text(encoding="utf-8")

@@ -1,0 +1,188 @@
+"""The runs of a folder: those that are done, and why the others are not."""
+
+import json
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cl_runner.errors import ConfigError
+from cl_runner.folder import RunFolder
+
+REPORT = "report"  # the folder that a report is written to, among the runs
+SCHEMA = 1  # of results.json
+SIGNS = {"status.json", "results.json", "config.yaml"}  # a folder that holds one of them is a run's
+MOVED_ASIDE = re.compile(r"\.\d+$")  # an earlier run of the same work, kept by rerun=true
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """A finished run, as its results.json tells of it."""
+
+    folder: str  # its name
+    config: dict[str, Any]
+    group: str | None  # alike for runs that differ in their seed only; None: its status does not say
+    finished: float  # epoch seconds; 0 where unknown
+    metrics: dict[str, float | None]  # by their flat names, with seconds, seconds/<phase> and peak_memory/<phase>
+    accuracy: np.ndarray  # float64 [T, T] of the run's own scenario, NaN where nothing was measured
+    validation: np.ndarray | None  # the same on the validation splits; None: they were not looked at
+
+    @property
+    def seed(self) -> int:
+        return self.config["seed"]
+
+    @property
+    def num_tasks(self) -> int:
+        return len(self.accuracy)
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """What lies in the folder, or was asked for, and is in no table."""
+
+    folder: str
+    state: (
+        str  # pending, running, failed, killed; damaged: its files cannot be read; twice: its work is counted already
+    )
+    why: str = ""
+    there: bool = True  # the folder exists
+
+
+@dataclass(frozen=True)
+class Found:
+    """All runs of a folder."""
+
+    folder: Path
+    runs: list[Run]
+    left_out: list[LeftOut] = field(default_factory=list)
+
+
+def read(folder: Path) -> Found:
+    """Every run in `folder`, in the order of their names.
+
+    Raises ConfigError where there is no finished one.
+    """
+    if not folder.is_dir():
+        raise ConfigError("DIR", f"expected a folder of runs, got {str(folder)!r}, which is no folder")
+    names = list(run_folders(folder))
+    read_ones = [_read(folder / name) for name in names]
+    runs = [run for run in read_ones if isinstance(run, Run)]
+    left_out = [run for run in read_ones if isinstance(run, LeftOut)] + list(_never_begun(folder, set(names)))
+    if not runs:
+        raise ConfigError("DIR", f"expected a folder of finished runs, got {str(folder)!r}{_instead(folder, left_out)}")
+    return Found(folder, runs, left_out)
+
+
+def run_folders(folder: Path) -> Iterator[str]:
+    """The names of the runs' folders; a run that was moved aside is none."""
+    with os.scandir(folder) as entries:
+        names = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+    for name in names:
+        if name != REPORT and not MOVED_ASIDE.search(name) and not SIGNS.isdisjoint(os.listdir(folder / name)):
+            yield name
+
+
+def _read(path: Path) -> Run | LeftOut:
+    try:
+        status = _load(path / "status.json") if (path / "status.json").exists() else {}
+        if status.get("state") == "done" or (not status and (path / "results.json").exists()):
+            return _run(path, status, _load(path / "results.json"))
+    except (OSError, ValueError) as error:
+        return LeftOut(path.name, "damaged", str(error))
+    if not status:
+        return LeftOut(path.name, "pending")
+    return LeftOut(path.name, RunFolder(path).state, _why(status))  # the lock tells whether one "running" was killed
+
+
+def _load(path: Path) -> dict[str, Any]:
+    """Raises ValueError, which names the file, where it holds no JSON object."""
+    try:
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise ValueError(f"{path.name} is missing") from None
+    except ValueError as error:
+        raise ValueError(f"{path.name} is not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path.name}: expected an object, got {type(content).__name__}")
+    return content
+
+
+def _run(path: Path, status: dict[str, Any], results: dict[str, Any]) -> Run:
+    """Raises ValueError where the results lack what a report needs."""
+    if results.get("schema") != SCHEMA:
+        raise ValueError(f"results.json: expected schema {SCHEMA}, got {results.get('schema')!r}")
+    try:
+        config, scenario = results["config"], results["config"]["stream"]["scenario"]
+        return Run(
+            folder=path.name,
+            config={**config, "seed": int(config["seed"])},
+            group=status.get("group"),
+            finished=status.get("finished") or 0.0,
+            metrics=dict(_metrics(results)),
+            accuracy=_matrix(results["accuracy"][scenario]),
+            validation=_validation(results, scenario),
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"results.json: expected what a finished run writes, got {error!r}") from None
+
+
+def _metrics(results: Mapping[str, Any]) -> Iterator[tuple[str, float | None]]:
+    yield from results["metrics"].items()
+    for phase, value in results.get("seconds", {}).items():
+        yield ("seconds" if phase == "total" else f"seconds/{phase}"), value
+    for phase, value in results.get("peak_memory", {}).items():
+        yield f"peak_memory/{phase}", value
+
+
+def _matrix(rows: list[list[float | None]]) -> np.ndarray:
+    """[T, T], NaN for null and for what was left out."""
+    size = max(len(rows), *map(len, rows))
+    matrix = np.full((size, size), math.nan)
+    for index, row in enumerate(rows):
+        matrix[index, : len(row)] = row
+    return matrix
+
+
+def _validation(results: Mapping[str, Any], scenario: str) -> np.ndarray | None:
+    rows = (results.get("validation") or {}).get(scenario)
+    matrix = _matrix(rows) if rows else None
+    return matrix if matrix is not None and np.isfinite(matrix).any() else None
+
+
+def _why(status: Mapping[str, Any]) -> str:
+    """What ended a run that is not done, or how far it is."""
+    if status.get("state") == "failed":
+        return str(status.get("error") or "").partition("\n")[0]
+    if status.get("stopped"):
+        return f"stopped by {status['stopped']}"
+    return f"{status['tasks']} of {status.get('num_tasks', '?')} tasks" if status.get("tasks") else ""
+
+
+def _never_begun(folder: Path, names: set[str]) -> Iterator[LeftOut]:
+    """Jobs of the folder's sweeps that have left no folder."""
+    try:
+        sweeps = _load(folder / "sweep.json")["sweeps"] if (folder / "sweep.json").exists() else []
+        jobs = {job["folder"] or " ".join(job["overrides"]): job for sweep in sweeps for job in sweep["jobs"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        yield LeftOut("sweep.json", "damaged", str(error))
+        return
+    for name, job in jobs.items():
+        if name not in names:
+            error = str(job.get("error") or "").partition("\n")[0]
+            yield LeftOut(name, job.get("state") or ("failed" if error else "pending"), error, there=False)
+
+
+def _instead(folder: Path, left_out: list[LeftOut]) -> str:
+    """What there is where a folder has no finished run."""
+    if left_out:
+        states = [run.state for run in left_out]
+        return ", whose runs are " + ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
+    if not SIGNS.isdisjoint(os.listdir(folder)):
+        return f", which is a run's own: {str(folder.parent)!r} holds it"
+    deeper = [path for path in sorted(folder.iterdir()) if path.is_dir() and any(run_folders(path))]
+    return f"; there are runs in {', '.join(str(path) for path in deeper[:5])}" if deeper else ""

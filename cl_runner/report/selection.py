@@ -1,0 +1,75 @@
+"""Choosing hyper-parameters without peeking: by validation accuracy, on the first tasks only where that is wanted."""
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from cl_runner.errors import ConfigError
+from cl_runner.report.groups import TASKS, Group, Groups, Value, resolve
+from cl_runner.report.runs import Run
+from cl_runner.report.statistics import Summary, summarise
+
+# Between these nobody chooses: they say what is to be learned. The strategy is what is compared.
+GIVEN = ("strategy", "stream", "stream.scenario", "stream.num_tasks", "stream.max_tasks", TASKS)
+
+
+@dataclass(frozen=True, eq=False)
+class Pick:
+    """The group of the highest mean validation accuracy among those that share `values`."""
+
+    values: tuple[Value, ...]  # of the keys within which there was a choice
+    group: Group
+    validation: Summary
+    candidates: int
+
+
+def select(groups: Groups, tasks: int | None, within: Sequence[str]) -> tuple[list[Pick], list[str]]:
+    """A pick for each strategy (or each value of `within`), and warnings. Test accuracy is never looked at.
+
+    tasks: look at the validation splits of the first so many tasks, after the last of these was learned; None: all.
+    Raises ConfigError where a run had no validation split, or fewer tasks.
+    """
+    keys = [resolve(key, groups.keys, "--within") for key in within] or [key for key in groups.keys if key in GIVEN]
+    rivals: dict[tuple[Value, ...], list[Group]] = defaultdict(list)
+    for group in groups:
+        rivals[tuple(groups.value(group, key) for key in keys)].append(group)
+    picks, warnings = [], []
+    for values, own in rivals.items():
+        scores = {group: _score(group, tasks) for group in own}
+        for group in [group for group, score in scores.items() if not score.n]:
+            warnings.append(f"{groups.label(group)} was not looked at after task {tasks}: it cannot be chosen")
+            del scores[group]
+        if not scores:
+            continue
+        if len({tuple(group.seeds) for group in scores}) > 1:
+            warnings.append(f"the {len(scores)} candidates of {groups.label(own[0])} do not rest on the same seeds")
+        best = max(scores, key=lambda group: scores[group].mean)
+        picks.append(Pick(values, best, scores[best], len(scores)))
+    return picks, warnings
+
+
+def validation_accuracy(run: Run, tasks: int | None) -> float | None:
+    """Mean over the first `tasks` tasks' validation splits, after the last of these was learned.
+
+    None where it was not measured then: joint training, say, is measured once, after the last task.
+    Raises ConfigError.
+    """
+    last = tasks or run.num_tasks
+    if last > run.num_tasks:
+        raise ConfigError("--tasks", f"expected at most {run.num_tasks}, the tasks of {run.folder}, got {last}")
+    if run.validation is not None:
+        value = float(run.validation[last - 1, :last].mean())
+        return value if math.isfinite(value) else None
+    overall = run.metrics.get("validation_accuracy")
+    if overall is not None and last == run.num_tasks:
+        return overall
+    lack = "its accuracy after every task" if overall is not None else "one"
+    raise ConfigError(
+        "--select",
+        f"expected runs with a validation split (stream.validation=0.1, say), got {run.folder} without {lack}",
+    )
+
+
+def _score(group: Group, tasks: int | None) -> Summary:
+    return summarise([validation_accuracy(run, tasks) for run in group.runs])

@@ -1,0 +1,90 @@
+"""What a handful of seeds says of a number: mean, spread, standard error, Student's 95 % interval."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+LEVEL = 0.95  # of every interval
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Of n values. What one value alone cannot tell (spread and interval) is NaN; so is everything of none."""
+
+    n: int
+    mean: float
+    std: float  # of the sample: n - 1 in the denominator
+    sem: float  # standard error of the mean
+    low: float  # the 95 % interval of the mean
+    high: float
+
+
+def summarise(values: Sequence[float | None]) -> Summary:
+    """Of the values that are there: None is one that was not measured."""
+    known = [value for value in values if value is not None]
+    n = len(known)
+    mean = math.fsum(known) / n if n else math.nan
+    if n < 2:
+        return Summary(n, mean, math.nan, math.nan, math.nan, math.nan)
+    std = math.sqrt(math.fsum((value - mean) ** 2 for value in known) / (n - 1))
+    sem = std / math.sqrt(n)
+    half = t_quantile(n - 1) * sem
+    return Summary(n, mean, std, sem, mean - half, mean + half)
+
+
+def paired_difference(values: Mapping[int, float | None], baseline: Mapping[int, float | None]) -> Summary:
+    """Of value minus baseline, seed by seed; only seeds that both have make a pair."""
+    pairs = [(values[seed], baseline[seed]) for seed in sorted(values.keys() & baseline.keys())]
+    return summarise([one - other for one, other in pairs if one is not None and other is not None])
+
+
+@lru_cache
+def t_quantile(freedom: int, level: float = LEVEL) -> float:
+    """t with P(|T| <= t) = level, for Student's T with `freedom` >= 1 degrees of freedom."""
+    low, high = 0.0, math.pi / 2  # of the angle atan(t / sqrt(freedom)), which has an end where t has none
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _within(middle, freedom) < level else (low, middle)
+    return math.tan(low) * math.sqrt(freedom)
+
+
+def _within(angle: float, freedom: int) -> float:
+    """P(|T| <= sqrt(freedom) tan(angle)), a finite sum: Abramowitz & Stegun, 1964, 26.7.3 and 26.7.4."""
+    odd = freedom % 2
+    cosine = math.cos(angle)
+    term = total = cosine if odd else 1.0
+    for k in range(2 + odd, freedom, 2):
+        term *= (k - 1) / k * cosine**2
+        total += term
+    total *= math.sin(angle)
+    if not odd:
+        return total
+    return 2 / math.pi * (angle + (total if freedom > 1 else 0.0))
+
+
+def forgetting_matrix(accuracy: np.ndarray) -> np.ndarray:
+    """[T, T], NaN on and above the diagonal: `cl_runner.metrics.forgetting_matrix` of an array, without torch."""
+    below = np.tril(np.ones_like(accuracy, dtype=bool), -1)
+    learned = np.where(np.tril(np.ones_like(below)), np.nan_to_num(accuracy, nan=-np.inf), -np.inf)
+    best = np.full_like(accuracy, -np.inf)
+    best[1:] = np.maximum.accumulate(learned)[:-1]  # [i, j] = max_{j<=k<i} A[k, j]
+    return np.where(below & np.isfinite(best), best - accuracy, np.nan)
+
+
+def mean_of_matrices(matrices: Sequence[np.ndarray]) -> np.ndarray:
+    """Entry by entry, [T, T]; NaN where one of them has none: a mean of fewer seeds would not compare."""
+    return np.mean(np.stack(matrices), axis=0)
+
+
+def over_tasks(matrices: Sequence[np.ndarray], before: int = 0) -> np.ndarray:
+    """[seeds, T]: the mean of every row over the tasks learned by then, but for the last `before` of them.
+
+    NaN where an entry of these was not measured, or where there is none.
+    """
+    stack = np.stack(matrices)
+    ends = range(1 - before, stack.shape[1] + 1 - before)
+    nothing = np.full(len(stack), np.nan)
+    return np.stack([stack[:, row, :end].mean(axis=1) if end > 0 else nothing for row, end in enumerate(ends)], axis=1)

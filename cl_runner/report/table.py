@@ -1,0 +1,300 @@
+"""Groups as one table: for the terminal, CSV, Markdown, LaTeX."""
+
+import csv
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from io import StringIO
+
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from cl_runner.errors import ConfigError
+from cl_runner.report.groups import ABSENT, Group, Groups, Value, resolve, shown
+from cl_runner.report.statistics import Summary, paired_difference
+
+DEFAULT_METRICS = ("average_accuracy", "average_forgetting", "drift_agreement", "drift_kl", "seconds")
+PERCENT = ("accuracy", "forgetting", "transfer", "agreement")
+SPREADS = ("std", "sem", "interval")  # what may stand beside a mean
+Baselines = dict[Group, Group]  # every group -> the one it is compared with; itself: it is the baseline
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How a metric's numbers are written."""
+
+    factor: float
+    unit: str
+    digits: int
+
+    def text(self, value: float, sign: str = "-") -> str:
+        """`sign` "+": of a difference."""
+        if math.isnan(value):
+            return "–"
+        rounded = round(self.factor * value, self.digits) + 0.0  # never minus zero
+        return f"{rounded:{sign}.{self.digits}f}".replace("-", "−")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One metric of one group."""
+
+    summary: Summary
+    difference: Summary | None  # to the baseline; None: there is none, or the group is it
+
+
+@dataclass(frozen=True)
+class Table:
+    """Numbers and how they are written; `rows` stand as `groups` do."""
+
+    groups: Groups
+    metrics: list[str]
+    scales: dict[str, Scale]
+    rows: list[dict[str, Cell]]
+    baseline: str  # what was asked for; empty for none
+    baselines: Baselines
+
+    def heads(self) -> list[str]:
+        """Of the columns that a person reads."""
+        heads = list(self.groups.names)
+        for metric in self.metrics:
+            heads.append(f"{metric} ({self.scales[metric].unit})" if self.scales[metric].unit else metric)
+            if self.baseline:
+                heads.append(f"Δ to {self.baseline}")
+        return [*heads, "n"]
+
+    def cells(self, spread: Sequence[str]) -> list[list[str]]:
+        """What a person reads: mean and what `spread` says of it, a line a group."""
+        rows = []
+        for group, row in zip(self.groups, self.rows, strict=True):
+            cells = [shown(value) for value in group.values]
+            for metric, cell in row.items():
+                scale = self.scales[metric]
+                missing = f" (n={cell.summary.n})" if 0 < cell.summary.n < len(group.runs) else ""
+                cells.append(said(cell.summary, scale, spread) + missing)
+                if self.baseline:
+                    cells.append(said_difference(cell.difference, scale))
+            rows.append([*cells, str(len(group.runs))])
+        return rows
+
+
+def make_table(groups: Groups, metrics: Sequence[str] = (), baseline: str = "") -> Table:
+    """Raises ConfigError where a metric is unknown, or the baseline is none or several."""
+    chosen = _metrics(groups, metrics)
+    baselines = find_baselines(groups, baseline) if baseline else {}
+    rows = [{metric: _cell(group, metric, baselines.get(group)) for metric in chosen} for group in groups]
+    scales = {metric: scale_of(metric, [row[metric].summary for row in rows]) for metric in chosen}
+    return Table(groups, chosen, scales, rows, baseline, baselines)
+
+
+def _cell(group: Group, metric: str, baseline: Group | None) -> Cell:
+    if baseline is None or baseline is group:
+        return Cell(group.summary(metric), None)
+    difference = paired_difference(group.by_seed(metric), baseline.by_seed(metric))
+    return Cell(group.summary(metric), difference)
+
+
+def _metrics(groups: Groups, asked: Sequence[str]) -> list[str]:
+    """Those asked for, or of the usual ones those that any run has."""
+    runs = [run for group in groups for run in group.runs]
+    known = dict.fromkeys(metric for run in runs for metric in run.metrics)
+    for metric in asked:
+        if metric not in known:
+            near = get_close_matches(metric, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
+            raise ConfigError("--metrics", f"expected metrics of the runs, got {metric!r}; {hint}")
+    usual = [metric for metric in DEFAULT_METRICS if any(run.metrics.get(metric) is not None for run in runs)]
+    return list(dict.fromkeys(asked)) or usual or [DEFAULT_METRICS[0]]
+
+
+def scale_of(metric: str, summaries: Sequence[Summary]) -> Scale:
+    """Percent where it is a share; as many digits as let the spread be seen."""
+    if metric.startswith("peak_memory"):
+        return Scale(1e-6, "MB", 0)
+    means = [abs(summary.mean) for summary in summaries if summary.n]
+    if any(word in metric for word in PERCENT):
+        visible = not any(1e-9 < summary.std < 5e-4 for summary in summaries)  # below: rounding
+        return Scale(100, "%", 1 if visible else 2)
+    largest = max(means, default=0.0)
+    if 0 < largest < 0.1:
+        return Scale(1, "", 1 - math.floor(math.log10(largest)))
+    return Scale(1, "", 0 if largest >= 100 else 1 if largest >= 30 else 2)
+
+
+def said(summary: Summary, scale: Scale, spread: Sequence[str]) -> str:
+    """95.8 ± 1.0 [93.3, 98.3]"""
+    text = scale.text(summary.mean)
+    if summary.n < 2:
+        return text
+    for kind in ("std", "sem"):
+        if kind in spread:
+            text += f" ± {scale.text(getattr(summary, kind))}"
+    return f"{text} {said_interval(summary, scale)}" if "interval" in spread else text
+
+
+def said_difference(difference: Summary | None, scale: Scale) -> str:
+    """+4.3 [2.1, 6.5] (3)"""
+    if difference is None:
+        return ""
+    text = scale.text(difference.mean, sign="+")
+    return (
+        f"{text} {said_interval(difference, scale)} ({difference.n})"
+        if difference.n > 1
+        else f"{text} ({difference.n})"
+    )
+
+
+def said_interval(summary: Summary, scale: Scale) -> str:
+    return f"[{scale.text(summary.low)}, {scale.text(summary.high)}]"
+
+
+def find_baselines(groups: Groups, asked: str) -> Baselines:
+    """The group that each is compared with: `asked` is a strategy, or key=value,...
+
+    Where several are meant, every group has the one that agrees with it in all other keys.
+    Raises ConfigError where none is meant, or several for one group.
+    """
+    wanted = _wanted(groups, asked)
+    meant = [group for group in groups if all(_is(groups.value(group, key), value) for key, value in wanted.items())]
+    if not meant:
+        there = dict.fromkeys(groups.label(group) for group in groups)
+        raise ConfigError("--baseline", f"expected one of the groups, got {asked!r}; there are: {_listed(there)}")
+    others = [key for key in groups.keys if not any(key == own or key.startswith(f"{own}.") for own in wanted)]
+    found: Baselines = {}
+    for group in groups:
+        fitting = meant
+        if len(meant) > 1:
+            fitting = [
+                one for one in meant if group is one or (group not in meant and _agree(groups, others, group, one))
+            ]
+        if len(fitting) > 1:
+            labels = [groups.label(one) for one in fitting]
+            raise ConfigError(
+                "--baseline", f"expected one group, got {asked!r}, which may be any of: {_listed(labels)}"
+            )
+        if fitting and fitting[0].num_tasks == group.num_tasks:
+            found[group] = fitting[0]
+    return found
+
+
+def _wanted(groups: Groups, asked: str) -> dict[str, str]:
+    """finetune -> {"strategy": "finetune"}; strategy=ewc,strength=100 as it says."""
+    wanted = {}
+    for part in asked.split(","):
+        key, _, value = part.rpartition("=")
+        wanted[resolve(key.strip(), groups.keys, "--baseline") if key else "strategy"] = value.strip()
+    return wanted
+
+
+def _is(value: Value, wanted: str) -> bool:
+    """1e4 is 10000.0."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        try:
+            return float(wanted) == value
+        except ValueError:
+            return False
+    return shown(value) == wanted
+
+
+def _agree(groups: Groups, keys: Iterable[str], one: Group, other: Group) -> bool:
+    pairs = [(groups.value(one, key), groups.value(other, key)) for key in keys]
+    return all(value == its or ABSENT in (value, its) for value, its in pairs)
+
+
+def _listed(labels: Iterable[str], most: int = 8) -> str:
+    labels = list(labels)
+    return "; ".join(labels[:most]) + (f"; and {len(labels) - most} more" if len(labels) > most else "")
+
+
+def to_csv(table: Table) -> str:
+    """Every number there is, unrounded and in its own unit (an accuracy is a share of 1)."""
+    parts: dict[str, Callable[[Summary], float]] = {
+        "": lambda summary: summary.mean,
+        "_std": lambda summary: summary.std,
+        "_sem": lambda summary: summary.sem,
+        "_low": lambda summary: summary.low,
+        "_high": lambda summary: summary.high,
+    }
+    heads = [*table.groups.keys, "n", "seeds"]
+    for metric in table.metrics:
+        heads += [f"{metric}{part}" for part in parts]
+        if table.baseline:
+            heads += [f"{metric}_difference{part}" for part in parts] + [f"{metric}_pairs"]
+    file = StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(heads)
+    nothing = Summary(0, *[math.nan] * 5)
+    for group, row in zip(table.groups, table.rows, strict=True):
+        line = [*map(shown, group.values), len(group.runs), " ".join(map(str, group.seeds))]
+        for cell in row.values():
+            line += [_number(part(cell.summary)) for part in parts.values()]
+            if table.baseline:
+                difference = cell.difference or nothing
+                line += [*(_number(part(difference)) for part in parts.values()), difference.n]
+        writer.writerow(line)
+    return file.getvalue()
+
+
+def _number(value: float) -> str:
+    return "" if math.isnan(value) else repr(value)
+
+
+def to_markdown(table: Table, spread: Sequence[str]) -> str:
+    return markdown(table.heads(), table.cells(spread))
+
+
+def markdown(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    def line(cells: Iterable[str]) -> str:
+        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"
+
+    return line(heads) + "|---" * len(heads) + "|\n" + "".join(map(line, rows))
+
+
+def to_latex(table: Table, spread: Sequence[str]) -> str:
+    r"""A tabular with the rules of booktabs, to be drawn in by \input."""
+    keys = len(table.groups.keys)
+    heads = table.heads()
+
+    def line(cells: Iterable[str]) -> str:
+        return " & ".join(map(_tex, cells)) + r" \\" + "\n"
+
+    body = "".join(map(line, table.cells(spread)))
+    columns = "l" * keys + "r" * (len(heads) - keys)
+    return (
+        f"% needs \\usepackage{{booktabs}}\n\\begin{{tabular}}{{{columns}}}\n\\toprule\n{line(heads)}"
+        f"\\midrule\n{body}\\bottomrule\n\\end{{tabular}}\n"
+    )
+
+
+_TEX: Mapping[int, str] = str.maketrans(
+    {
+        **{character: f"\\{character}" for character in "&%$#_{}"},
+        "\\": r"\textbackslash{}",
+        "~": r"\textasciitilde{}",
+        "^": r"\textasciicircum{}",
+        "±": r"$\pm$",
+        "−": "$-$",
+        "–": "--",
+        "Δ": r"$\Delta$",
+    }
+)
+
+
+def _tex(text: str) -> str:
+    return text.translate(_TEX)
+
+
+def to_rich(heads: Sequence[str], rows: Iterable[Sequence[str]], keys: int) -> RichTable:
+    """For a terminal: the first `keys` columns to the left; intervals stand dim, below their means."""
+    rich = RichTable(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    for index, head in enumerate(heads):
+        rich.add_column(head.replace(" (", "\n("), justify="left" if index < keys else "right", overflow="fold")
+    for cells in rows:
+        rich.add_row(*map(Text, cells[:keys]), *map(_two_lines, cells[keys:]))
+    return rich
+
+
+def _two_lines(cell: str) -> Text:
+    mean, bracket, interval = cell.partition(" [")
+    return Text(mean).append(f"\n[{interval}", "dim") if bracket else Text(mean)

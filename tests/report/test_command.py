@@ -1,0 +1,88 @@
+"""`cl-runner report` as it is typed."""
+
+import subprocess
+import sys
+
+import pytest
+
+from cl_runner.errors import ConfigError
+from cl_runner.report.command import main
+from tests.report.samples import config, unfinished, write
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for seed in (0, 1, 2):
+        for strength in (1.0, 100.0):
+            accuracy = 0.5 + 0.1 * seed + strength / 1000
+            write(tmp_path, config("EWC", seed, strength=strength), accuracy, metrics={"validation_accuracy": accuracy})
+        write(tmp_path, config("Finetune", seed), 0.4, metrics={"validation_accuracy": 0.4})
+    return tmp_path
+
+
+def test_it_writes_every_file_and_prints_its_table(folder, capsys):
+    assert main([str(folder), "--baseline", "finetune", "--curve", "strength"]) == 0
+    said = capsys.readouterr()
+    assert said.out.startswith("| strategy | strength | average_accuracy (%) | Δ to finetune |")
+    assert "| finetune | – | 40.0 ± 0.0 [40.0, 40.0] |" in said.out
+    assert "9 of 9 runs in 3 groups" in said.err
+    files = {path.name for path in (folder / "report").iterdir()}
+    assert files == {
+        *("index.html", "table.csv", "table.md", "table.tex"),
+        *("matrices.png", "accuracy.png", "forgetting.png", "curve-strategy-strength.png"),
+    }
+
+
+def test_what_is_not_in_the_table_is_counted_and_named_everywhere(folder, capsys):
+    unfinished(folder, "lwf-s0-1", state="failed", error="ValueError: no")
+    assert main([str(folder)]) == 0
+    said = capsys.readouterr()
+    for text in (said.err, (folder / "report" / "table.md").read_text()):
+        assert "run is not in the table: 1 failed" in text
+        assert "lwf-s0-1" in text
+        assert "ValueError: no" in text
+    assert "lwf-s0-1" not in said.out  # what is printed is the table alone, for a pipe
+
+
+def test_the_choice_is_printed_with_its_test_numbers(folder, capsys):
+    assert main([str(folder), "--select"]) == 0
+    *_, heads, _, ewc, finetune = capsys.readouterr().out.splitlines()
+    assert heads.startswith("| strategy | strength | validation_accuracy (%) | chosen from | average_accuracy (%) |")
+    assert ewc.startswith("| ewc | 100 | 70.0 ± 10.0 | 2 | 70.0 ± 10.0 |")
+    assert finetune.startswith("| finetune | – | 40.0 ± 0.0 | 1 |")
+    assert (folder / "report" / "selection.md").exists()
+
+
+def test_the_same_command_again_makes_the_same_files(folder):
+    main([str(folder)])
+    before = {path.name: path.read_bytes() for path in (folder / "report").iterdir()}
+    main([str(folder)])
+    assert before == {path.name: path.read_bytes() for path in (folder / "report").iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["/nowhere"], "DIR: expected a folder of runs"),
+        ([], "report: the following arguments are required: DIR"),
+        (["{}", "--spread", "median"], "invalid choice: 'median'"),
+        (["{}", "--tasks", "0", "--select"], "expected a number of tasks, got '0'"),
+        (["{}", "--tasks", "2"], "--tasks: expected together with --select"),
+        (["{}", "--metrics", "acc"], "--metrics: expected metrics of the runs, got 'acc'"),
+        (["{}", "--curve", "strenght"], "--curve: expected a key of the configuration, got 'strenght'; did you mean"),
+        (["{}", "--baseline", "joint"], "--baseline: expected one of the groups, got 'joint'"),
+        (["{}", "--by", "model.depth"], "--by: expected a key of the configuration"),
+    ],
+)
+def test_what_cannot_work_is_said_in_one_line(folder, words, said):
+    with pytest.raises(ConfigError) as error:
+        main([word.format(folder) for word in words])
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not (folder / "report").exists()
+
+
+def test_torch_is_never_imported():
+    code = "import sys; from cl_runner.report import command, page, pictures; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

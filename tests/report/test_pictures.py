@@ -1,0 +1,91 @@
+"""Pictures: that each shows what it says."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cl_runner.errors import ConfigError
+from cl_runner.report.groups import group_runs
+from cl_runner.report.pictures import DPI, HEAD, accuracy_over_tasks, curve, draw, matrices, to_png
+from cl_runner.report.runs import read
+from tests.report.samples import config, write
+
+
+def grouped(folder):
+    return group_runs(read(folder).runs)
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    for seed in (0, 1):
+        for strength, accuracy in ((1.0, 0.5), (100.0, 0.7), (1e4, 0.6)):
+            write(tmp_path, config("EWC", seed, strength=strength), accuracy + 0.02 * seed)
+        write(tmp_path, config("Finetune", seed), 0.3)
+    return grouped(tmp_path)
+
+
+def test_a_curve_runs_over_the_values_of_its_key_with_bars_of_one_standard_error(sweep):
+    axes = curve(sweep, "strategy.strength").axes[0]
+    (line, _, (bars,)) = axes.containers[0]
+    assert line.get_xdata().tolist() == [1.0, 100.0, 1e4]
+    assert line.get_ydata().tolist() == pytest.approx([51.0, 71.0, 61.0])
+    low, high = bars.get_segments()[0][:, 1]
+    assert (low, high) == pytest.approx((50.0, 52.0))  # seeds 50 and 52: the standard error is 1
+    assert axes.get_xscale() == "log"
+
+
+def test_a_group_without_the_key_is_a_level_line(sweep):
+    axes = curve(sweep, "strategy.strength").axes[0]
+    (level,) = [line for line in axes.lines if line.get_label() == "finetune"]
+    assert set(level.get_ydata()) == {30.0}
+
+
+def test_a_key_of_words_has_a_place_for_each(tmp_path):
+    for anchor in ("previous", "both"):
+        write(tmp_path, config("EWC", anchor=anchor))
+    axes = curve(grouped(tmp_path), "strategy.anchor").axes[0]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["both", "previous"]
+    assert axes.get_xscale() == "linear"
+
+
+def test_zero_has_a_place_beside_a_logarithmic_axis(tmp_path):
+    for strength in (0.0, 1.0, 1000.0):
+        write(tmp_path, config("EWC", strength=strength))
+    axes = curve(grouped(tmp_path), "strategy.strength").axes[0]
+    assert axes.get_xscale() == "symlog"
+
+
+def test_a_curve_over_a_key_that_does_not_differ_is_refused(sweep):
+    with pytest.raises(ConfigError, match="--curve"):
+        draw(sweep, ["optimizer.lr"])
+
+
+def test_accuracy_over_tasks_is_that_of_the_tasks_so_far(tmp_path):
+    for seed in (0, 1):
+        write(tmp_path, config(seed=seed))
+    axes = accuracy_over_tasks(grouped(tmp_path)).axes[0]
+    assert axes.lines[0].get_ydata().tolist() == pytest.approx([90, 75, 70])
+
+
+def test_many_groups_share_a_colour_a_strategy(tmp_path):
+    for lr in np.linspace(0.1, 1, 12):
+        write(tmp_path, config("EWC", lr=float(lr)))
+    axes = accuracy_over_tasks(grouped(tmp_path)).axes[0]
+    (lines,) = axes.collections
+    assert len(lines.get_paths()) == 12
+    assert lines.get_label() == "ewc"
+
+
+def test_the_colours_of_matrices_mean_the_same_in_every_group(tmp_path):
+    for lr, value in ((0.1, 0.0), (0.2, 1.0)):
+        write(tmp_path, config(lr=lr), rows=[[value, None], [value, value]])
+    first, *_, last = [kind for kind in matrices(grouped(tmp_path)).axes[0].collections if len(kind.get_paths()) == 3]
+    assert (255 * first.get_facecolor()[0, :3]).round().tolist() == [0xEB, 0xFB, 0xF3]
+    assert (255 * last.get_facecolor()[0, :3]).round().tolist() == [0x2A, 0x36, 0x58]
+
+
+def test_the_same_picture_has_the_same_bytes(sweep, tmp_path):
+    one, other = (to_png(matrices(sweep)) for _ in range(2))
+    assert one == other
+    (tmp_path / "matrices.png").write_bytes(one)
+    assert Image.open(tmp_path / "matrices.png").size == (round(2 * 6.2 * DPI), round((2 * 3.0 + HEAD) * DPI))
