@@ -1,58 +1,164 @@
-"""The state of a run between two tasks: saved in one motion, and refused where it is not this run's."""
+"""What a run needs to go on: saved in one motion, and refused where it is damaged or another run's.
+
+Two are kept, the last and the one before it. A file is a line that says what it is, the checksum of what follows, a
+line that says whose it is, and what `torch.save` writes.
+"""
 
 import io
+import json
 import logging
+import math
+import time
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import IO, TYPE_CHECKING, Any, BinaryIO, cast
 
 import torch
-from torch import nn
+from torch.serialization import default_restore_location, get_unsafe_globals_in_checkpoint
 
-from cl_runner.folder import write_atomically
-from cl_runner.strategies.base import Strategy
+from cl_runner.folder import replacing, writing
+from cl_runner.models.model import Model
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
 
 log = logging.getLogger("cl_runner")
 
-MAGIC = b"cl_runner checkpoint 1\n"
+MAGIC = b"cl_runner checkpoint 2\n"
+FOLDER, LAST, PREVIOUS = "checkpoint", "last.pt", "previous.pt"
+CHUNK = 1 << 20  # bytes
 
 
-def save(folder: Path, state: dict[str, Any]) -> None:
-    """Write `state` (tensors, numbers, strings and containers of them) to `folder`/checkpoint/last.pt."""
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    body = buffer.getvalue()
-    (folder / "checkpoint").mkdir(exist_ok=True)
-    write_atomically(folder / "checkpoint" / "last.pt", MAGIC + zlib.crc32(body).to_bytes(4, "big") + body)
+class Pace:
+    """When a run is to be saved: `due` at a number of steps, which the clock or a signal can bring forward to now."""
+
+    def __init__(self, every: int | None = None, seconds: float | None = None) -> None:
+        self.every, self.seconds = every, seconds
+        self.cost = 0.0  # seconds that the last saving took
+        self.saved(steps=0)
+
+    def saved(self, steps: int) -> None:
+        self._since = time.monotonic()
+        self.due = math.inf if self.every is None else steps + self.every
+
+    def now(self) -> None:
+        self.due = 0
+
+    def look_at_the_clock(self) -> None:
+        if self.seconds is not None and time.monotonic() - self._since >= self.seconds:
+            self.now()
+
+    @property
+    def worth_it(self) -> bool:
+        """Whether all that was done since the last time took ten times as long as saving it would."""
+        return time.monotonic() - self._since > 10 * self.cost
+
+
+class UnusableError(Exception):
+    """A checkpoint that cannot be gone on from; the message says why."""
+
+
+def save(folder: Path, config_hash: str, device: torch.device, state: dict[str, Any]) -> None:
+    """Write `state` (tensors, numbers, strings and containers of them) to `folder`; the last one becomes the previous.
+
+    Raises CannotWriteError, TypeError for what could not be read again, and leaves both as they were.
+    """
+    place = folder / FOLDER
+    with writing(place):
+        place.mkdir(exist_ok=True)
+    with replacing(place / LAST, keep=place / PREVIOUS) as file:
+        file.write(MAGIC + _checksum(0))
+        rest = _Summed(file)
+        rest.write(json.dumps({"config_hash": config_hash, "device": device.type}).encode() + b"\n")
+        start = file.tell()
+        try:
+            torch.save(state, cast(IO[bytes], rest))
+        except RuntimeError as error:  # what PyTorch makes of a disk that is full
+            raise rest.failure or error from None
+        file.seek(start)
+        _check_readable(file)
+        file.seek(len(MAGIC))
+        file.write(_checksum(rest.crc))
 
 
 def load(folder: Path, config_hash: str, device: torch.device) -> dict[str, Any] | None:
-    """The last state saved in `folder`, or None where there is none that this configuration can go on from."""
-    path = folder / "checkpoint" / "last.pt"
-    if not path.exists():
-        return None
-    content = path.read_bytes()
-    start = len(MAGIC) + 4
-    if not content.startswith(MAGIC) or zlib.crc32(content[start:]).to_bytes(4, "big") != content[len(MAGIC) : start]:
-        log.warning("%s is damaged: starting from the beginning", path)
-        return None
-    state = torch.load(io.BytesIO(content[start:]), map_location=device, weights_only=True)
-    if state["config_hash"] != config_hash:
-        log.warning("%s belongs to another configuration: starting from the beginning", path)
-        return None
-    return state
+    """The last state saved in `folder` that this configuration can go on from; None where there is none."""
+    there = [path for name in (LAST, PREVIOUS) if (path := folder / FOLDER / name).exists()]
+    for path in there:
+        try:
+            return _read(path, config_hash, device)
+        except UnusableError as error:
+            log.warning("%s %s", path, error)
+    if there:
+        log.warning("no other checkpoint is there: starting from the beginning")
+    return None
 
 
-def strategy_state(strategy: Strategy) -> dict[str, Any]:
-    """What `strategy.saved` names; a module by its state dict."""
-    values = {name: getattr(strategy, name) for name in strategy.saved}
-    return {name: value.state_dict() if isinstance(value, nn.Module) else value for name, value in values.items()}
+def _read(path: Path, config_hash: str, device: torch.device) -> dict[str, Any]:
+    with path.open("rb") as file:
+        if file.readline(len(MAGIC)) != MAGIC:
+            raise UnusableError("is no checkpoint of this version")
+        said, crc, start = file.readline(CHUNK), 0, file.tell()
+        while chunk := file.read(CHUNK):
+            crc = zlib.crc32(chunk, crc)
+        if said != _checksum(crc):
+            raise UnusableError("is damaged")
+        file.seek(start)
+        label = json.loads(file.readline())
+        if label["config_hash"] != config_hash:
+            raise UnusableError("belongs to another configuration")
+        # What was on the CPU beside an accelerator stays there: memories, and counters that must not wait for a device.
+        stays = None if label["device"] == "cpu" else "cpu"
+
+        def place(storage: Any, where: str) -> Any:
+            return default_restore_location(storage, where if where == stays else str(device))
+
+        return torch.load(file, map_location=place, weights_only=True)
 
 
-def restore_strategy(strategy: Strategy, state: dict[str, Any]) -> None:
-    for name, value in state.items():
-        current = getattr(strategy, name)
-        if isinstance(current, nn.Module):
-            current.load_state_dict(value)
-        else:
-            setattr(strategy, name, value)
+def _check_readable(file: BinaryIO) -> None:
+    """Say now what would come out when the run is to go on: a checkpoint is data, and builds no class unasked."""
+    if unknown := get_unsafe_globals_in_checkpoint(file):
+        raise TypeError(
+            f"a checkpoint cannot hold {', '.join(sorted(unknown))}: of what a strategy names in `saved`, "
+            "torch.serialization.add_safe_globals must let in the classes that are not PyTorch's"
+        )
+
+
+def _checksum(crc: int) -> bytes:
+    """As long for one as for another."""
+    return f"{crc:08x}\n".encode()
+
+
+class _Summed(io.BufferedIOBase):
+    """Passes on what it is given, and keeps its checksum: a large model is never in memory a second time."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.crc = file, 0
+        self.failure: OSError | None = None
+
+    def write(self, content: "ReadableBuffer", /) -> int:
+        self.crc = zlib.crc32(content, self.crc)
+        try:
+            return self.file.write(content)
+        except OSError as error:
+            self.failure = error
+            raise
+
+
+def model_state(model: Model) -> dict[str, Any]:
+    """Weights and buffers, which parameters learn, and which modules are in train mode."""
+    return {
+        "values": model.state_dict(),
+        "learning": [name for name, parameter in model.named_parameters() if parameter.requires_grad],
+        "training": [name for name, module in model.named_modules() if module.training],
+    }
+
+
+def restore_model(model: Model, state: dict[str, Any]) -> None:
+    model.load_state_dict(state["values"])
+    learning, training = set(state["learning"]), set(state["training"])
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in learning)
+    for name, module in model.named_modules():
+        module.training = name in training

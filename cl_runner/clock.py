@@ -12,22 +12,34 @@ import torch
 
 
 class Clock:
-    """Seconds and peak memory by phase."""
+    """Seconds and peak memory by phase; of phases within phases, the inner one's count as its own alone."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.seconds: dict[str, float] = {}
         self.peak_memory: dict[str, int] = {}
+        self._phase: str | None = None
+        self._since = 0.0
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-        start = time.perf_counter()
-        yield
+        outer = self._phase
+        self._enter(phase)
+        try:
+            yield
+        finally:
+            self._enter(outer)
+
+    def _enter(self, phase: str | None) -> None:
+        """Give the phase that ends here, or pauses, what is its own."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        self.add({phase: time.perf_counter() - start}, {phase: self._peak()})
+        now = time.perf_counter()
+        if self._phase is not None:
+            self.add({self._phase: now - self._since}, {self._phase: self._peak()})
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        self._phase, self._since = phase, now
 
     def add(self, seconds: dict[str, float], peak_memory: dict[str, int]) -> None:
         for phase, value in seconds.items():

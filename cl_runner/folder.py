@@ -1,26 +1,55 @@
-"""A run's folder: what lies in it and in what state the run is."""
+"""A run's folder: what lies in it, in what state the run is, and how files are written so that none is ever torn."""
 
 import json
 import logging
 import os
+import re
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import yaml
 
+from cl_runner.lock import Lock
+
+log = logging.getLogger("cl_runner")
+
+LASTING = ("id", "task", "tasks", "num_tasks", "step")  # what a status keeps when the run goes on
+DRAFT = re.compile(r"\..+\.\d+")
+
+
+class CannotWriteError(OSError):
+    """The disk is full, or the folder cannot be written."""
+
 
 class RunFolder:
-    """The folder of one run. `status.json` is the truth about it: pending, running, done or failed."""
+    """The folder of one run. `status.json` is the truth about it, together with the lock that a living run holds."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self._updating = threading.Lock()  # a run's pulse writes the status too
 
     @property
     def status(self) -> dict[str, Any]:
         return read_json(self.path / "status.json")
 
-    def update_status(self, **fields: Any) -> None:
-        write_atomically(self.path / "status.json", json.dumps({**self.status, **fields}, indent=2))
+    @property
+    def state(self) -> str:
+        """pending, running, done, failed, or killed: it says that it is running and no living process has its lock."""
+        said = self.status.get("state", "pending")
+        if said == "done":
+            return said
+        if self.held is not None:
+            return "running"
+        return "killed" if said == "running" else said
+
+    @property
+    def held(self) -> dict[str, Any] | None:
+        """{"pid", "host"} of the living process whose run this is; None where there is none."""
+        return Lock(self.path).holder
 
     @property
     def done(self) -> bool:
@@ -30,26 +59,71 @@ class RunFolder:
     def results(self) -> dict[str, Any]:
         return read_json(self.path / "results.json")
 
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Nothing is written but in here, and no other living process can come in.
+
+        Raises FolderInUseError, and CannotWriteError where there can be no such folder.
+        """
+        lock = Lock(self.path)
+        with writing(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
+        try:
+            yield
+        finally:
+            lock.release()
+
     def start(self, **fields: Any) -> None:
-        """The run begins or goes on: of what was said before, only its name stays."""
-        kept = {key: value for key, value in self.status.items() if key == "id"}
-        write_atomically(self.path / "status.json", json.dumps({**kept, "state": "running", **fields}, indent=2))
+        """The run begins or goes on: of what was said before, its name and how far it came stay."""
+        self._remove_drafts()
+        kept = {key: value for key, value in self.status.items() if key in LASTING}
+        now = time.time()
+        status = {**kept, "state": "running", "started": now, "heartbeat": now, **fields}
+        write_atomically(self.path / "status.json", json.dumps(status, indent=2))
+
+    def update_status(self, **fields: Any) -> None:
+        with self._updating:
+            write_atomically(self.path / "status.json", json.dumps({**self.status, **fields}, indent=2))
+
+    def beat(self, **fields: Any) -> None:
+        """A sign of life. A disk that is full is no matter here: the run itself will meet it, if it lasts."""
+        with suppress(CannotWriteError):
+            self.update_status(heartbeat=time.time(), **fields)
+
+    def stop(self, why: str) -> None:
+        """The run was told to stop, and waits to go on."""
+        log.debug("stopped by %s", why)
+        self.update_status(state="pending", stopped=why, heartbeat=time.time())
 
     def fail(self, error: BaseException, trace: str) -> None:
-        """Leave word of what ended the run; its traceback is for `run.log` too."""
-        logging.getLogger("cl_runner").debug("%s", trace)
-        self.update_status(state="failed", error=f"{type(error).__name__}: {error}", traceback=trace)
+        """Leave word of what ended the run, as far as that can be written; its traceback is in `run.log` too."""
+        log.debug("%s", trace)
+        with suppress(CannotWriteError):
+            self.update_status(state="failed", error=f"{type(error).__name__}: {error}", traceback=trace)
 
     def write_config(self, config: dict[str, Any]) -> None:
         """The resolved configuration, as YAML."""
         write_atomically(self.path / "config.yaml", yaml.safe_dump(config, sort_keys=False))
 
     def move_aside(self) -> Path:
-        """Rename the folder, contents and all, to the first free `<name>.<n>`."""
+        """Rename the folder, contents and all, to the first free `<name>.<n>`.
+
+        Raises FolderInUseError.
+        """
         number = 1
         while (target := self.path.with_name(f"{self.path.name}.{number}")).exists():
             number += 1
-        return self.path.rename(target)
+        with self.locked():
+            self.path.rename(target)
+            Lock(target).path.unlink()
+        return target
+
+    def _remove_drafts(self) -> None:
+        """What a killed process was writing; no living one is."""
+        for draft in (*self.path.glob(".*"), *self.path.glob("checkpoint/.*")):
+            if DRAFT.fullmatch(draft.name):
+                draft.unlink()
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -57,10 +131,52 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Replace the file in one motion: a reader sees the old content or the new, whatever happens meanwhile."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    with draft.open("wb") as file:
+    """Replace the file in one motion: a reader sees the old content or the new, whatever happens meanwhile.
+
+    Raises CannotWriteError, and leaves the file as it was.
+    """
+    with replacing(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(path)
+
+
+@contextmanager
+def replacing(path: Path, keep: Path | None = None) -> Iterator[BinaryIO]:
+    """A file whose content takes `path`'s place in one motion, once all of it is on disk.
+
+    `keep`: where what was in the place goes. Raises CannotWriteError, and leaves the file as it was.
+    """
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    with writing(path):
+        try:
+            with draft.open("w+b") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            if keep is not None and path.exists():
+                path.replace(keep)
+            draft.replace(path)
+            _sync_folder(path.parent)
+        except BaseException:
+            with suppress(OSError):
+                draft.unlink()
+            raise
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Whatever the operating system has against it becomes a CannotWriteError that names the path and the reason."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, CannotWriteError):
+            raise
+        raise CannotWriteError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def _sync_folder(folder: Path) -> None:
+    """A new name is on disk only once its folder is."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,9 +1,10 @@
 """One job of the command line: its experiment, carried out in its folder."""
 
 import os
+import shlex
 import shutil
+import socket
 import sys
-import time
 import traceback
 from typing import Any
 
@@ -11,36 +12,60 @@ from cl_runner.clock import environment
 from cl_runner.config import Experiment
 from cl_runner.errors import ConfigError
 from cl_runner.folder import RunFolder
+from cl_runner.interrupt import Interrupt, Stopped
 from cl_runner.run import run
 from cl_runner.trackers.console import Console, log_file, log_to, show_results, the_console
 
 
 def carry_out(experiment: Experiment) -> float | None:
-    """Run an experiment in its folder, and leave word of how it ended. Returns its average accuracy."""
-    folder = RunFolder(experiment.folder)
+    """Run an experiment in its folder, and leave word of how it ended.
+
+    Returns its accuracy on the validation splits, or on the test splits where there are none. Raises what the run
+    raises; FolderInUseError where another process is at it; Stopped where a signal ended it and no launcher took over.
+    """
+    folder, interrupt = RunFolder(experiment.folder), Interrupt()
     if folder.done:
         show(experiment)
-        return folder.results["metrics"]["average_accuracy"]
+        return _outcome(folder.results)
+    try:
+        with folder.locked(), interrupt.listening():
+            return _outcome(_carried_out(experiment, folder, interrupt))
+    except Stopped as stopped:
+        interrupt.hand_on(stopped)
+        raise
+
+
+def _carried_out(experiment: Experiment, folder: RunFolder, interrupt: Interrupt) -> dict[str, Any]:
+    if folder.done:  # by another process, since it was asked
+        return folder.results
     new = not folder.status
-    folder.path.mkdir(parents=True, exist_ok=True)
     folder.write_config(experiment.config)
     folder.start(
+        hash=experiment.hash,
+        group=experiment.group,
         pid=os.getpid(),
-        started=time.time(),
-        command=" ".join(sys.argv),
+        host=socket.gethostname(),
+        command=shlex.join(["cl-runner", *sys.argv[1:]]),
         environment=environment(experiment.device),
     )
     console = the_console()
     with log_to(console), log_file(folder.path):
         try:
-            results = run(experiment, folder, [experiment.tracker, Console(console, experiment.tracker.line)])
+            return run(experiment, folder, [experiment.tracker, Console(console, experiment.tracker.line)], interrupt)
         except BaseException as error:
-            if new and isinstance(error, ConfigError):
+            if interrupt.stopping is not None:
+                folder.stop(interrupt.stopping)
+            elif new and isinstance(error, ConfigError):
                 shutil.rmtree(folder.path)  # nothing was begun in it
-                raise
-            folder.fail(error, traceback.format_exc())
+            else:
+                folder.fail(error, traceback.format_exc())
             raise
-    return results["metrics"]["average_accuracy"]
+
+
+def _outcome(results: dict[str, Any]) -> float | None:
+    measured = results["metrics"]
+    validation = measured.get("validation_accuracy")
+    return measured["average_accuracy"] if validation is None else validation
 
 
 def is_done(experiment: Experiment) -> bool:

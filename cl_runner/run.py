@@ -1,93 +1,115 @@
 """One experiment: every task in turn, measured, recorded, saved."""
 
 import os
-import random
 import secrets
+import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 
 from cl_runner.clock import Clock
 from cl_runner.config import Experiment
 from cl_runner.folder import RunFolder
+from cl_runner.interrupt import Interrupt
 from cl_runner.models.model import Model
+from cl_runner.pulse import pulse
+from cl_runner.randomness import seed_all
 from cl_runner.state import State
-from cl_runner.strategies.base import Strategy
-from cl_runner.streams.base import Stream
+from cl_runner.streams.base import Stream, Task
 from cl_runner.trackers.base import Many, RunInfo, Tracker
 from cl_runner.trackers.local import Local
+from cl_runner.trackers.names import overrides_of, run_name
 from cl_runner.trainer import Trainer, Work
 
+BEAT = 10.0  # seconds at most between two signs of life
 
-def run(experiment: Experiment, folder: RunFolder, watchers: Sequence[Tracker] = ()) -> dict[str, Any]:
+Record = Callable[[dict[str, Any]], None]
+
+
+def run(
+    experiment: Experiment, folder: RunFolder, watchers: Sequence[Tracker] = (), interrupt: Interrupt | None = None
+) -> dict[str, Any]:
     """Learn the whole stream, from the beginning or from where an earlier process was stopped.
 
-    `watchers` are told what the folder's own files are told. Returns the content of results.json.
+    `watchers` are told what the folder's own files are told; `interrupt` knows of signals. Returns the content of
+    results.json. Raises Stopped when a signal has asked for it.
     """
-    journal = Local()
+    journal, interrupt = Local(), interrupt or Interrupt()
     tracker = Many([journal, *watchers])
     failed = True
     try:
-        results = _run(experiment, folder, journal, tracker)
+        results = _run(experiment, folder, journal, tracker, interrupt)
         failed = False
     finally:
-        tracker.close(failed)
+        preempted = interrupt.stopping is not None
+        tracker.close(failed=failed and not preempted, preempted=preempted)
     return results
 
 
-def _run(experiment: Experiment, folder: RunFolder, journal: Local, tracker: Tracker) -> dict[str, Any]:
-    clock = Clock(experiment.device)
-    with clock("prepare"):
-        _set_precision(experiment.trainer)
-        _seed(experiment.trainer.seed)
+def _run(
+    experiment: Experiment, folder: RunFolder, journal: Local, tracker: Tracker, interrupt: Interrupt
+) -> dict[str, Any]:
+    clock, trainer = Clock(experiment.device), experiment.trainer
+    with clock("prepare"), pulse(folder.beat, BEAT):
+        _set_precision(trainer)
+        seed_all(_seed(trainer))
         stream: Stream = experiment.stream.load(experiment.config["data_root"], experiment.device)
-        model: Model = experiment.model.build(stream, experiment.trainer.active_logits).to(experiment.device)
-        strategy: Strategy = experiment.strategy
-        strategy.setup(model, stream)
-        if experiment.trainer.compile:
+        model: Model = experiment.model.build(stream, trainer.active_logits).to(experiment.device)
+        experiment.strategy.setup(model, stream)
+        if trainer.compile:
             model.backbone.compile()
-        state = State(experiment, folder, stream, model, clock, journal)
-        state.restore()
-    _start(tracker, experiment, folder, stream, resumed=state.position.tasks > 0)
+        state = State(experiment, folder, stream, model, clock, journal, interrupt)
+        kept = state.restore()
+    _start(tracker, experiment, folder, stream, resumed=kept is not None)
 
     def record(row: dict[str, Any]) -> None:
         row = {"kind": row["kind"], "seq": state.position.rows, **row}
         state.position.rows += 1
         tracker.task(row) if row["kind"] == "task" else tracker.step(row)
 
-    experiment.trainer.start(
-        Work(model, strategy, experiment.make_optimizer, experiment.make_scheduler, record, state.position),
-        state.optimizer_state,
-    )
-    for task in stream.tasks[state.position.tasks :]:
-        _seed(experiment.trainer.seed, task.index)
-        model.reveal(task)
-        state.position.tasks = task.index + 1
-        if strategy.offline and task.index < len(stream) - 1:
-            continue
+    make = experiment.make_optimizer, experiment.make_scheduler
+    trainer.start(Work(model, experiment.strategy, *make, record, state.position, state.pace, state.save), kept)
+    with pulse(state.beat, min(BEAT, trainer.checkpoint_seconds or BEAT)):
+        state.prepared()
+        while state.position.tasks < len(stream):
+            _learn(stream.tasks[state.position.tasks], state, record)
+        results = state.results()
+        state.save_weights()
+        tracker.finish(results)
+    state.done()
+    return results
+
+
+def _learn(task: Task, state: State, record: Record) -> None:
+    """One task, from the phase on in which the run is."""
+    strategy, trainer, clock, position = state.strategy, state.trainer, state.clock, state.position
+    if position.phase == "begin":
+        seed_all(_seed(trainer) + task.index)  # whether this process was there for the tasks before or not
+        state.model.reveal(task)
+        if strategy.offline and task.index < len(state.stream) - 1:
+            position.tasks += 1
+            return
         if not state.zero_shot:
             with clock("evaluate"):
                 state.zero_shot = state.evaluate(learned=0)
         with clock("consolidate"):
             strategy.before_task(task)
-            data = strategy.training_data(task)
-        with clock("train"):
-            if len(data):
-                experiment.trainer.learn(task, data)
+        state.enter("learn")
+    if position.phase == "learn":
         with clock("consolidate"):
-            strategy.after_task(task)
-        with clock("evaluate"):
-            state.measure(task)
-        record({"kind": "task", "task": task.index, "num_tasks": len(stream), **state.summary()})
-        state.save()
-    results = state.results()
-    state.save_weights()
-    tracker.finish(results)
-    state.done()
-    return results
+            data = strategy.training_data(task)
+        if len(data):
+            with clock("train"), state.interrupt.deferred():
+                trainer.learn(task, data)
+        state.enter("consolidate")
+    with clock("consolidate"):
+        strategy.after_task(task)
+    with clock("evaluate"):
+        state.measure(task)
+    record({"kind": "task", "task": task.index, "num_tasks": len(state.stream), **state.summary()})
+    state.enter("begin")
 
 
 def _start(tracker: Tracker, experiment: Experiment, folder: RunFolder, stream: Stream, resumed: bool) -> None:
@@ -96,14 +118,14 @@ def _start(tracker: Tracker, experiment: Experiment, folder: RunFolder, stream: 
     tracker.start(
         RunInfo(
             folder=folder.path,
-            name=folder.path.name,
+            name=run_name(experiment.config, overrides_of(folder.path)),
             group=f"{folder.path.name.rpartition('-s')[0]}-{experiment.group}",
             id=run_id,
             config=experiment.config,
             num_tasks=len(stream),
             scenario=str(stream.scenario),
             resumed=resumed,
-            command=" ".join(sys.argv),
+            command=shlex.join(["cl-runner", *sys.argv[1:]]),
         )
     )
 
@@ -117,8 +139,5 @@ def _set_precision(trainer: Trainer) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
-def _seed(seed: int, task: int = 0) -> None:
-    """The same numbers in a task whether the process was there for the tasks before it or not."""
-    torch.manual_seed(seed * 1_000_003 + task)
-    np.random.seed((seed * 1_000_003 + task) % 2**32)
-    random.seed(seed * 1_000_003 + task)
+def _seed(trainer: Trainer) -> int:
+    return trainer.seed * 1_000_003

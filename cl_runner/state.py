@@ -14,10 +14,12 @@ from cl_runner.clock import Clock, environment
 from cl_runner.config import Experiment
 from cl_runner.evaluate import Drift, accuracies, measured_scenarios
 from cl_runner.folder import RunFolder, write_atomically
+from cl_runner.interrupt import Interrupt
+from cl_runner.journal import Position
 from cl_runner.models.model import Model
+from cl_runner.randomness import random_state, restore_random_state
 from cl_runner.streams.base import Scenario, Stream, Task
 from cl_runner.trackers.local import Local
-from cl_runner.trainer import Position
 
 log = logging.getLogger("cl_runner")
 
@@ -37,32 +39,45 @@ class State:
         model: Model,
         clock: Clock,
         journal: Local,
+        interrupt: Interrupt,
     ) -> None:
         self.experiment, self.folder, self.stream, self.model = experiment, folder, stream, model
-        self.clock, self.journal = clock, journal
+        self.clock, self.journal, self.interrupt = clock, journal, interrupt
         self.strategy, self.trainer = experiment.strategy, experiment.trainer
+        self.pace = checkpoint.Pace(self.trainer.checkpoint_every, self.trainer.checkpoint_seconds)
+        interrupt.soon = self.pace.now
         self.position = Position()
         self.rows: Rows = {scenario: [] for scenario in measured_scenarios(experiment.strategy)}
+        self.validation: Rows = {scenario: [] for scenario in self.rows}
         samples = self.trainer.drift_samples if model.pretrained_head is not None else 0
         self.drift = Drift(model, stream, samples, self.trainer.eval_batch_size) if samples else None
         self.moved: dict[str, float] = {}
         self.zero_shot: dict[Scenario, list[float]] = {}
-        self.optimizer_state: dict[str, Any] | None = None
+        self.random: dict[str, Any] | None = None  # the generators as the phase found them; None: it seeds them itself
 
     def measure(self, task: Task) -> None:
-        """One more row of every matrix."""
-        for scenario, row in self.evaluate(learned=task.index + 1).items():
-            missing = [[math.nan] * len(self.stream)] * (task.index - len(self.rows[scenario]))
-            self.rows[scenario] += [*missing, row]
+        """The task is learned: one more row of every matrix."""
+        self.position.tasks = learned = task.index + 1
+        self._add(self.rows, task, self.evaluate(learned))
+        if len(task.validation):
+            looked_at = self.evaluate(learned, "validation")
+            unknown = [math.nan] * (len(self.stream) - learned)
+            self._add(self.validation, task, {name: row[:learned] + unknown for name, row in looked_at.items()})
         self.moved = self.drift.measure() if self.drift else {}
 
-    def matrices(self) -> dict[str, torch.Tensor]:
-        """scenario -> [T, T], NaN where nothing was measured (yet)."""
+    def _add(self, matrices: Rows, task: Task, rows: dict[Scenario, list[float]]) -> None:
+        for scenario, row in rows.items():
+            missing = [[math.nan] * len(self.stream)] * (task.index - len(matrices[scenario]))
+            matrices[scenario] += [*missing, row]
+
+    def matrices(self, measured: Rows | None = None) -> dict[str, torch.Tensor]:
+        """scenario -> [T, T], NaN where nothing was measured (yet); of the test splits unless others are given."""
         size = len(self.stream)
         unknown = [math.nan] * size
         return {
             str(scenario): torch.tensor([*rows, *[unknown] * (size - len(rows))], dtype=torch.float64)
-            for scenario, rows in self.rows.items()
+            for scenario, rows in (measured or self.rows).items()
+            if rows
         }
 
     def metrics(self) -> dict[str, float | None]:
@@ -88,7 +103,7 @@ class State:
 
     def results(self) -> dict[str, Any]:
         """The content of results.json."""
-        last = self.evaluate(len(self.stream), "validation")[self.stream.scenario]
+        *_, last = [[], *self.validation[self.stream.scenario]]
         validation = [value for value in last if not math.isnan(value)]
         return {
             "schema": SCHEMA,
@@ -99,44 +114,98 @@ class State:
                 "validation_accuracy": sum(validation) / len(validation) if validation else None,
             },
             "accuracy": {name: metrics.to_rows(matrix) for name, matrix in self.matrices().items()},
+            "validation": {name: metrics.to_rows(matrix) for name, matrix in self.matrices(self.validation).items()},
             "zero_shot": {str(name): _plain(row) for name, row in self.zero_shot.items()},
             "seconds": {**self.seconds(), "total": sum(self.clock.seconds.values())},
             "peak_memory": self.clock.peak_memory,
         }
 
+    def prepared(self) -> None:
+        """All that a run is made of is there: take the random generators to where the phase found them."""
+        self.folder.beat(**self.progress)
+        if self.random is not None:
+            restore_random_state(self.random, self.experiment.device)
+
+    def enter(self, phase: str) -> None:
+        """Another phase begins. It is saved if that is worth it, and a task at its end always.
+
+        Raises what `save` raises.
+        """
+        self.position.phase = phase
+        self.random = random_state(self.experiment.device)
+        if phase == "begin" or self.pace.worth_it or self.interrupt.asked:
+            self.save()
+
     def save(self) -> None:
-        """A checkpoint to go on from after the task just learned."""
-        state = {
-            "config_hash": self.experiment.hash,
+        """A checkpoint to go on from: between two steps, or between two phases of a task.
+
+        Raises CannotWriteError, and Stopped if the run has been told to stop.
+        """
+        with self.interrupt.deferred(), self.clock("checkpoint"):
+            start = time.perf_counter()
+            checkpoint.save(self.folder.path, self.experiment.hash, self.experiment.device, self.state_dict())
+            self.pace.cost = time.perf_counter() - start
+            self.pace.saved(self.position.steps)
+            self.interrupt.place = f"goes on at {self.place}"
+            self.folder.beat(**self.progress)
+        self.interrupt.heed()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
             "position": vars(self.position),
-            "model": self.model.state_dict(),
-            "strategy": checkpoint.strategy_state(self.strategy),
-            "optimizer": self.trainer.optimizer_to_keep(),
+            "random": self.random,
+            "model": checkpoint.model_state(self.model),
+            "strategy": self.strategy.state_dict(),
+            "trainer": self.trainer.state_dict(),
             "rows": {str(scenario): rows for scenario, rows in self.rows.items()},
+            "validation": {str(scenario): rows for scenario, rows in self.validation.items()},
             "moved": self.moved,
             "zero_shot": {str(scenario): row for scenario, row in self.zero_shot.items()},
             "journal": self.journal.offset,
             "seconds": self.clock.seconds,
             "peak_memory": self.clock.peak_memory,
         }
-        checkpoint.save(self.folder.path, state)
-        self.folder.update_status(heartbeat=time.time(), tasks=self.position.tasks)
 
-    def restore(self) -> None:
-        """Go on from the last checkpoint, if there is one."""
+    def restore(self) -> dict[str, Any] | None:
+        """Go on from the last checkpoint, if there is one. Returns what the trainer kept in it."""
         state = checkpoint.load(self.folder.path, self.experiment.hash, self.experiment.device)
         if state is None:
-            return
+            return None
         self.position = Position(**state["position"])
-        self.model.load_state_dict(state["model"])
-        checkpoint.restore_strategy(self.strategy, state["strategy"])
+        self.random = state["random"]
+        checkpoint.restore_model(self.model, state["model"])
+        self.strategy.load_state_dict(state["strategy"])
         self.rows = {Scenario(name): rows for name, rows in state["rows"].items()}
+        self.validation = {Scenario(name): rows for name, rows in state["validation"].items()}
         self.moved = state["moved"]
         self.zero_shot = {Scenario(name): row for name, row in state["zero_shot"].items()}
         self.journal.rewind(state["journal"])
         self.clock.add(state["seconds"], state["peak_memory"])
-        self.optimizer_state = state["optimizer"]
-        log.info("going on after task %d of %d", self.position.tasks, len(self.stream))
+        self.pace.saved(self.position.steps)
+        self.interrupt.place = f"goes on at {self.place}"
+        log.info("going on at %s", self.place)
+        return state["trainer"]
+
+    @property
+    def place(self) -> str:
+        """Where the run is, for people; tasks by the number by which matrices call them."""
+        learned = self.position.tasks == len(self.stream)
+        return "the end" if learned else f"task {self.position.tasks}, step {self.position.steps}"
+
+    def beat(self) -> None:
+        """Say that the run lives and where it is; have it saved if it is time."""
+        self.pace.look_at_the_clock()
+        self.folder.beat(**self.progress)
+
+    @property
+    def progress(self) -> dict[str, int]:
+        position, size = self.position, len(self.stream)
+        return {
+            "task": min(position.tasks, size - 1),
+            "tasks": position.tasks,
+            "num_tasks": size,
+            "step": position.steps,
+        }
 
     def save_weights(self) -> None:
         """The final weights under plain names, usable as `model.pretrained=PATH`."""
@@ -146,9 +215,10 @@ class State:
 
     def done(self) -> None:
         """Everything is on disk: say so, and drop what only an unfinished run needs."""
-        self.folder.update_status(state="done", finished=time.time())
-        if not self.trainer.keep_checkpoint:
-            shutil.rmtree(self.folder.path / "checkpoint", ignore_errors=True)
+        with self.interrupt.deferred():
+            self.folder.update_status(state="done", finished=time.time(), **self.progress)
+            if not self.trainer.keep_checkpoint:
+                shutil.rmtree(self.folder.path / checkpoint.FOLDER, ignore_errors=True)
 
     def evaluate(self, learned: int, split: str = "test") -> dict[Scenario, list[float]]:
         return accuracies(self.strategy, learned, self.trainer.eval_batch_size, split)

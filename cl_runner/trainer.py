@@ -1,9 +1,8 @@
 """Learning one task: epochs, batches, and the step."""
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 import torch
@@ -12,26 +11,18 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from cl_runner.checkpoint import Pace
 from cl_runner.errors import ConfigError
+from cl_runner.journal import Journal, NonFiniteLossError, Position
 from cl_runner.models.heads import keep_unreached_rows
 from cl_runner.models.model import ActiveLogits, Model, Output
+from cl_runner.randomness import random_state, restore_random_state
 from cl_runner.strategies.base import Strategy
 from cl_runner.streams.base import Examples, Seed, Task, number_of_batches
 
+__all__ = ["NonFiniteLossError", "Position", "Trainer", "Work"]
+
 Count = Annotated[int, Field(ge=1)]
-
-
-class NonFiniteLossError(RuntimeError):
-    """The loss is no longer a number."""
-
-
-@dataclass
-class Position:
-    """How far a run has come."""
-
-    tasks: int = 0  # learned
-    steps: int = 0  # the optimizer has made, all tasks together
-    rows: int = 0  # in the journal
 
 
 @dataclass
@@ -44,6 +35,8 @@ class Work:
     make_scheduler: Callable[..., LRScheduler]
     record: Callable[[dict[str, Any]], None]  # takes a journal row
     position: Position
+    pace: Pace = field(default_factory=Pace)
+    pause: Callable[[], None] = lambda: None  # called between two steps when the pace says so
 
 
 class Trainer:
@@ -65,6 +58,8 @@ class Trainer:
         log_every: Count = 10,
         eval_batch_size: Count = 512,
         drift_samples: Annotated[int, Field(ge=0)] = 512,
+        checkpoint_every: Count | None = None,
+        checkpoint_seconds: Annotated[float, Field(ge=1)] | None = 300.0,
         keep_checkpoint: bool = False,
         seed: Seed = 0,
     ) -> None:
@@ -73,45 +68,61 @@ class Trainer:
         `optimizer_state`: whether momentum and the like start empty in each task. `active_logits`: which outputs enter
         the loss: the task's own (current), those of all tasks so far (seen) or all; null for what the scenario says
         (task: current, domain: all, class: seen). `drift_samples`: held-out images on which the distance from the
-        pretrained model is measured (0: not at all). `seed`: of the order of the batches, dropout and augmentation."""
+        pretrained model is measured (0: not at all). The run is saved after each task, and within one after
+        `checkpoint_every` steps or `checkpoint_seconds`, whichever comes first; null: not for that reason. `seed`: of
+        the order of the batches, dropout and augmentation."""
         if accumulate > batch_size:
             raise ConfigError("trainer.accumulate", f"expected at most batch_size={batch_size}, got {accumulate}")
         self.epochs, self.iterations, self.batch_size, self.accumulate = epochs, iterations, batch_size, accumulate
         self.optimizer_state, self.clip_norm, self.active_logits = optimizer_state, clip_norm, active_logits
         self.precision, self.compile, self.deterministic = precision, compile, deterministic
         self.log_every, self.eval_batch_size, self.drift_samples = log_every, eval_batch_size, drift_samples
+        self.checkpoint_every, self.checkpoint_seconds = checkpoint_every, checkpoint_seconds
         self.keep_checkpoint, self.seed = keep_checkpoint, seed
-        self.optimizer: Any = None  # an Optimizer once the first task is learned
 
     def start(self, work: Work, kept: dict[str, Any] | None = None) -> None:
-        """Take up the pieces of a run, and the optimizer's state where an earlier process kept one."""
-        self.work, self._kept = work, kept
+        """Take up the pieces of a run; `kept` is what `state_dict` gave in an earlier process."""
+        self.work, self._kept = work, kept or {}
+        self.optimizer: Any = None  # an Optimizer once the first task is learned
+        self.journal: Journal | None = None  # of the task that is being learned
 
-    def optimizer_to_keep(self) -> dict[str, Any] | None:
-        """What the next task's optimizer starts from, if it does not start afresh."""
-        return self.optimizer.state_dict() if self.optimizer is not None and self.optimizer_state == "keep" else None
+    def state_dict(self) -> dict[str, Any]:
+        """What `learn` needs to go on between two steps; between two tasks, the optimizer's state where it is kept."""
+        if self.journal is None and (self.optimizer is None or self.optimizer_state == "reset"):
+            return {key: self._kept[key] for key in ("optimizer", "parameters") if key in self._kept}
+        state = {"optimizer": self.optimizer.state_dict(), "parameters": self.parameter_names}
+        if self.journal is not None:
+            state["task"] = {
+                "scheduler": self.scheduler.state_dict(),
+                "reached": self.reached,
+                "journal": self.journal.state_dict(),
+                "random": random_state(self.work.model.device),
+            }
+        return state
 
     def learn(self, task: Task, data: Examples) -> None:
-        """Train on `data` for the task's budget.
+        """Train on `data` for the task's budget, or for what is left of it.
 
         Raises NonFiniteLossError, which names the loss term.
         """
-        work, generator = self.work, torch.Generator().manual_seed(self.seed * 1_000_003 + task.index)
+        work = self.work
         budget = self.iterations and self.iterations * (len(work.strategy.stream) if work.strategy.offline else 1)
         steps_a_pass = number_of_batches(len(data), self.batch_size, drop_last=budget is not None)
         steps = budget or self.epochs * steps_a_pass
-        if self.optimizer is None or self.optimizer_state == "reset":
-            self.optimizer = self._new_optimizer()
-        for group in self.optimizer.param_groups:  # a kept optimizer's rate is where the last task's schedule left it
-            group["lr"] = group.get("initial_lr", group["lr"])
-        self.scheduler = work.make_scheduler(optimizer=self.optimizer, steps=steps)
-        self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        journal = Journal(work, task, steps, steps_a_pass, self.log_every)
-        work.model.train()
-        for batch in self._batches(data, budget, generator):
+        self._prepare(steps)
+        self.journal = journal = Journal(work.record, work.position, task, steps, steps_a_pass, self.log_every)
+        if kept := self._kept.pop("task", None):
+            self._go_on(kept)
+        else:
+            work.model.train()
+        self._kept.clear()
+        for batch in self._batches(task, data, drop_last=budget is not None):
             rate = float(self.scheduler.get_last_lr()[0])
             journal.add(self.step(batch.to(work.model.device)), rate, len(batch))
+            if work.position.steps >= work.pace.due:
+                work.pause()
         journal.flush()
+        self.journal = None
 
     def step(self, batch: Examples) -> dict[str, Tensor]:
         """THE step: the only place in the project where weights learn. Nothing in it waits for the device."""
@@ -138,86 +149,50 @@ class Trainer:
         strategy.after_step(batch, outputs[0] if len(outputs) == 1 else _joined(outputs))
         return losses
 
-    def _batches(self, data: Examples, iterations: int | None, generator: torch.Generator) -> Iterator[Examples]:
-        if iterations is None:
-            for _ in range(self.epochs):
-                yield from data.batches(self.batch_size, generator)
-            return
-        made = 0
-        while made < iterations:
-            for batch in data.batches(self.batch_size, generator, drop_last=True):
-                if made == iterations:
+    def _batches(self, task: Task, data: Examples, drop_last: bool) -> Iterator[Examples]:
+        """Those of the task that are not learned yet, in the order that its seed gives."""
+        assert self.journal is not None, "a task is being learned"
+        done, steps, steps_a_pass = self.journal.done, self.journal.steps, self.journal.steps_a_pass
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + task.index)
+        for _ in range(done // steps_a_pass):
+            torch.randperm(len(data), generator=generator)  # the order of a pass that was made before
+        while done < steps:
+            for batch in data.batches(self.batch_size, generator, drop_last, first=done % steps_a_pass):
+                if done == steps:
                     return
-                made += 1
+                done += 1
                 yield batch
 
+    def _prepare(self, steps: int) -> None:
+        """The task's optimizer and scheduler."""
+        if self.optimizer is None or self.optimizer_state == "reset":
+            self.optimizer = self._new_optimizer()
+        for group in self.optimizer.param_groups:  # a kept optimizer's rate is where the last task's schedule left it
+            group["lr"] = group.get("initial_lr", group["lr"])
+        self.scheduler = self.work.make_scheduler(optimizer=self.optimizer, steps=steps)
+        self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+
     def _new_optimizer(self) -> Optimizer:
-        model = self.work.model
-        optimizer = self.work.make_optimizer(params=[p for p in model.parameters() if p.requires_grad])
-        if self._kept is not None:
-            optimizer.load_state_dict(self._kept)
-        if self.optimizer_state == "reset":
-            keep_unreached_rows(model.head, optimizer)
+        named, head = dict(self.work.model.named_parameters()), self.work.model.head
+        self.parameter_names = self._kept.get("parameters") or [name for name, p in named.items() if p.requires_grad]
+        optimizer = self.work.make_optimizer(params=[named[name] for name in self.parameter_names])
+        if "optimizer" in self._kept and "task" not in self._kept:
+            optimizer.load_state_dict(self._kept["optimizer"])
+        self.reached = keep_unreached_rows(head, optimizer) if self.optimizer_state == "reset" else []
         return optimizer
+
+    def _go_on(self, kept: dict[str, Any]) -> None:
+        """From between two steps; the model and the strategy are as they were there."""
+        assert self.journal is not None, "a task is being learned"
+        self.optimizer.load_state_dict(self._kept["optimizer"])  # after the scheduler was made, which sets the rate
+        self.scheduler.load_state_dict(kept["scheduler"])
+        for rows, were in zip(self.reached, kept["reached"], strict=True):
+            rows.copy_(were)
+        self.journal.load_state_dict(kept["journal"])
+        restore_random_state(kept["random"], self.work.model.device)
 
     def _autocast(self) -> AbstractContextManager:
         return torch.autocast(self.work.model.device.type, torch.bfloat16, enabled=self.precision == "bf16")
-
-
-class Journal:
-    """A task's losses: they stay on the device and are read, and checked, every `log_every` steps."""
-
-    def __init__(self, work: Work, task: Task, steps: int, steps_a_pass: int, log_every: int) -> None:
-        self.work, self.task, self.steps, self.log_every = work, task, steps, log_every
-        self.steps_a_pass = steps_a_pass
-        self.done = 0
-        self._clear()
-
-    def add(self, losses: dict[str, Tensor], lr: float, images: int) -> None:
-        self.names = list(losses)
-        self.pending.append(torch.stack(list(losses.values())))
-        self.images += images
-        self.lr = lr
-        self.done += 1
-        self.work.position.steps += 1
-        if self.done % self.log_every == 0:
-            self.flush()
-
-    def flush(self) -> None:
-        """Write one row: the means over the steps since the last one.
-
-        Raises NonFiniteLossError.
-        """
-        if not self.pending:
-            return
-        means = dict(zip(self.names, torch.stack(self.pending).float().mean(0).tolist(), strict=True))
-        bad = [name for name, value in means.items() if not (abs(value) < float("inf")) and name != "total"]
-        if bad:
-            raise NonFiniteLossError(
-                f"the loss is not finite in task {self.task.index}, at step {self.done} or up to "
-                f"{len(self.pending) - 1} before: {', '.join(f'{name}={means[name]}' for name in bad)}"
-                "; a smaller optimizer.lr or strategy.strength, or trainer.clip_norm, keeps it finite"
-            )
-        now = time.time()
-        self.work.record(
-            {
-                "kind": "step",
-                "task": self.task.index,
-                "epoch": (self.done - 1) // self.steps_a_pass,
-                "step": self.work.position.steps,
-                "task_step": self.done,
-                "task_steps": self.steps,
-                "loss": means,
-                "lr": self.lr,
-                "timing": {"time": now, "images_per_second": self.images / max(now - self.since, 1e-9)},
-            }
-        )
-        self._clear()
-
-    def _clear(self) -> None:
-        self.pending: list[Tensor] = []
-        self.images = 0
-        self.since = time.time()
 
 
 def _joined(outputs: list[Output]) -> Output:

@@ -1,6 +1,7 @@
 """What only a device can show; the same code is tested on the CPU by the other files."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from cl_runner.models.resnet import ResNet18
 from cl_runner.streams.split import Split
 
 from .fisher.test_kernels import conv_case, conv_twin, linear_twin, relative
+from .test_resume import OFTEN, PowerCutError, assert_equal_runs, carry_out, cut, experiment
 
 pytestmark = pytest.mark.gpu
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -52,6 +54,17 @@ def test_a_deterministic_run_repeats_itself(cl_runner, tmp_path):
         (folder,) = (tmp_path / root).iterdir()
         matrices.append(json.loads((folder / "results.json").read_text())["accuracy"])
     assert matrices[0] == matrices[1]
+
+
+@pytest.mark.parametrize("strategy", ["finetune", "ewc", "lwf"])
+def test_a_deterministic_run_that_is_stopped_again_and_again_equals_an_uninterrupted_one(strategy, tmp_path):
+    words = [f"strategy={strategy}", "device=cuda", "trainer.deterministic=true", "stream.augment=[crop]", *OFTEN]
+    make = partial(experiment, tmp_path, *words)
+    whole = carry_out(make(), "whole")
+    for steps in (5, 8, 13):
+        with pytest.raises(PowerCutError):
+            carry_out(cut(make(), steps=steps), "stopped")
+    assert_equal_runs(whole, carry_out(make(), "stopped"))
 
 
 def test_nothing_in_a_step_waits_for_the_device(cl_runner, monkeypatch):

@@ -33,14 +33,15 @@ def draw(linear: nn.Linear, init: Init, generator: torch.Generator, rows: Tensor
             linear.bias[chosen] = bias[chosen].to(linear.bias)
 
 
-def keep_unreached_rows(head: nn.Linear, optimizer: torch.optim.Optimizer) -> None:
+def keep_unreached_rows(head: nn.Linear, optimizer: torch.optim.Optimizer) -> list[Tensor]:
     """Hold the head's rows that no loss term has reached since now against the optimizer's weight decay.
 
     Decay pulls every weight towards zero, also the outputs of tasks that the loss does not see: left alone it would
     forget them without a gradient. Momentum cannot move them as long as the optimizer's state starts empty.
+    Returns the rows reached so far, [K, 1] or [K] bool a parameter, as they are kept: who writes to them is obeyed.
     """
     if not any(group.get("weight_decay") for group in optimizer.param_groups):
-        return
+        return []
     held = [parameter for parameter in head.parameters() if parameter.requires_grad]
     reached = {parameter: torch.zeros_like(_row_sums(parameter), dtype=torch.bool) for parameter in held}
     before: dict[Tensor, Tensor] = {}
@@ -58,6 +59,7 @@ def keep_unreached_rows(head: nn.Linear, optimizer: torch.optim.Optimizer) -> No
 
     optimizer.register_step_pre_hook(remember)
     optimizer.register_step_post_hook(restore)
+    return list(reached.values())
 
 
 def _row_sums(values: Tensor) -> Tensor:

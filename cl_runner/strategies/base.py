@@ -1,7 +1,8 @@
 """The hooks that make a method. The base class is plain fine-tuning; a method overrides the few that it needs."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -13,9 +14,18 @@ from cl_runner.streams.recipe import Recipe
 
 
 class Strategy:
-    """Plain fine-tuning: learn each task as it comes."""
+    """Plain fine-tuning: learn each task as it comes.
 
-    saved: ClassVar[tuple[str, ...]] = ()  # attributes that a resumed run needs: tensors, containers of them, modules
+    `saved` names the attributes that a run needs to go on from between any two steps, in a process that has called
+    `setup` and neither `before_task` nor `before_batch`: all that any later hook sets, unless it is set anew before it
+    is read again. They are numbers, strings, tensors and containers of these; things with a `state_dict` (modules,
+    memories) and generators (`torch.Generator`), which `setup` or the constructor makes, are saved by their state; a
+    class of one's own is let in by `torch.serialization.add_safe_globals`. The model, which of its parameters learn,
+    its modules' modes and the global random generators are the runner's to save. What `training_data` gives must
+    follow from the task, what is saved and the random state that it finds.
+    """
+
+    saved: ClassVar[tuple[str, ...]] = ()
     scenarios: ClassVar[frozenset[Scenario]] = frozenset(Scenario)  # where the method can work
     needs_task_id: ClassVar[bool] = False  # predicts only where the task is told
     offline: ClassVar[bool] = False  # learns all the tasks in one go once the last has come
@@ -67,6 +77,21 @@ class Strategy:
     def after_task(self, task: Task) -> None:
         """The task is learned: consolidate."""
 
+    def state_dict(self) -> dict[str, Any]:
+        """What `saved` names: by its own `state_dict` what has one, a generator by its state, all else as it is."""
+        return {name: _state_of(getattr(self, name)) for name in self.saved}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Bring back what `state_dict` gave, after `setup`."""
+        for name, value in state.items():
+            current = getattr(self, name)
+            if hasattr(current, "load_state_dict"):
+                current.load_state_dict(value)
+            elif isinstance(current, torch.Generator):
+                current.set_state(value.cpu())
+            else:
+                setattr(self, name, value)
+
     def report(self) -> dict[str, float | None]:
         """Numbers about what the method has computed so far, by name; they join the run's metrics, and seconds its
         seconds."""
@@ -75,6 +100,12 @@ class Strategy:
     def predict(self, images: Tensor, task_ids: Tensor) -> Tensor:
         """Scores [B, K] of every class, unmasked: the evaluation masks them, once a scenario."""
         return self.model(images).logits
+
+
+def _state_of(value: Any) -> Any:
+    if isinstance(value, torch.Generator):
+        return value.get_state()
+    return value.state_dict() if hasattr(value, "state_dict") else value
 
 
 def _first_line(kind: type) -> str:

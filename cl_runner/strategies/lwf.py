@@ -22,7 +22,7 @@ class LwF(Strategy):
     is such a pretrained one; peers distil from the previous task alone).
     """
 
-    saved = ("teacher",)
+    saved = ("teacher", "old_groups", "number")
 
     def __init__(
         self,

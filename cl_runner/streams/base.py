@@ -54,20 +54,21 @@ class Examples:
         return Examples(move(self.images), move(self.labels), move(self.task_ids), extras)
 
     def batches(
-        self, size: int, generator: torch.Generator | None = None, drop_last: bool = False
+        self, size: int, generator: torch.Generator | None = None, drop_last: bool = False, first: int = 0
     ) -> Iterator["Examples"]:
-        """All rows once, `size` at a time: in order, or shuffled by `generator` (a CPU generator).
+        """All rows once, `size` at a time: in order, or shuffled by `generator` (a CPU generator); those from batch
+        number `first` on.
 
         The last batch is short, or left out with `drop_last` (unless it is the only one). A single row that is left
         over joins the batch before it when shuffled: a batch of one has no statistics for a normalisation layer.
         """
         if generator is None:
-            for start in range(0, len(self), size):
+            for start in range(first * size, len(self), size):
                 yield self[start : start + size]
             return
         order = torch.randperm(len(self), generator=generator).to(self.labels.device)
         count = number_of_batches(len(self), size, drop_last)
-        for number in range(count):
+        for number in range(first, count):
             last = number == count - 1 and not drop_last
             yield self[order[number * size :] if last else order[number * size : (number + 1) * size]]
 

@@ -40,8 +40,11 @@ class Tracker(Protocol):
         """The run ended well; `results` is the content of results.json."""
         ...
 
-    def close(self, failed: bool = False) -> None:
-        """Always called last, also after an exception, also when `start` was never reached."""
+    def close(self, failed: bool = False, preempted: bool = False) -> None:
+        """Always called last, also after an exception, also when `start` was never reached.
+
+        preempted: the run was told to stop, has saved what it needs, and will be started again; little time is left.
+        """
         ...
 
     def line(self) -> str:
@@ -60,7 +63,7 @@ class Null:
 
     def finish(self, results: dict[str, Any]) -> None: ...
 
-    def close(self, failed: bool = False) -> None: ...
+    def close(self, failed: bool = False, preempted: bool = False) -> None: ...
 
     def line(self) -> str:
         return ""
@@ -88,10 +91,10 @@ class Many:
         for tracker in self.trackers:
             tracker.finish(results)
 
-    def close(self, failed: bool = False) -> None:
+    def close(self, failed: bool = False, preempted: bool = False) -> None:
         with ExitStack() as stack:  # one that raises must not keep the others open
             for tracker in reversed(self.trackers):
-                stack.callback(tracker.close, failed)
+                stack.callback(tracker.close, failed, preempted)
 
     def line(self) -> str:
         return "\n".join(filter(None, (tracker.line() for tracker in self.trackers)))

@@ -37,10 +37,17 @@ def log_to(console: Terminal) -> Iterator[None]:
         yield
 
 
+class _LogFile(logging.FileHandler):
+    """Says nothing of a disk that is full: the run itself meets it, and says so in a line."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        ...
+
+
 @contextmanager
 def log_file(folder: Path) -> Iterator[None]:
     """Append everything the project logs to `run.log`."""
-    handler = logging.FileHandler(folder / "run.log", encoding="utf-8")
+    handler = _LogFile(folder / "run.log", encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     with _handled_by(handler):
         yield
@@ -126,12 +133,12 @@ class Console(Null):
         if self._run is not None:
             show_tables(results, self._run.scenario, self.console)
 
-    def close(self, failed: bool = False) -> None:
+    def close(self, failed: bool = False, preempted: bool = False) -> None:
         self._stop_bars()
         if self._run is not None:
-            if failed:
-                again = Text.assemble(("stopped", "bold red"), "; go on with: ", self._run.command)
-                self.console.print(again, soft_wrap=True)
+            if failed or preempted:
+                stopped = ("saved and stopped", "bold") if preempted else ("stopped", "bold red")
+                self.console.print(Text.assemble(stopped, "; go on with: ", self._run.command), soft_wrap=True)
             show_whereabouts(self._run.folder, self._wandb_line(), self.console)
             self._run = None
 

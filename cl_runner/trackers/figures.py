@@ -5,6 +5,7 @@ Scales and size are fixed, so that pictures of different runs, and of different 
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from io import BytesIO
 
 import numpy as np
@@ -16,36 +17,75 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from cl_runner.metrics import forgetting_matrix, from_rows
+from cl_runner.trackers import colours
+from cl_runner.trackers.colours import FAINT, INK
 
 SIZE = (1600, 800)  # pixels, width x height
+TILE = (800, 800)  # of one matrix alone
 DPI = 160
 MAX_NUMBERED = 20  # tasks: beyond that a number no longer fits its cell
-INK, FAINT = "#22303c", "#7b8791"
 
-# Equal steps of OKLab lightness: equal differences look equal, and survive a print in grey.
-ACCURACY = LinearSegmentedColormap.from_list(
-    "accuracy", ["#ebfbf3", "#bbe8dc", "#8ad3ce", "#5abbc4", "#33a1ba", "#2085ab", "#256996", "#2c4e79", "#2a3658"]
+
+@dataclass(frozen=True)
+class Scale:
+    """What a colour means: the same in every picture."""
+
+    title: str
+    colours: Colormap
+    limits: tuple[float, float]
+
+
+ACCURACY = Scale("accuracy", LinearSegmentedColormap.from_list("accuracy", colours.ACCURACY), (0.0, 1.0))
+FORGETTING = Scale(
+    "forgetting since the best", LinearSegmentedColormap.from_list("forgetting", colours.FORGETTING), (-1.0, 1.0)
 )
-GAINED = ["#2a5885", "#277bab", "#3c9fc5", "#70c0d6", "#b1dee3"]
-LOST = ["#f8c9af", "#f19a74", "#dd6d49", "#bc4931", "#903029"]
-FORGETTING = LinearSegmentedColormap.from_list("forgetting", [*GAINED, "#f7f7f7", *LOST])
 
 
 def accuracy_figure(rows: Sequence[Sequence[float | None]], name: str, metrics: Mapping[str, float | None]) -> Figure:
     """The matrix of `rows` (null: not measured) and its forgetting, under the run's name and two of its metrics."""
-    numbers = {"average accuracy": metrics["average_accuracy"], "forgetting": metrics["average_forgetting"]}
-    said = [f"{what} {_percent(value, 1)} %" for what, value in numbers.items() if value is not None]
-    return matrix_figure(from_rows(rows), " · ".join([name, *said]))
+    return matrix_figure(from_rows(rows), " · ".join([name, *_said(metrics)]))
 
 
 def matrix_figure(accuracy: Tensor, title: str) -> Figure:
     """A figure of SIZE pixels: accuracy [T, T] on a scale of 0 to 1, forgetting beside it on a scale of -1 to 1."""
-    figure = Figure(figsize=(SIZE[0] / DPI, SIZE[1] / DPI), dpi=DPI, facecolor="white")
-    FigureCanvasAgg(figure)
-    figure.text(0.05, 0.935, _shortened(title), fontsize=11, color=INK, va="center", parse_math=False)
-    _panel(figure, 0.05, accuracy, "accuracy", ACCURACY, (0.0, 1.0))
-    _panel(figure, 0.545, forgetting_matrix(accuracy), "forgetting since the best", FORGETTING, (-1.0, 1.0))
+    figure = _figure(SIZE)
+    _write(figure, 0.05, 0.935, _shortened(title, 118))
+    _panel(figure, (0.05, 0.36), accuracy, ACCURACY)
+    _panel(figure, (0.545, 0.36), forgetting_matrix(accuracy), FORGETTING)
     return figure
+
+
+def tiles(
+    rows: Sequence[Sequence[float | None]], name: str, metrics: Mapping[str, float | None]
+) -> tuple[Figure, Figure]:
+    """The matrix of `rows` and its forgetting, each a figure of TILE pixels that is told apart by the run's name."""
+    accuracy = from_rows(rows)
+    return _tile(accuracy, ACCURACY, name, metrics), _tile(forgetting_matrix(accuracy), FORGETTING, name, metrics)
+
+
+def _tile(matrix: Tensor, scale: Scale, name: str, metrics: Mapping[str, float | None]) -> Figure:
+    figure = _figure(TILE)
+    said = _shortened(name, 77)
+    _write(figure, 0.1, 0.955, said, size=min(11.0, 540 / len(said)))  # as large as fits, down to 7
+    _write(figure, 0.1, 0.92, " · ".join(_said(metrics)), size=9, colour=FAINT)
+    _panel(figure, (0.1, 0.74), matrix, scale)
+    return figure
+
+
+def _figure(size: tuple[int, int]) -> Figure:
+    figure = Figure(figsize=(size[0] / DPI, size[1] / DPI), dpi=DPI, facecolor="white")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _write(figure: Figure, left: float, height: float, text: str, size: float = 11, colour: str = INK) -> None:
+    figure.text(left, height, text, fontsize=size, color=colour, va="center", parse_math=False)
+
+
+def _said(metrics: Mapping[str, float | None]) -> list[str]:
+    """The metrics that a picture names, where they are defined."""
+    numbers = {"average accuracy": metrics["average_accuracy"], "forgetting": metrics["average_forgetting"]}
+    return [f"{what} {_percent(value, 1)} %" for what, value in numbers.items() if value is not None]
 
 
 def to_png(figure: Figure) -> bytes:
@@ -61,19 +101,21 @@ def to_pixels(figure: Figure) -> np.ndarray:
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
-def _panel(
-    figure: Figure, left: float, matrix: Tensor, title: str, colours: Colormap, limits: tuple[float, float]
-) -> None:
-    axes = figure.add_axes((left, 0.11, 0.36, 0.72))
-    axes.set_title(title, fontsize=9, color=INK, loc="left", pad=7)
-    image = axes.imshow(matrix.numpy(), cmap=colours, vmin=limits[0], vmax=limits[1], aspect="auto")
+def _panel(figure: Figure, place: tuple[float, float], matrix: Tensor, scale: Scale) -> None:
+    """`place`: left side and width, as parts of the figure's."""
+    left, width = place
+    axes = figure.add_axes((left, 0.11, width, 0.72))
+    axes.set_title(scale.title, fontsize=9, color=INK, loc="left", pad=7)
+    low, high = scale.limits
+    image = axes.imshow(matrix.numpy(), cmap=scale.colours, vmin=low, vmax=high, aspect="auto")
     _label(axes, len(matrix))
     if not matrix.isfinite().any():
         axes.text(0.5, 0.5, "undefined", color=FAINT, fontsize=9, ha="center", va="center", transform=axes.transAxes)
     elif len(matrix) <= MAX_NUMBERED:
-        _number(axes, matrix, colours, limits)
-    bar = figure.colorbar(image, cax=figure.add_axes((left + 0.37, 0.11, 0.009, 0.72)))
-    ticks = np.linspace(*limits, 5).tolist()
+        _number(axes, matrix, scale)
+    bar_width = 14.4 / (figure.get_figwidth() * DPI)
+    bar = figure.colorbar(image, cax=figure.add_axes((left + width + bar_width, 0.11, bar_width, 0.72)))
+    ticks = np.linspace(low, high, 5).tolist()
     bar.set_ticks(ticks, labels=[f"{_percent(tick, 0)} %" for tick in ticks])
     bar.ax.tick_params(length=0, labelsize=7, labelcolor=FAINT)
     bar.ax.spines[:].set_visible(False)
@@ -92,15 +134,15 @@ def _label(axes: Axes, tasks: int) -> None:
     axes.spines[:].set_visible(False)
 
 
-def _number(axes: Axes, matrix: Tensor, colours: Colormap, limits: tuple[float, float]) -> None:
+def _number(axes: Axes, matrix: Tensor, scale: Scale) -> None:
     """Each measured cell's value in percent, dark on light and light on dark."""
     digits = 1 if len(matrix) <= 10 else 0
     size = min(11.0, 95 / len(matrix)) if digits else 110 / len(matrix)
+    low, high = scale.limits
     for row, column in torch.argwhere(matrix.isfinite()).tolist():
         value = matrix[row, column].item()
-        colour = colours((value - limits[0]) / (limits[1] - limits[0]))
-        text = _percent(value, digits)
-        axes.text(column, row, text, color=_readable_on(colour), fontsize=size, ha="center", va="center")
+        colour = _readable_on(scale.colours((value - low) / (high - low)))
+        axes.text(column, row, _percent(value, digits), color=colour, fontsize=size, ha="center", va="center")
 
 
 def _percent(value: float, digits: int) -> str:
@@ -115,6 +157,6 @@ def _readable_on(colour: tuple[float, float, float, float]) -> str:
     return "white" if 1.05 / (luminance + 0.05) > (luminance + 0.05) / (ink_luminance + 0.05) else INK
 
 
-def _shortened(title: str, limit: int = 118) -> str:
+def _shortened(title: str, limit: int) -> str:
     """The end of a title holds its numbers: what is too long loses its middle."""
     return title if len(title) <= limit else f"{title[: limit // 3]} … {title[-(limit * 2 // 3 - 3) :]}"

@@ -1,13 +1,14 @@
 """The run's folder: the truth, of which every other tracker is a view."""
 
 import csv
+import io
 import json
 import math
 import os
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-from cl_runner.folder import write_atomically
+from cl_runner.folder import write_atomically, writing
 from cl_runner.trackers.base import Null, RunInfo
 
 JOURNAL = "steps.jsonl"
@@ -21,13 +22,14 @@ class Local(Null):
 
     def __init__(self) -> None:
         self._offset: int | None = None
-        self._journal: BinaryIO | None = None
+        self._journal: io.FileIO | None = None
         self._run: RunInfo | None = None
 
     def start(self, run: RunInfo) -> None:
         run.folder.mkdir(parents=True, exist_ok=True)
         self._run = run
-        self._journal = (run.folder / JOURNAL).open("ab")
+        with writing(run.folder / JOURNAL):
+            self._journal = io.FileIO(run.folder / JOURNAL, "a")  # unbuffered: nothing is left to be written at its end
         if not run.resumed:
             self.rewind(0)
         elif self._offset is not None:
@@ -38,7 +40,8 @@ class Local(Null):
         """Bytes of the journal so far, safely on disk: what a checkpoint may vouch for."""
         if self._journal is None:
             return self._offset or 0
-        os.fsync(self._journal.fileno())
+        with writing(Path(str(self._journal.name))):
+            os.fsync(self._journal.fileno())
         return self._journal.tell()
 
     def rewind(self, offset: int) -> None:
@@ -56,9 +59,12 @@ class Local(Null):
         self._append(row)
 
     def _append(self, row: dict[str, Any]) -> None:
-        if self._journal is not None:
-            self._journal.write(to_json(row).encode() + b"\n")
-            self._journal.flush()
+        if self._journal is None:
+            return
+        rest = memoryview(to_json(row).encode() + b"\n")
+        with writing(Path(str(self._journal.name))):
+            while rest:
+                rest = rest[self._journal.write(rest) :]
 
     def finish(self, results: dict[str, Any]) -> None:
         if self._run is None:
@@ -67,7 +73,7 @@ class Local(Null):
         write_accuracy(self._run.folder / "accuracy.csv", results["accuracy"])
         draw_accuracy(self._run.folder / "accuracy.png", results, self._run.scenario, self._run.name)
 
-    def close(self, failed: bool = False) -> None:
+    def close(self, failed: bool = False, preempted: bool = False) -> None:
         if self._journal is not None:
             self._journal.close()
             self._journal = None
@@ -95,11 +101,12 @@ def _finite(value: Any) -> Any:
 
 def write_accuracy(path: Path, accuracy: dict[str, list[list[float | None]]]) -> None:
     """One line for each entry that was measured: scenario, after_task, task, accuracy; tasks counted from 0."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["scenario", "after_task", "task", "accuracy"])
-        for scenario, rows in accuracy.items():
-            writer.writerows((scenario, *entry) for entry in entries(rows))
+    table = io.StringIO()
+    writer = csv.writer(table)
+    writer.writerow(["scenario", "after_task", "task", "accuracy"])
+    for scenario, rows in accuracy.items():
+        writer.writerows((scenario, *entry) for entry in entries(rows))
+    write_atomically(path, table.getvalue())
 
 
 def entries(rows: list[list[float | None]]) -> list[tuple[int, int, float]]:

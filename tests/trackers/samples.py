@@ -16,7 +16,12 @@ ROWS_BEFORE_THE_END_OF_TASK_1 = 7
 
 
 def run_info(folder: Path, resumed: bool = False, run_id: str = "abc123") -> RunInfo:
-    config = {"seed": 0, "strategy": {"_target_": "cl_runner.strategies.EWC"}, "stream": {"scenario": "class"}}
+    config = {
+        "seed": 0,
+        "strategy": {"_target_": "cl_runner.strategies.EWC", "strength": 100.0},
+        "stream": {"_target_": "cl_runner.streams.split.Split", "name": "digits", "scenario": "class"},
+        "model": {"_target_": "cl_runner.models.MLP"},
+    }
     return RunInfo(
         folder=folder,
         name="ewc strength=100 · split_digits · s0",

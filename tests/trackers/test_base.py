@@ -15,8 +15,8 @@ class Diary(Null):
     def step(self, row: dict) -> None:
         self.told.append(f"{self.name} step {row['seq']}")
 
-    def close(self, failed: bool = False) -> None:
-        self.told.append(f"{self.name} close {failed}")
+    def close(self, failed: bool = False, preempted: bool = False) -> None:
+        self.told.append(f"{self.name} close {failed} {preempted}")
         if self.breaks:
             raise OSError("disk full")
 
@@ -34,7 +34,13 @@ def test_a_tracker_that_cannot_close_does_not_keep_the_others_open() -> None:
     told: list[str] = []
     with pytest.raises(OSError, match="disk full"):
         Many([Diary(told, "a", breaks=True), Diary(told, "b")]).close(failed=True)
-    assert told == ["a close True", "b close True"]
+    assert told == ["a close True False", "b close True False"]
+
+
+def test_many_trackers_hear_that_the_run_was_preempted() -> None:
+    told: list[str] = []
+    Many([Diary(told, "a"), Diary(told, "b")]).close(preempted=True)
+    assert told == ["a close False True", "b close False True"]
 
 
 def test_the_line_of_many_is_the_lines_of_those_that_have_one() -> None:

@@ -13,13 +13,13 @@ def pipe(width: int = 100) -> tuple[Terminal, io.StringIO]:
     return Terminal(file=text, width=width), text
 
 
-def shown(folder: Path, terminal: Terminal, failed: bool = False) -> None:
+def shown(folder: Path, terminal: Terminal, failed: bool = False, preempted: bool = False) -> None:
     console = Console(terminal, lambda: "W&B: offline; send it with: wandb sync somewhere")
     console.start(run_info(folder))
     tell(console, journal_rows())
-    if not failed:
+    if not failed and not preempted:
         console.finish(results())
-    console.close(failed)
+    console.close(failed, preempted)
 
 
 def test_each_task_has_a_line_when_it_ends(tmp_path: Path) -> None:
@@ -65,6 +65,12 @@ def test_a_run_that_stops_tells_how_to_go_on(tmp_path: Path) -> None:
     terminal, text = pipe()
     shown(tmp_path, terminal, failed=True)
     assert "stopped; go on with: cl-runner strategy=ewc\n" in text.getvalue()
+
+
+def test_a_run_that_was_preempted_tells_that_it_is_saved_and_how_to_go_on(tmp_path: Path) -> None:
+    terminal, text = pipe()
+    shown(tmp_path, terminal, preempted=True)
+    assert "saved and stopped; go on with: cl-runner strategy=ewc\n" in text.getvalue()
 
 
 def test_a_pipe_gets_no_bars(tmp_path: Path) -> None:

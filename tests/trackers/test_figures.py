@@ -4,11 +4,11 @@ import math
 import numpy as np
 import pytest
 import torch
-from matplotlib.colors import Colormap
 from PIL import Image
 
 from cl_runner.metrics import from_rows, to_rows
 from cl_runner.trackers import figures
+from cl_runner.trackers.colours import INK
 
 METRICS = {"average_accuracy": 0.63, "average_forgetting": 0.225}
 
@@ -66,15 +66,15 @@ def test_numbers_are_dropped_where_they_do_not_fit() -> None:
 
 
 def test_numbers_are_light_on_dark_and_dark_on_light() -> None:
-    assert figures._readable_on(figures.ACCURACY(1.0)) == "white"
-    assert figures._readable_on(figures.ACCURACY(0.0)) == figures.INK
+    assert figures._readable_on(figures.ACCURACY.colours(1.0)) == "white"
+    assert figures._readable_on(figures.ACCURACY.colours(0.0)) == INK
 
 
 @pytest.mark.parametrize(
-    ("colours", "steps"), [(figures.ACCURACY, [0.0, 0.25, 0.5, 0.75, 1.0]), (figures.FORGETTING, [0.5, 0.75, 1.0])]
+    ("scale", "steps"), [(figures.ACCURACY, [0.0, 0.25, 0.5, 0.75, 1.0]), (figures.FORGETTING, [0.5, 0.75, 1.0])]
 )
-def test_more_is_darker(colours: Colormap, steps: list[float]) -> None:
-    lightness = [np.dot(colours(step)[:3], [0.2126, 0.7152, 0.0722]) for step in steps]
+def test_more_is_darker(scale: figures.Scale, steps: list[float]) -> None:
+    lightness = [np.dot(scale.colours(step)[:3], [0.2126, 0.7152, 0.0722]) for step in steps]
     assert lightness == sorted(lightness, reverse=True)
 
 
@@ -96,3 +96,26 @@ def test_a_long_title_keeps_its_numbers() -> None:
 def test_a_matrix_without_forgetting_says_so() -> None:
     joint = from_rows([[None, None], [0.5, 0.6]])
     assert [text.get_text() for text in figures.matrix_figure(joint, "").axes[2].texts] == ["undefined"]
+
+
+@pytest.mark.parametrize("tasks", [1, 3, 25])
+def test_tiles_are_squares_of_one_size(tasks: int) -> None:
+    pictures = figures.tiles(to_rows(lower(tasks, 0.5)), "a name", METRICS)
+    assert [figures.to_pixels(picture).shape for picture in pictures] == [(800, 800, 3)] * 2
+
+
+def test_a_tile_shows_its_matrix_under_the_name_and_the_metrics() -> None:
+    matrix = lower(2, 0.5)
+    matrix[1, 0] = 0.2
+    accuracy, forgetting = figures.tiles(to_rows(matrix), "ewc · s0", METRICS)
+    assert [text.get_text() for text in accuracy.axes[0].texts] == ["50.0", "20.0", "50.0"]
+    assert [text.get_text() for text in forgetting.axes[0].texts] == ["30.0"]
+    said = ["ewc · s0", "average accuracy 63.0 % · forgetting 22.5 %"]
+    assert [[text.get_text() for text in tile.texts] for tile in (accuracy, forgetting)] == [said, said]
+
+
+@pytest.mark.parametrize("length", [10, 70, 200])
+def test_a_name_fits_its_tile(length: int) -> None:
+    tile, _ = figures.tiles(to_rows(lower(2, 0.5)), "ewc " * (length // 4), METRICS)
+    renderer = figures.FigureCanvasAgg(tile).get_renderer()
+    assert tile.texts[0].get_window_extent(renderer).x1 < figures.TILE[0]

@@ -1,0 +1,108 @@
+"""The losses of a task's steps, on their way into the run's journal."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cl_runner.streams.base import Task
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss is no longer a number."""
+
+
+@dataclass
+class Position:
+    """How far a run has come."""
+
+    tasks: int = 0  # learned
+    phase: str = "begin"  # of the task after these: begin, learn, consolidate
+    steps: int = 0  # the optimizer has made, all tasks together
+    rows: int = 0  # in the journal
+
+
+class Journal:
+    """A task's losses: they stay on the device and are read, and checked, every `log_every` steps."""
+
+    def __init__(
+        self,
+        record: Callable[[dict[str, Any]], None],
+        position: Position,
+        task: Task,
+        steps: int,
+        steps_a_pass: int,
+        log_every: int,
+    ) -> None:
+        """`record`: takes a row; `steps`: of the task; `steps_a_pass`: of one pass over its data."""
+        self.record, self.position, self.task = record, position, task
+        self.steps, self.steps_a_pass, self.log_every = steps, steps_a_pass, log_every
+        self.done = 0  # steps of this task
+        self.names: list[str] = []
+        self.lr = 0.0
+        self._clear()
+
+    def add(self, losses: dict[str, Tensor], lr: float, images: int) -> None:
+        self.names = list(losses)
+        self.pending.append(torch.stack(list(losses.values())))
+        self.images += images
+        self.lr = lr
+        self.done += 1
+        self.position.steps += 1
+        if self.done % self.log_every == 0:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write one row: the means over the steps since the last one.
+
+        Raises NonFiniteLossError.
+        """
+        if not self.pending:
+            return
+        means = dict(zip(self.names, torch.stack(self.pending).float().mean(0).tolist(), strict=True))
+        bad = [name for name, value in means.items() if not (abs(value) < float("inf")) and name != "total"]
+        if bad:
+            raise NonFiniteLossError(
+                f"the loss is not finite in task {self.task.index}, at step {self.done} or up to "
+                f"{len(self.pending) - 1} before: {', '.join(f'{name}={means[name]}' for name in bad)}"
+                "; a smaller optimizer.lr or strategy.strength, or trainer.clip_norm, keeps it finite"
+            )
+        now = time.time()
+        self.record(
+            {
+                "kind": "step",
+                "task": self.task.index,
+                "epoch": (self.done - 1) // self.steps_a_pass,
+                "step": self.position.steps,
+                "task_step": self.done,
+                "task_steps": self.steps,
+                "loss": means,
+                "lr": self.lr,
+                "timing": {"time": now, "images_per_second": self.images / max(now - self.since, 1e-9)},
+            }
+        )
+        self._clear()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The steps so far, and what has not been written of them."""
+        return {
+            "done": self.done,
+            "names": self.names,
+            "lr": self.lr,
+            "images": self.images,
+            "pending": list(self.pending),
+            "seconds": time.time() - self.since,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.done, self.names, self.lr = state["done"], state["names"], state["lr"]
+        self.images, self.pending = state["images"], state["pending"]
+        self.since = time.time() - state["seconds"]
+
+    def _clear(self) -> None:
+        self.pending: list[Tensor] = []
+        self.images = 0
+        self.since = time.time()

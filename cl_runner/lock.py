@@ -1,0 +1,106 @@
+"""A folder's lock: one living process at a time, and a dead one is nobody."""
+
+import errno
+import fcntl
+import json
+import os
+import socket
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, ClassVar
+
+from cl_runner.errors import ConfigError
+
+LOCK = "lock"
+TAKEN = (errno.EACCES, errno.EAGAIN)
+PATIENCE = 0.5  # seconds; whoever asks who holds a lock has it for some microseconds
+
+
+class FolderInUseError(ConfigError):
+    """Another living process has the folder."""
+
+
+class Lock:
+    """The file `lock` in a folder, locked in the kernel as long as this process has it, with its id and host in it.
+
+    A POSIX lock: gone with its process however that ends, not inherited by children, and seen by other hosts on a
+    shared disk. Closing any descriptor of the file would release it, so what this process holds is never opened again.
+    """
+
+    _own: ClassVar[dict[str, int]] = {}  # path -> the process that holds it: a forked child has the dict, not the lock
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / LOCK
+        self._key = os.path.realpath(self.path)
+        self._file: int | None = None
+
+    def acquire(self) -> None:
+        """Raises FolderInUseError, which says by whom, and OSError where no such file can be written."""
+        patient_until = time.monotonic() + PATIENCE
+        while (file := self._locked()) is None:
+            if (holder := self.holder) is not None and time.monotonic() > patient_until:
+                who = f"process {holder.get('pid', '?')} on {holder.get('host', 'a host that it has not named')}"
+                raise FolderInUseError(str(self.path.parent), f"is being run by {who}")
+            time.sleep(0.02)
+        self._file = file
+        self._own[self._key] = os.getpid()
+        try:
+            os.ftruncate(file, 0)
+            os.write(file, json.dumps(_here()).encode())
+        except OSError:
+            self.release()
+            raise
+
+    def release(self) -> None:
+        """Leave no file behind."""
+        if self._file is None:
+            return
+        with suppress(OSError):
+            self.path.unlink()  # while it is locked: whoever has opened it sees that it is gone
+        os.close(self._file)
+        self._file = None
+        self._own.pop(self._key, None)
+
+    @property
+    def holder(self) -> dict[str, Any] | None:
+        """{"pid", "host"} of the living process that holds it; None where none does."""
+        if self._own.get(self._key) == os.getpid():
+            return _here()
+        with suppress(OSError), self.path.open() as file:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno in TAKEN:
+                    return _read(file.read())
+        return None
+
+    def _locked(self) -> int | None:
+        """A descriptor of the file, locked; None where another has it, or it was removed while it was being locked."""
+        if self._own.get(self._key) == os.getpid():
+            return None
+        file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(file), self.path.stat()):
+                return file
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            if error.errno not in TAKEN:
+                os.close(file)
+                raise
+        os.close(file)
+        return None
+
+
+def _here() -> dict[str, Any]:
+    return {"pid": os.getpid(), "host": socket.gethostname()}
+
+
+def _read(content: str) -> dict[str, Any]:
+    """What the holder wrote; it may not have come to that."""
+    try:
+        return json.loads(content)
+    except ValueError:
+        return {}

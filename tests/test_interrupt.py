@@ -1,0 +1,132 @@
+import os
+import signal
+import threading
+
+import pytest
+
+from cl_runner.interrupt import Interrupt, Stopped
+
+HANDLED = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
+
+
+@pytest.fixture(autouse=True)
+def _as_it_was():
+    before = {number: signal.getsignal(number) for number in HANDLED}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def send(number):
+    os.kill(os.getpid(), number)
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGUSR2, 140), (signal.SIGINT, 130)])
+def test_a_signal_stops_a_run_at_once_where_nothing_is_lost_by_it(number, status):
+    interrupt = Interrupt()
+    with pytest.raises(Stopped) as stopped, interrupt.listening():
+        send(number)
+    assert (stopped.value.name, stopped.value.status) == (number.name, status)
+    assert interrupt.stopping == number.name
+
+
+def test_a_signal_waits_until_all_is_saved():
+    interrupt, told = Interrupt(), []
+    interrupt.soon = lambda: told.append("soon")
+    with interrupt.listening():
+        with interrupt.deferred():
+            send(signal.SIGUSR2)
+            assert told == ["soon"]
+            assert interrupt.asked == "SIGUSR2"
+        interrupt.place = "goes on at task 1, step 7"
+        with pytest.raises(Stopped, match="^stopped; the same command goes on at task 1, step 7$"):
+            interrupt.heed()
+
+
+def test_nothing_is_heeded_that_nobody_asked_for():
+    Interrupt().heed()
+
+
+def test_the_second_ctrl_c_stops_at_once():
+    interrupt = Interrupt()
+    with interrupt.listening(), interrupt.deferred():
+        send(signal.SIGINT)
+        with pytest.raises(Stopped):
+            send(signal.SIGINT)
+
+
+def test_further_signals_do_not_disturb_a_run_that_is_stopping():
+    interrupt = Interrupt()
+    with interrupt.listening():
+        with pytest.raises(Stopped):
+            send(signal.SIGTERM)
+        send(signal.SIGTERM)
+        send(signal.SIGUSR2)
+
+
+def test_handlers_are_put_back():
+    before = [signal.getsignal(number) for number in HANDLED]
+    with Interrupt().listening():
+        assert all(signal.getsignal(number) not in before for number in HANDLED)
+    assert [signal.getsignal(number) for number in HANDLED] == before
+
+
+def test_a_signal_that_is_ignored_stays_ignored():
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with Interrupt().listening():
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+
+
+def test_a_thread_other_than_the_main_one_runs_without_handlers():
+    before = [signal.getsignal(number) for number in HANDLED]
+    seen = []
+
+    def run():
+        with Interrupt().listening():
+            seen.extend(signal.getsignal(number) for number in HANDLED)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert seen == before
+
+
+def test_a_launchers_handler_is_called_when_nothing_of_the_run_is_left():
+    called = []
+    signal.signal(signal.SIGUSR2, lambda number, frame: called.append(number))
+    interrupt = Interrupt()
+    with pytest.raises(Stopped) as stopped, interrupt.listening():
+        send(signal.SIGUSR2)
+    assert not called
+    interrupt.hand_on(stopped.value)
+    assert called == [signal.SIGUSR2]
+
+
+def test_nobody_is_called_where_only_pythons_own_handlers_were():
+    interrupt = Interrupt()
+    with pytest.raises(Stopped) as stopped, interrupt.listening():
+        send(signal.SIGINT)
+    interrupt.hand_on(stopped.value)  # the default handler would raise KeyboardInterrupt
+
+
+def test_sigterm_that_a_launcher_takes_care_of_only_has_the_run_saved():
+    called = []
+    signal.signal(signal.SIGTERM, lambda number, frame: called.append(number))
+    interrupt = Interrupt()
+    with interrupt.listening():
+        with interrupt.deferred():
+            send(signal.SIGTERM)
+            assert not called
+        interrupt.heed()
+        assert called == [signal.SIGTERM]
+        assert (interrupt.asked, interrupt.stopping) == (None, None)
+        send(signal.SIGTERM)
+        assert len(called) == 2
+
+
+def test_a_launcher_that_ends_the_process_on_sigterm_is_known_to_have_stopped_the_run():
+    signal.signal(signal.SIGTERM, lambda number, frame: exit(9))
+    interrupt = Interrupt()
+    with pytest.raises(SystemExit), interrupt.listening():
+        send(signal.SIGTERM)
+    assert interrupt.stopping == "SIGTERM"

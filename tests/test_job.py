@@ -1,0 +1,324 @@
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from cl_runner.checkpoint import load
+from cl_runner.folder import CannotWriteError, RunFolder
+from cl_runner.interrupt import Stopped
+from cl_runner.job import carry_out, move_aside
+from cl_runner.lock import FolderInUseError
+from cl_runner.trackers.base import Null
+from tests.test_resume import OFTEN, assert_equal_runs, experiment, without_timing
+
+ROOT = Path(__file__).parent.parent
+CLI = [sys.executable, "-m", "cl_runner", "model=mlp", "model.widths=[12]", "tracker=local", "device=cpu"]
+
+
+@pytest.fixture(autouse=True)
+def _as_it_was(monkeypatch):
+    """Signals' handlers and, since it takes longer than all else that these runs do, no picture."""
+    monkeypatch.setattr("cl_runner.trackers.local.draw_accuracy", lambda *_: None)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def at_step(experiment, step, action):
+    """Have something happen in this process's so-manieth step."""
+    strategy, left = experiment.strategy, [step]
+    after_step = strategy.after_step
+
+    def counted(batch, output):
+        after_step(batch, output)
+        left[0] -= 1
+        if left[0] == 0:
+            action()
+
+    strategy.after_step = counted
+    return experiment
+
+
+def in_task(experiment, index, action):
+    """Have something happen while a task is being consolidated."""
+    strategy = experiment.strategy
+    after_task = strategy.after_task
+
+    def called(task):
+        if task.index == index:
+            action()
+        after_task(task)
+
+    strategy.after_task = called
+    return experiment
+
+
+def send(number):
+    os.kill(os.getpid(), number)
+
+
+def finished(experiment):
+    carry_out(experiment)
+    return RunFolder(experiment.folder).results, experiment.folder
+
+
+def contents(folder):
+    return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that nothing happened to: its results, and its folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("cl_runner.trackers.local.draw_accuracy", lambda *_: None)
+        return finished(experiment(tmp_path_factory.mktemp("whole"), "strategy=finetune", *OFTEN))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2, signal.SIGINT], ids=lambda number: number.name)
+def test_a_signal_lets_the_step_end_saves_and_says_where_the_run_goes_on(number, tmp_path, whole):
+    make = partial(experiment, tmp_path, "strategy=finetune", *OFTEN[1:])
+    folder = RunFolder(make().folder)
+    with pytest.raises(Stopped, match="goes on at task 1, step 14"):
+        carry_out(at_step(make(), 14, partial(send, number)))
+    assert (folder.state, folder.status["stopped"], folder.status["step"]) == ("pending", number.name, 14)
+    assert not (folder.path / "lock").exists()
+    assert_equal_runs(whole, finished(make()))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+def test_a_signal_while_a_task_is_consolidated_ends_the_run_as_far_as_it_was_saved(number, tmp_path, whole):
+    make = partial(experiment, tmp_path, "strategy=finetune", *OFTEN)
+    with pytest.raises(Stopped, match="goes on at task 1"):
+        carry_out(in_task(make(), 1, partial(send, number)))
+    assert RunFolder(make().folder).state == "pending"
+    assert_equal_runs(whole, finished(make()))
+
+
+def test_a_launcher_is_handed_the_signal_when_the_folder_is_free(tmp_path, whole):
+    make = partial(experiment, tmp_path, "strategy=finetune", *OFTEN)
+    seen = []
+    folder = RunFolder(make().folder)
+    signal.signal(signal.SIGUSR2, lambda number, frame: seen.append((number, folder.state, folder.held)))
+    with pytest.raises(Stopped):
+        carry_out(at_step(make(), 14, partial(send, signal.SIGUSR2)))
+    assert seen == [(signal.SIGUSR2, "pending", None)]
+    assert_equal_runs(whole, finished(make()))
+
+
+def test_a_run_whose_launcher_passes_over_sigterm_saves_and_goes_on(tmp_path, whole):
+    seen = []
+    made = experiment(tmp_path, "strategy=finetune", *OFTEN[1:])
+    checkpoint = made.folder / "checkpoint" / "last.pt"
+    signal.signal(signal.SIGTERM, lambda number, frame: seen.append(checkpoint.exists()))
+    assert_equal_runs(whole, finished(at_step(made, 5, partial(send, signal.SIGTERM))))
+    assert seen == [True]
+
+
+def test_trackers_are_told_that_a_stopped_run_will_go_on_and_that_a_failed_one_failed(tmp_path):
+    closed = []
+
+    class Listening(Null):
+        def close(self, failed=False, preempted=False):
+            closed.append((failed, preempted))
+
+    def fail():
+        raise ValueError("no")
+
+    for error, action in ((Stopped, partial(send, signal.SIGUSR2)), (ValueError, fail), (None, lambda: None)):
+        made = at_step(experiment(tmp_path, "strategy=finetune"), 3, action)
+        made.tracker = Listening()
+        if error:
+            with pytest.raises(error):
+                carry_out(made)
+        else:
+            carry_out(made)
+    assert closed == [(False, True), (True, False), (False, False)]
+
+
+def test_a_run_that_failed_says_why_where_anyone_looks(tmp_path):
+    def fail():
+        raise ValueError("this is why")
+
+    made = at_step(experiment(tmp_path, "strategy=finetune"), 3, fail)
+    folder = RunFolder(made.folder)
+    with pytest.raises(ValueError, match="this is why"):
+        carry_out(made)
+    status = folder.status
+    assert (folder.state, status["error"]) == ("failed", "ValueError: this is why")
+    assert 'raise ValueError("this is why")' in status["traceback"]
+    assert 'raise ValueError("this is why")' in (folder.path / "run.log").read_text()
+
+
+def test_a_running_run_tells_where_it_is_and_that_it_lives(tmp_path, monkeypatch):
+    monkeypatch.setattr("cl_runner.run.BEAT", 0.05)
+    made = experiment(tmp_path, "strategy=finetune")
+    folder, seen = RunFolder(made.folder), []
+
+    def look():
+        began = folder.status["heartbeat"]
+        time.sleep(0.3)
+        seen.append((folder.state, folder.status, folder.status["heartbeat"] - began))
+
+    carry_out(at_step(made, 14, look))
+    ((state, status, later),) = seen
+    assert state == "running"
+    assert later > 0
+    expected = {"pid": os.getpid(), "task": 1, "tasks": 1, "num_tasks": 5, "step": 13, "hash": made.hash}
+    assert {name: status[name] for name in expected} == expected
+    assert {"id", "host", "group", "started", "command", "environment"} <= set(status)
+    assert folder.status["tasks"] == 5
+
+
+def test_a_run_is_saved_in_the_middle_of_a_task_when_it_is_time(tmp_path, monkeypatch):
+    monkeypatch.setattr("cl_runner.run.BEAT", 0.05)
+    made = experiment(tmp_path, "strategy=finetune", "trainer.checkpoint_seconds=1")
+    seen = []
+    at_step(made, 14, partial(time.sleep, 1.2))  # in task 1; its next step is the first to see that it is time
+    at_step(made, 15, lambda: seen.append(load(made.folder, made.hash, made.device)))
+    carry_out(made)
+    assert seen[0]["position"] == {"tasks": 1, "phase": "learn", "steps": 14, "rows": 2}
+
+
+def test_a_run_that_a_living_process_is_at_is_left_alone(tmp_path):
+    made = experiment(tmp_path, "strategy=finetune")
+    folder = RunFolder(made.folder)
+
+    def another():
+        before = contents(folder.path)
+        with pytest.raises(FolderInUseError, match=f"{folder.path}: is being run by process {os.getpid()} on"):
+            carry_out(experiment(tmp_path, "strategy=finetune"))
+        again = experiment(tmp_path, "strategy=finetune", "rerun=true")
+        with pytest.raises(FolderInUseError):
+            move_aside(again)
+        assert contents(folder.path) == before
+
+    carry_out(at_step(made, 14, another))
+    assert folder.done
+
+
+def test_a_full_disk_ends_a_run_with_a_line_and_loses_nothing(tmp_path, whole, monkeypatch):
+    make = partial(experiment, tmp_path, "strategy=finetune", *OFTEN)
+    folder = RunFolder(make().folder)
+    fsync, full = os.fsync, []
+
+    def failing(descriptor):
+        if full:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", failing)
+    with pytest.raises(CannotWriteError, match=f"^cannot write {folder.path}/.*: No space left on device$"):
+        carry_out(at_step(make(), 14, lambda: full.append(True)))
+    assert not [path for path in folder.path.rglob(".*.*") if ".hydra" not in path.parts]  # no drafts
+    assert folder.state == "killed"
+    full.clear()
+    assert_equal_runs(whole, finished(make()))
+
+
+def test_a_journal_that_cannot_be_written_ends_a_run_with_a_line(tmp_path, whole, monkeypatch):
+    make = partial(experiment, tmp_path, "strategy=finetune", *OFTEN[1:])
+    made = make()
+    with pytest.raises(CannotWriteError, match=r"steps.jsonl: No space left on device$"):
+        carry_out(at_step(made, 14, partial(_fill, made.folder / "steps.jsonl")))
+    assert RunFolder(made.folder).state == "failed"
+    assert_equal_runs(whole, finished(make()))
+
+
+def _fill(journal):
+    """Let the open descriptor of the journal lead to a device that is always full."""
+    (descriptor,) = [
+        int(link.name)
+        for link in Path("/proc/self/fd").iterdir()
+        if link.exists() and link.resolve() == journal.resolve()
+    ]
+    full = os.open("/dev/full", os.O_WRONLY)
+    os.dup2(full, descriptor)
+    os.close(full)
+
+
+def test_the_outcome_is_the_validation_accuracy_where_there_is_a_split(tmp_path, whole):
+    results, folder = whole
+    assert (
+        carry_out(experiment(folder.parent, "strategy=finetune", *OFTEN)) == results["metrics"]["validation_accuracy"]
+    )
+    without = experiment(tmp_path, "strategy=finetune")
+    outcome = carry_out(without)
+    results = RunFolder(without.folder).results
+    assert outcome == results["metrics"]["average_accuracy"]
+    assert (results["validation"], results["metrics"]["validation_accuracy"]) == ({}, None)
+
+
+def test_validation_is_measured_after_each_task_on_the_tasks_learned_so_far(whole):
+    results, _ = whole
+    rows = results["validation"]["task"]
+    assert [[value is None for value in row] for row in rows] == [[j > i for j in range(5)] for i in range(5)]
+    assert results["metrics"]["validation_accuracy"] == pytest.approx(sum(rows[-1]) / 5)
+    assert set(results["validation"]) == set(results["accuracy"])
+
+
+def test_where_tasks_share_their_classes_validation_still_does_not_look_ahead(tmp_path):
+    results, _ = finished(experiment(tmp_path, "strategy=finetune", "stream.scenario=domain", *OFTEN))
+    assert results["accuracy"]["domain"][0][4] is not None
+    assert [value is None for value in results["validation"]["domain"][0]] == [False, True, True, True, True]
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_the_command_line_says_how_to_go_on_and_ends_as_is_usual(number, status, tmp_path):
+    command = [*CLI, "strategy=finetune", "trainer.epochs=10000", "trainer.log_every=1"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not any(journal.stat().st_size for journal in tmp_path.glob("outputs/*/steps.jsonl")):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(number)
+    out, error = process.communicate(timeout=60)
+    assert process.returncode == status, out + error
+    (line,) = error.strip().splitlines()
+    assert line.startswith("cl-runner: stopped; the same command goes on at task 0, step ")
+    (folder,) = [path for path in (tmp_path / "outputs").iterdir() if path.is_dir()]
+    assert json.loads((folder / "status.json").read_text())["state"] == "pending"
+    assert len(without_timing(folder)) > 0
+
+
+KILLED_BETWEEN_TWO_RENAMES = """
+import os, signal, sys
+from pathlib import Path
+from cl_runner.__main__ import main
+replace, left = Path.replace, [int(sys.argv.pop(1))]
+def dying(self, target):
+    if self.name.startswith(".last.pt"):
+        left[0] -= 1
+        if left[0] == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+    return replace(self, target)
+Path.replace = dying
+main()
+"""
+
+
+def test_a_process_killed_while_it_saves_loses_nothing(tmp_path, whole):
+    """Between two renames, when there is no last checkpoint but a whole draft and the one before it."""
+    words = ["model=mlp", "model.widths=[12]", "model.dropout=0.1", "trainer.epochs=1", "tracker=local", "device=cpu"]
+    words += ["strategy=finetune", *OFTEN, f"output_root={tmp_path}"]
+    command = [sys.executable, "-c", KILLED_BETWEEN_TWO_RENAMES, "7", *words]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, check=False)
+    assert done.returncode == -signal.SIGKILL
+    made = experiment(tmp_path, "strategy=finetune", *OFTEN)
+    assert RunFolder(made.folder).state == "killed"
+    assert {path.name.partition(".pt")[0] for path in (made.folder / "checkpoint").iterdir()} == {".last", "previous"}
+    assert_equal_runs(whole, finished(made))
+
+
+def test_runs_killed_at_random_moments_end_as_if_they_had_not_been(tmp_path):
+    command = [sys.executable, "tests/soak.py", "--kills", "3", "--strategies", "finetune,ewc,lwf"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
