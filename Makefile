@@ -3,13 +3,19 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: run test lint bench clean
+.PHONY: run test soak test-slurm lint bench clean
 
 run: $(READY)  ## set up, then the main job
 	$(BIN)/cl-runner $(ARGS)
 
 test: $(READY)  ## set up, then the tests
 	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+soak: $(READY)  ## kill runs at random moments, and see that they end as if they had not been
+	$(BIN)/python tests/soak.py --kills 100 $(ARGS)
+
+test-slurm: $(READY)  ## a SLURM of one node: jobs preempted and out of time (root; Debian: slurmctld slurmd slurm-client munge)
+	$(BIN)/python tests/slurm/run.py $(ARGS)
 
 lint: $(READY)  ## ruff, pyright, and what else pre-commit holds
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pre-commit run --all-files

@@ -1,106 +1,61 @@
-"""The command line: compose, check, run."""
+"""The command line: who answers it."""
 
-import os
 import sys
-from typing import NoReturn
+from importlib import import_module
 
-import hydra
-from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
-from omegaconf import DictConfig
-
-from cl_runner.compose import CONF, VERSION_BASE, choices, compose_jobs, in_order
-from cl_runner.config import check
 from cl_runner.errors import ConfigError
 
 # These only print something about the configuration: Hydra answers them, and torch is never imported.
 ASKS_HYDRA = {"--help", "-h", "--hydra-help", "--version", "--cfg", "-c", "--info", "-i", "--shell-completion", "-sc"}
 
+# Commands of their own: main(argv) -> exit status, and parser(). Torch is imported only where something is to be run.
+COMMANDS = {
+    "status": "cl_runner.report.status",
+    "report": "cl_runner.report.command",
+    "sync": "cl_runner.report.sync",
+    "dashboard": "cl_runner.report.dashboard",
+    "verify": "cl_runner.verify",
+}
+
 
 def main() -> None:
     """What the `cl-runner` script runs. Exit status: 0 done, 1 a run failed, 2 the configuration cannot work."""
-    argv = sys.argv[1:]
+    try:
+        _answer(sys.argv[1:])
+    except ConfigError as error:
+        print(f"cl-runner: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _answer(argv: list[str]) -> None:
+    """Raises ConfigError."""
     if argv[:1] == ["list"]:
         list_choices(argv[1:])
-    elif any(word.partition("=")[0] in ASKS_HYDRA for word in argv):
-        if any(word.partition("=")[0] in ("--cfg", "-c") for word in argv):
+    elif argv and argv[0] in COMMANDS:
+        sys.exit(import_module(COMMANDS[argv[0]]).main(argv[1:]))
+    else:
+        from cl_runner.command import hydra_main, run, try_composing
+
+        words = {word.partition("=")[0] for word in argv}
+        if not words & ASKS_HYDRA:
+            run(argv)
+            return
+        if words & {"--cfg", "-c"}:
             try_composing(argv)
         hydra_main()
-    else:
-        run_jobs(argv)
-
-
-def try_composing(argv: list[str]) -> None:
-    """Say in a line why there is no such configuration to show."""
-    try:
-        if len(compose_jobs(in_order(argv))) > 1:
-            raise ConfigError("command line", "--cfg shows one configuration, not those of a sweep")
-    except ConfigError as error:
-        _refuse(error)
-
-
-def run_jobs(argv: list[str]) -> None:
-    """Check every job that the command line asks for, then let Hydra carry them out."""
-    from cl_runner.job import is_done, move_aside, show
-    from cl_runner.trackers.console import log_to, the_console
-
-    try:
-        with log_to(the_console()):  # data may have to be downloaded and decoded
-            sys.argv[1:] = in_order(argv)
-            jobs = [check(cfg) for cfg in compose_jobs(sys.argv[1:])]
-    except ConfigError as error:
-        _refuse(error)
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come back here; they are said once, in one line
-    for job in jobs:
-        move_aside(job)
-    if all(is_done(job) for job in jobs):  # Hydra would write into their folders
-        for job in jobs:
-            show(job)
-        return
-    try:
-        hydra_main()
-    except KeyboardInterrupt:
-        print("cl-runner: stopped; the same command goes on after the last finished task", file=sys.stderr)
-        sys.exit(130)
-    except Exception as error:  # of a job of a multirun: the others were carried out
-        _say(error)
-        sys.exit(1)
-
-
-@hydra.main(config_path=str(CONF), config_name="config", version_base=VERSION_BASE)
-def hydra_main(cfg: DictConfig) -> float | None:
-    """One job. Returns the run's average accuracy."""
-    from cl_runner.job import carry_out
-
-    try:
-        return carry_out(check(cfg))
-    except ConfigError as error:  # what only building could tell: weights that cannot be fetched, say
-        if HydraConfig.get().mode is RunMode.MULTIRUN:
-            raise
-        _refuse(error)
-    except Exception as error:
-        if HydraConfig.get().mode is RunMode.MULTIRUN:
-            raise  # the sweep goes on, and knows
-        _say(error)
-        sys.exit(1)
-
-
-def _refuse(error: ConfigError) -> NoReturn:
-    print(f"cl-runner: {error}", file=sys.stderr)
-    sys.exit(2)
-
-
-def _say(error: Exception) -> None:
-    print(f"cl-runner: {type(error).__name__}: {error}", file=sys.stderr)
 
 
 def list_choices(groups: list[str]) -> None:
-    """Print every choice of every group, or of those named, a line each."""
+    """Print every choice of every group, or of those named, a line each.
+
+    Raises ConfigError for a group that is not there.
+    """
+    from cl_runner.compose import choices
+
     found = choices()
     unknown = [group for group in groups if group not in found]
     if unknown:
-        print(f"cl-runner list: expected groups among {', '.join(found)}, got {unknown[0]!r}", file=sys.stderr)
-        sys.exit(2)
+        raise ConfigError("list", f"expected groups among {', '.join(found)}, got {unknown[0]!r}")
     for group in groups or found:
         print(f"{group}=")
         for choice, says in found[group].items():

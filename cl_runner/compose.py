@@ -1,6 +1,8 @@
 """From the command line to the configurations that it asks for."""
 
 import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import hydra
@@ -8,9 +10,9 @@ from hydra import compose, initialize_config_dir
 from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import IntervalSweep, Override
 from hydra.errors import HydraException, MissingConfigException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from cl_runner.errors import ConfigError
@@ -18,6 +20,13 @@ from cl_runner.errors import ConfigError
 _HERE = Path(__file__).resolve().parent
 CONF = _HERE / "conf" if (_HERE / "conf").is_dir() else _HERE.parent / "conf"
 VERSION_BASE = "1.3" if hydra.__version__ < "1.4" else None
+GRID = "hydra_plugins.cl_runner.sweepers.Grid"  # the sweeper whose jobs are known before the first starts
+_FOLDERS = "expected output_root to say where runs go: a run's folder is named by what it computes"
+RESERVED = {
+    **dict.fromkeys(("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir"), _FOLDERS),
+    "hydra.mode": "expected -m (--multirun), which says the same",
+}
+NOT_SWEPT = ("output_root", "rerun", "plugins")
 
 
 def in_order(argv: list[str]) -> list[str]:
@@ -37,55 +46,167 @@ def in_order(argv: list[str]) -> list[str]:
     return [*options, *(["--config-dir", arguments.config_dir] if arguments.config_dir else []), *arguments.overrides]
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What a command line asks for: one configuration, or with -m those of a sweep.
+
+    jobs: of each configuration the overrides that ask for it alone, and the configuration itself. Where the sweeper is
+        no grid, they are some of those that it may come to: every choice, and both ends of every interval.
+    hydra: Hydra's own part of the configuration: `launcher`, `sweeper`.
+    argv: the command line as Hydra takes it.
+    """
+
+    jobs: list[tuple[list[str], DictConfig]]
+    hydra: DictConfig
+    argv: list[str]
+    sweep: bool
+
+
 def compose_jobs(argv: list[str]) -> list[DictConfig]:
     """Every configuration that a command line (`in_order`) asks for: one, or with -m the product of its sweeps.
+
+    Raises ConfigError for what Hydra itself would refuse.
+    """
+    return [cfg for _, cfg in asked(argv).jobs]
+
+
+def asked(argv: list[str]) -> Asked:
+    """What a command line (`in_order`) asks for.
 
     Raises ConfigError for what Hydra itself would refuse.
     """
     arguments = get_args_parser().parse_args(argv)
     search = [f"hydra.searchpath=[file://{Path(arguments.config_dir).resolve()}]"] if arguments.config_dir else []
     with initialize_config_dir(str(CONF), version_base=VERSION_BASE):
-        loader = GlobalHydra.instance().config_loader()
+        words = _Words(search)
+        given = words.parsed(arguments.overrides)
+        if not arguments.multirun:
+            return _asked_of_a_run(words, given, argv)
+        return _asked_of_a_sweep(words, given, argv)
+
+
+def _asked_of_a_run(words: "_Words", given: list[Override], argv: list[str]) -> Asked:
+    for override in given:
+        if override.is_sweep_override():
+            raise ConfigError(override.get_key_element(), "a sweep over several values needs -m (--multirun)")
+        if override.key_or_group in ("hydra/launcher", "hydra/sweeper"):
+            raise ConfigError(override.key_or_group, "expected -m (--multirun) beside it: it carries out sweeps")
+    overrides = [_word(override) for override in given]
+    cfg = words.composed(overrides, with_hydra=True)
+    own = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
+    return Asked([(overrides, own)], cfg.hydra, argv, sweep=False)
+
+
+def _asked_of_a_sweep(words: "_Words", given: list[Override], argv: list[str]) -> Asked:
+    for override in given:
+        if override.is_sweep_override() and (override.is_hydra_override() or override.key_or_group in NOT_SWEPT):
+            raise ConfigError(override.key_or_group, "expected one value: it is the same for all jobs of a sweep")
+    single = [_word(override) for override in given if not override.is_sweep_override()]
+    master = words.composed(single, with_hydra=True)
+    _refuse_grids_in_a_grid(words, given, single)
+    own = words.parsed([f"{key}={value}" for key, value in (master.hydra.sweeper.get("params") or {}).items()])
+    # What is given on the command line replaces what an experiment's own grid says of the same key.
+    keys = {override.get_key_element(): override for override in (*own, *given) if not override.is_hydra_override()}
+    if master.hydra.sweeper._target_ == GRID:
+        jobs = list(itertools.product(*(list(_values(override)) for override in keys.values())))
+    else:
+        jobs = _one_at_a_time([list(_values(override, ends=True)) for override in keys.values()])
+    composed = [(list(job), words.composed(job)) for job in jobs]
+    return Asked(composed, master.hydra, words.for_hydra(argv, single), sweep=True)
+
+
+def _refuse_grids_in_a_grid(words: "_Words", given: list[Override], single: list[str]) -> None:
+    """There is one product only: the grid of an experiment that is itself swept over would silently be left out."""
+    for override in given:
+        if override.is_choice_sweep() and override.key_or_group == "experiment":
+            for word in _values(override):
+                if words.composed([*single, word], with_hydra=True).hydra.sweeper.get("params"):
+                    raise ConfigError(
+                        "experiment",
+                        f"{word.partition('=')[2]} holds a grid of its own and cannot be swept over: give every "
+                        "experiment a command of its own with one output_root, and cl-runner report joins them",
+                    )
+
+
+def _one_at_a_time(values: list[list[str]]) -> list[list[str]]:
+    """The first value of all, and every other value beside the first ones of the rest."""
+    first = [options[0] for options in values]
+    others = ((place, other) for place, options in enumerate(values) for other in options[1:])
+    return [first, *([*first[:place], other, *first[place + 1 :]] for place, other in others)]
+
+
+def _values(override: Override, ends: bool = False) -> Iterator[str]:
+    """An override as the single ones that it sweeps over; an interval, where it is allowed, as those of its ends."""
+    key = override.get_key_element()
+    if not override.is_sweep_override():
+        yield _word(override)
+    elif override.is_discrete_sweep():
+        yield from (f"{key}={value}" for value in override.sweep_string_iterator())
+    elif ends and isinstance(interval := override.value(), IntervalSweep):
+        yield from (f"{key}={value}" for value in (interval.start, interval.end))
+    else:
+        raise ConfigError(key, "expected values to take in turn; an interval is for hydra/sweeper=optuna")
+
+
+def _word(override: Override) -> str:
+    key = override.get_key_element()
+    return key if override.is_delete() else f"{key}={override.get_value_element_as_str()}"
+
+
+class _Words:
+    """Overrides, read and composed. Within `initialize_config_dir` only."""
+
+    def __init__(self, search: list[str]) -> None:
+        self._search = search
+        self._loader = GlobalHydra.instance().config_loader()
+        self._groups = set(self._loader.list_groups(""))
+
+    def parsed(self, words: Sequence[str]) -> list[Override]:
         try:
-            overrides = OverridesParser.create(config_loader=loader).parse_overrides(arguments.overrides)
-            groups = set(loader.list_groups(""))
-            words = [_words(override, groups, arguments.multirun) for override in overrides]
+            overrides = OverridesParser.create(config_loader=self._loader).parse_overrides(list(words))
         except HydraException as error:
             raise ConfigError("command line", _first_lines(error)) from None
-        return [_composed([*search, *job]) for job in itertools.product(*words)]
+        for override in overrides:
+            if override.key_or_group in RESERVED:
+                raise ConfigError(override.key_or_group, RESERVED[override.key_or_group])
+        return overrides
 
+    def composed(self, words: Sequence[str], with_hydra: bool = False) -> DictConfig:
+        """The configuration that the words ask for."""
+        return _composed([*self._search, *(self._lenient(word) for word in words)], with_hydra)
 
-def _words(override: Override, groups: set[str], multirun: bool) -> list[str]:
-    """An override as the single ones that it sweeps over."""
-    key = override.get_key_element()
-    if key in ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir"):
-        raise ConfigError(key, "expected output_root to say where runs go: a run's folder is named by what it computes")
-    if override.is_delete():
-        return [key]
-    if override.is_sweep_override():
-        if not multirun:
-            raise ConfigError(key, "a sweep over several values needs -m (--multirun)")
-        values = list(override.sweep_string_iterator())
-    else:
-        values = [override.get_value_element_as_str()]
-    # An unknown key is let in here, for the check to name it together with the nearest valid one.
-    plain = not key.startswith(("+", "hydra")) and "/" not in key and key.partition("@")[0] not in groups
-    return [f"{'++' if plain else ''}{key}={value}" for value in values]
+    def for_hydra(self, argv: list[str], single: list[str]) -> list[str]:
+        """A sweep's command line as Hydra takes it.
+
+        It begins by composing what is not swept over, where `strategy.batch_size=8` beside a sweep over strategies may
+        name a key that the default one does not have: such words have to say that they mean it.
+        """
+        try:
+            _composed([*self._search, *single])
+        except ConfigError:
+            return [word if word.startswith("-") else self._lenient(word) for word in argv]
+        return argv
+
+    def _lenient(self, word: str) -> str:
+        """An unknown key is let in, for the check to name it together with the nearest valid one."""
+        key = word.partition("=")[0]
+        plain = not key.startswith(("+", "~", "hydra")) and "/" not in key and key.partition("@")[0] not in self._groups
+        return f"++{word}" if plain else word
 
 
 def choices() -> dict[str, dict[str, str]]:
     """group -> choice -> what its YAML's first line says of it."""
-    files = sorted(file for file in CONF.glob("[a-z]*/*.yaml"))
+    files = sorted([*CONF.glob("[a-z]*/*.yaml"), *CONF.glob("hydra/*/*.yaml")])
     found: dict[str, dict[str, str]] = {}
     for file in files:
         first = next((line for line in file.read_text().splitlines() if line.startswith("# ") and "@" not in line), "")
-        found.setdefault(file.parent.name, {})[file.stem] = first.removeprefix("# ")
+        found.setdefault(str(file.parent.relative_to(CONF)), {})[file.stem] = first.removeprefix("# ")
     return found
 
 
-def _composed(overrides: list[str]) -> DictConfig:
+def _composed(overrides: list[str], with_hydra: bool = False) -> DictConfig:
     try:
-        return compose("config", overrides=overrides)
+        return compose("config", overrides=overrides, return_hydra_config=with_hydra)
     except MissingConfigException as error:
         group, _, choice = str(error.missing_cfg_file or "").rpartition("/")
         options = ", ".join(error.options or ()) or "nothing"

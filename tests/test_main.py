@@ -12,6 +12,9 @@ import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from cl_runner.__main__ import COMMANDS
+from cl_runner.folder import RunFolder
+
 QUIET = {**os.environ, "WANDB_SILENT": "true"}
 
 
@@ -34,8 +37,8 @@ def test_a_run_leaves_everything_in_its_folder(cl_runner, the_run):
     assert folder.name in said.replace("\n", "")
 
     results = json.loads((folder / "results.json").read_text(), parse_constant=pytest.fail)
-    expected = ["schema", "config", "environment", "metrics", "accuracy", "zero_shot", "seconds", "peak_memory"]
-    assert list(results) == expected
+    expected = ["schema", "config", "environment", "metrics", "accuracy", "validation", "zero_shot", "seconds"]
+    assert list(results) == [*expected, "peak_memory"]
     assert json.loads((folder / "status.json").read_text())["state"] == "done"
     assert yaml.safe_load((folder / "config.yaml").read_text()) == results["config"]
 
@@ -158,6 +161,15 @@ def test_one_bad_job_of_a_multirun_is_refused_before_the_first_starts(cl_runner,
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_experiment_with_a_grid_says_so_where_one_job_is_run(cl_runner, tmp_path):
+    (tmp_path / "conf" / "experiment").mkdir(parents=True)
+    grid = "# @package _global_\nhydra:\n  sweeper:\n    params:\n      seed: 0,1\n"
+    (tmp_path / "conf" / "experiment" / "grid.yaml").write_text(grid)
+    status, said = cl_runner("--config-dir", "conf", "experiment=grid", "trainer.epochs=1")
+    assert status == 0, said
+    assert "-m runs every job" in said
+
+
 def test_a_multirun_makes_a_folder_a_job(cl_runner, tmp_path):
     status, said = cl_runner("-m", "strategy=finetune,lwf", "seed=0,1", "trainer.epochs=1")
     assert status == 0, said
@@ -186,9 +198,34 @@ def test_list_names_every_choice(cl_runner):
     assert status == 2
 
 
+def test_what_a_command_cannot_do_is_one_line_and_status_2(cl_runner):
+    status, said = cl_runner("status", "nothing", small=False)
+    assert status == 2
+    assert said == "cl-runner: status: expected a folder, got 'nothing'\n"
+
+
+def test_a_word_that_is_no_command_is_one_line_and_status_2(cl_runner):
+    status, said = cl_runner("statsu", small=False)
+    assert status == 2
+    assert len(said.splitlines()) == 1
+    assert "statsu" in said
+
+
+def test_a_run_that_another_process_is_at_is_refused(cl_runner, the_run):
+    cl_runner("trainer.epochs=1")
+    folder = the_run()
+    (folder / "status.json").write_text('{"state": "pending"}')
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    with RunFolder(folder).locked():
+        status, said = cl_runner("trainer.epochs=1")
+    assert status == 2
+    assert "is being run by process" in said
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
 @pytest.mark.parametrize(
     "words",
-    [["--help"], ["--cfg", "job"], ["list"], ["--version"]],
+    [["--help"], ["--cfg", "job"], ["list"], ["--version"], *([command, "--help"] for command in COMMANDS)],
     ids=lambda words: words[0],
 )
 def test_asking_about_the_configuration_imports_no_torch(words, tmp_path):
@@ -240,7 +277,7 @@ def test_a_killed_run_goes_on_and_ends_as_if_it_had_not_been(tmp_path):
     one, other = (load_file(tmp_path / root / folder.name / "model.safetensors") for root in ("killed", "whole"))
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
-    assert "going on after task" in (folder / "run.log").read_text()
+    assert "going on at task" in (folder / "run.log").read_text()
 
 
 def test_python_m_is_the_same(tmp_path):

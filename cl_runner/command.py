@@ -1,0 +1,170 @@
+"""What a command line of overrides asks for, carried out: one run, or the jobs of a sweep."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+
+from cl_runner.compose import CONF, GRID, VERSION_BASE, Asked, asked, compose_jobs, in_order
+from cl_runner.config import Experiment, check, check_plugin
+from cl_runner.errors import ConfigError
+
+PLUGINS = "hydra_plugins.cl_runner"  # the launchers and sweepers of this project
+OPTUNA = f"{PLUGINS}.sweepers.Optuna"
+
+
+def run(argv: list[str]) -> None:
+    """Check everything that the command line asks for, then have it carried out.
+
+    Raises ConfigError, as all of the following do.
+    """
+    from cl_runner.trackers.console import log_to, the_console
+
+    with log_to(the_console()):  # data may have to be downloaded and decoded
+        sys.argv[1:] = in_order(argv)
+        request = asked(sys.argv[1:])
+        jobs = [check(cfg) for _, cfg in request.jobs]
+        if request.sweep:
+            _check_sweep(request, jobs)
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come back here; they are said once, in one line
+    if request.sweep:
+        try:
+            sys.exit(run_sweep(request, jobs))
+        except OSError as error:  # of the plan: a disk that is full
+            sys.exit(_say_failed(error))
+    if request.hydra.sweeper.get("params"):
+        print("this experiment holds a grid, of which -m runs every job; now it is the one configuration alone")
+    run_alone(jobs[0])
+
+
+def try_composing(argv: list[str]) -> None:
+    """Say why there is no such configuration to show.
+
+    Raises ConfigError.
+    """
+    if len(compose_jobs(in_order(argv))) > 1:
+        raise ConfigError("command line", "--cfg shows one configuration, not those of a sweep")
+
+
+def run_alone(experiment: Experiment) -> None:
+    """Carry out one experiment; show it, where it is done."""
+    from cl_runner.job import is_done, show
+
+    make_room(experiment)
+    if is_done(experiment):  # Hydra would write into its folder
+        show(experiment)
+        return
+    try:
+        hydra_main()
+    except ConfigError:  # what only building can tell: weights that cannot be fetched, say
+        raise
+    except KeyboardInterrupt as stopped:
+        sys.exit(_say_stopped(stopped, str(stopped)))
+    except Exception as error:
+        sys.exit(_say_failed(error))
+
+
+def make_room(experiment: Experiment) -> None:
+    """Move aside what is to be run again.
+
+    Raises ConfigError where another process is at it: Hydra would write into its folder.
+    """
+    from cl_runner.folder import RunFolder
+    from cl_runner.job import move_aside
+
+    if holder := RunFolder(experiment.folder).held:
+        who = f"process {holder.get('pid')} on {holder.get('host')}"
+        raise ConfigError(str(experiment.folder), f"is being run by {who}")
+    move_aside(experiment)
+
+
+def run_sweep(request: Asked, experiments: list[Experiment]) -> int:
+    """Have those jobs carried out that are not done, and say what has become of all. Returns the exit status."""
+    from cl_runner.job import move_aside
+    from cl_runner.sweep import Job, Sweep, of_this_command, this_command
+
+    sys.argv[1:] = request.argv
+    root = Path(experiments[0].config["output_root"])
+    sweep = Sweep(root, this_command())
+    if request.hydra.sweeper._target_ == GRID:  # a search comes to know its jobs as it goes
+        pairs = zip(request.jobs, experiments, strict=True)
+        once = {experiment.folder: (words, experiment) for (words, _), experiment in pairs}
+        for folder, (words, experiment) in once.items():
+            move_aside(experiment)
+            sweep.jobs.append(Job(words, folder.name, experiment.hash))
+        if same := len(request.jobs) - len(sweep.jobs):
+            print(f"{same} of {len(request.jobs)} jobs compute what another one computes: they are run once")
+    sweep.write()
+    done_before = sweep.counts()["done"]
+    stopped: KeyboardInterrupt | None = None
+    try:
+        if not sweep.jobs or done_before < len(sweep.jobs):
+            hydra_main()
+    except KeyboardInterrupt as error:
+        stopped = error
+    except Exception as error:  # of the launcher itself: a job's own is in the plan
+        _say_failed(error)
+    sweep = of_this_command(root)
+    sweep.close()
+    for line in sweep.summary(done_before):
+        print(line)
+    if stopped is not None:
+        return _say_stopped(stopped, "stopped; the same command goes on")
+    return 0 if sweep.jobs and sweep.counts()["done"] == len(sweep.jobs) else 1
+
+
+def run_submitted(argv: list[str], folder: Path) -> None:
+    """Carry out, in a process of its own, one job of a sweep that was checked when it was submitted.
+
+    Raises what the run raises, and ConfigError where the job is not what it was then.
+    """
+    from cl_runner.folder import RunFolder
+    from cl_runner.trackers.console import log_to, the_console
+
+    with log_to(the_console()):
+        sys.argv[1:] = in_order(argv)
+        (cfg,) = compose_jobs(sys.argv[1:])
+        now = check(cfg).folder.name
+    if now != folder.name:
+        raise ConfigError("conf", f"changed since submission: {folder.name} would be {now}; give the command again")
+    if RunFolder(folder).state not in ("done", "running"):
+        os.environ["HYDRA_FULL_ERROR"] = "1"
+        hydra_main()
+
+
+@hydra.main(config_path=str(CONF), config_name="config", version_base=VERSION_BASE)
+def hydra_main(cfg: DictConfig) -> float | None:
+    """One job. Returns the run's accuracy on validation data where there are any, else its average accuracy."""
+    from cl_runner.job import carry_out
+
+    return carry_out(check(cfg))
+
+
+def _check_sweep(request: Asked, jobs: list[Experiment]) -> None:
+    """What only a sweep has: who asks for the jobs, who launches them, and what they are selected by."""
+    sweeper = request.hydra.sweeper._target_
+    if sweeper not in (GRID, OPTUNA):
+        raise ConfigError("hydra/sweeper", f"expected grid or optuna, got {sweeper}")
+    for name in ("sweeper", "launcher"):
+        node: Any = OmegaConf.to_container(request.hydra[name], resolve=True)
+        if node["_target_"].startswith(PLUGINS):
+            check_plugin(f"hydra.{name}", node, PLUGINS)
+    if sweeper == OPTUNA and not all(job.config["stream"].get("validation") for job in jobs):
+        raise ConfigError(
+            "stream.validation", "expected a share above 0: hydra/sweeper=optuna selects by it, and never by test data"
+        )
+
+
+def _say_failed(error: Exception) -> int:
+    """In a line. Returns the exit status."""
+    print(f"cl-runner: {type(error).__name__}: {error}".partition("\n")[0], file=sys.stderr)
+    return 1
+
+
+def _say_stopped(stopped: KeyboardInterrupt, how: str) -> int:
+    """Ctrl-C, or a signal that means the same. Returns the exit status."""
+    print(f"cl-runner: {how or 'stopped'}", file=sys.stderr)
+    return getattr(stopped, "status", 130)

@@ -1,0 +1,301 @@
+"""Jobs in processes of their own: on this machine, on SLURM, on a Ray cluster."""
+
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass, field
+from getpass import getuser
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Protocol
+
+from cl_runner.errors import ConfigError
+from cl_runner.folder import RunFolder
+from cl_runner.sweep import LOGS
+
+POLL = 0.2  # seconds between two looks at the jobs that run
+PATIENCE = 60.0  # seconds that jobs are given to save themselves when a sweep is stopped
+FOREVER = 60 * 24 * 3650  # minutes; submitit wants a limit
+
+
+@dataclass
+class Worker:
+    """One job, carried out in another process. A call says in a line what went wrong, if anything did.
+
+    argv: the command line that asks for this job alone. folder: where its run lay when the job was submitted.
+    differs: in what from the sweep's other jobs, for people. environment: set before anything heavy is imported.
+    log: where to print, if not where the process prints anyway. sigterm_stops: whether SIGTERM ends the run once it is
+    saved; on SLURM it only announces what comes.
+    """
+
+    argv: list[str]
+    folder: Path
+    differs: str = ""
+    environment: dict[str, str] = field(default_factory=dict)
+    log: Path | None = None
+    sigterm_stops: bool = True
+    cwd: Path = field(default_factory=Path.cwd)
+
+    def __call__(self) -> str | None:
+        os.chdir(self.cwd)
+        os.environ.update(self.environment)
+        if self.sigterm_stops:
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
+        sys.argv = ["cl-runner", *self.argv]
+        from cl_runner.command import run_submitted
+
+        try:
+            with _printing_to(self.log):
+                run_submitted(self.argv, self.folder)
+        except KeyboardInterrupt as stopped:  # the run is saved, and whoever stopped it knows
+            print(f"cl-runner: {stopped}", flush=True)
+            raise SystemExit(130) from None
+        except Exception as error:
+            return said(error)
+        return None
+
+    def checkpoint(self) -> Any:
+        """What submitit is to call when the job was preempted: the same again, for a run goes on from where it was."""
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(self)
+
+
+class Pool(Protocol):
+    """Where workers run. What `submit` gives is asked for by the others."""
+
+    def submit(self, worker: Worker, slot: int) -> Any: ...
+
+    def over(self, job: Any) -> bool: ...
+
+    def result(self, job: Any) -> str | None:
+        """What the worker returned; None too where its process died."""
+        ...
+
+    def stop(self, job: Any) -> None:
+        """Have the job save itself and end."""
+        ...
+
+
+def carry_out(workers: Sequence[Worker], pool: Pool, at_once: int) -> list[str | None]:
+    """Run all workers, at most `at_once` of them at any time. One that fails or dies does not stop the others.
+
+    Returns what each had to say. KeyboardInterrupt stops those that run, and comes through when they have ended.
+    """
+    waiting, free = deque(enumerate(workers)), deque(range(at_once))
+    running: dict[int, tuple[int, Any]] = {}  # slot -> number of the worker, its job
+    results: list[str | None] = [None] * len(workers)
+    try:
+        while waiting or running:
+            while waiting and free:
+                number, worker = waiting.popleft()
+                slot = free.popleft()
+                running[slot] = number, pool.submit(worker, slot)
+                _tell(number, workers, "submitted")
+            time.sleep(POLL)
+            for slot, (number, job) in list(running.items()):
+                if pool.over(job):
+                    results[number] = pool.result(job)
+                    del running[slot]
+                    free.append(slot)
+                    _tell(number, workers, _state(workers[number], results[number]))
+    except KeyboardInterrupt:
+        _stop([job for _, job in running.values()], pool)
+        raise
+    return results
+
+
+def said(error: BaseException) -> str:
+    """An error in a line."""
+    name = "" if isinstance(error, ConfigError) else f"{type(error).__name__}: "
+    return f"{name}{error}".partition("\n")[0]
+
+
+def _stop(jobs: list[Any], pool: Pool) -> None:
+    print(f"stopping {len(jobs)} job{'s' * (len(jobs) != 1)}; what they have done so far is kept", flush=True)
+    for job in jobs:
+        pool.stop(job)
+    deadline = time.monotonic() + PATIENCE
+    while not all(pool.over(job) for job in jobs) and time.monotonic() < deadline:
+        time.sleep(POLL)
+
+
+def _state(worker: Worker, result: str | None) -> str:
+    """Of a worker that has ended."""
+    if result is not None:
+        return "failed"
+    return RunFolder(worker.folder).state if worker.folder.exists() else "killed"
+
+
+def _tell(number: int, workers: Sequence[Worker], what: str) -> None:
+    place = f"{number + 1:>{len(str(len(workers)))}}/{len(workers)}"
+    print(f"{place} {what:<9} {workers[number].folder.name}  {workers[number].differs}".rstrip(), flush=True)
+
+
+@contextmanager
+def _printing_to(path: Path | None) -> Iterator[None]:
+    if path is None:
+        yield
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", buffering=1) as file, redirect_stdout(file), redirect_stderr(file):
+        yield
+
+
+def _pickled(path: Path) -> str | None:
+    """What a worker of submitit's returned. It may not have come to that."""
+    if not path.exists():
+        return None
+    _, result = pickle.loads(path.read_bytes())
+    return None if result is None else str(result).strip().rpartition("\n")[2]
+
+
+def slots(
+    gpus: Sequence[str], cores: int, at_once: int | None, per_gpu: int, threads: int | None
+) -> list[dict[str, str]]:
+    """The environment of each of the jobs that run at once on this machine: GPUs in turn, cores shared out.
+
+    gpus: as CUDA_VISIBLE_DEVICES names them. at_once: None for as many as the GPUs, or else the cores, take.
+    """
+    many = at_once or len(gpus) * per_gpu or cores
+    if gpus:
+        many = min(many, len(gpus) * per_gpu)
+    # submitit hides every GPU from a job that did not ask it for one.
+    visible = gpus or [os.environ.get("CUDA_VISIBLE_DEVICES", "")]
+    return [
+        {"CUDA_VISIBLE_DEVICES": visible[slot % len(visible)], "OMP_NUM_THREADS": str(threads or max(1, cores // many))}
+        for slot in range(many)
+    ]
+
+
+class Local:
+    """Processes on this machine, by submitit's local executor.
+
+    environments: of each slot, what its workers find in the environment beside what is there anyway.
+    """
+
+    def __init__(self, environments: Sequence[dict[str, str]], timeout_min: int | None, signal_delay_s: int) -> None:
+        self._environments = environments
+        self._limits = {"timeout_min": timeout_min or FOREVER, "signal_delay_s": signal_delay_s}
+
+    def submit(self, worker: Worker, slot: int) -> Any:
+        from submitit import LocalExecutor
+
+        worker.environment = self._environments[slot]
+        executor = LocalExecutor(_logs(worker), max_num_timeout=1000)
+        executor.update_parameters(**self._limits, stderr_to_stdout=True)
+        with _deaf_to_ctrl_c():
+            return executor.submit(worker)
+
+    def over(self, job: Any) -> bool:
+        return job.done()
+
+    def result(self, job: Any) -> str | None:
+        return _pickled(job.paths.result_pickle)
+
+    def stop(self, job: Any) -> None:
+        os.kill(int(job.job_id), signal.SIGTERM)  # submitit's controller, which hands it on
+
+
+@contextmanager
+def _deaf_to_ctrl_c() -> Iterator[None]:
+    """Processes that are started meanwhile do not hear Ctrl-C.
+
+    It reaches all that run in a terminal, and submitit would kill a worker a second later, saved or not.
+    """
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+class Slurm:
+    """Jobs of a SLURM cluster, submitted by submitit.
+
+    The queue itself tells which of them are over: accounting may be off, and a job that was killed says nothing.
+    A job that is in the queue already, from an earlier time that the sweep was started, is waited for.
+    """
+
+    def __init__(self, max_num_timeout: int, poll_s: float, parameters: dict[str, Any]) -> None:
+        self._max_num_timeout, self._poll_s, self._parameters = max_num_timeout, poll_s, parameters
+        self._queue: dict[str, tuple[str, str]] = {}  # id -> (name, comment)
+        self._looked = -float("inf")
+
+    def submit(self, worker: Worker, slot: int) -> Any:
+        from submitit import SlurmExecutor, SlurmJob
+
+        worker.sigterm_stops = False
+        worker.environment = {"OMP_NUM_THREADS": str(self._parameters.get("cpus_per_task", 1))}
+        name, root = worker.folder.name, str(worker.folder.parent.resolve())
+        self._look()
+        for job_id, queued in self._queue.items():
+            if queued == (name, root):
+                return SlurmJob(_logs(worker), job_id)
+        executor = SlurmExecutor(_logs(worker), max_num_timeout=self._max_num_timeout)
+        executor.update_parameters(**self._parameters, job_name=name, comment=root, stderr_to_stdout=True)
+        job = executor.submit(worker)
+        self._queue[job.job_id] = name, root
+        self._looked = time.monotonic()
+        return job
+
+    def over(self, job: Any) -> bool:
+        self._look()
+        return job.job_id not in self._queue
+
+    def result(self, job: Any) -> str | None:
+        return _pickled(job.paths.result_pickle)
+
+    def stop(self, job: Any) -> None:
+        for how in ("--state=PENDING", "--signal=INT"):  # a run that hears the latter saves itself and ends
+            subprocess.run(["scancel", how, job.job_id], capture_output=True, check=False)
+
+    def _look(self) -> None:
+        if time.monotonic() - self._looked < self._poll_s:
+            return
+        command = ["squeue", "--noheader", f"--user={getuser()}", "--format=%i|%j|%k"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        self._looked = time.monotonic()
+        if done.returncode == 0:  # a controller that does not answer now may do so the next time
+            rows = [line.split("|", 2) for line in done.stdout.splitlines()]
+            self._queue = {job_id: (name, comment) for job_id, name, comment in rows}
+
+
+class Ray:
+    """Tasks on a Ray cluster, or on one that is started on this machine for the sweep's time."""
+
+    def __init__(self, address: str | None, cpus: float, gpus: float, retries: int) -> None:
+        self._ray = ray = import_module("ray")
+        ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level="warning")
+        # A process a job: what one run leaves behind in its process is no matter of the next.
+        options = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=retries, max_calls=1)
+        self._task = options(lambda worker: worker())
+
+    def submit(self, worker: Worker, slot: int) -> Any:
+        worker.log = _logs(worker) / "log.out"
+        worker.environment = {key: value for key, value in os.environ.items() if key.startswith(("CL_RUNNER", "WANDB"))}
+        return self._task.remote(worker)
+
+    def over(self, job: Any) -> bool:
+        return bool(self._ray.wait([job], timeout=0)[0])
+
+    def result(self, job: Any) -> str | None:
+        try:
+            return self._ray.get(job)
+        except self._ray.exceptions.WorkerCrashedError:
+            return None
+        except self._ray.exceptions.RayError as error:
+            return said(error)
+
+    def stop(self, job: Any) -> None:
+        self._ray.cancel(job)
+
+
+def _logs(worker: Worker) -> Path:
+    return worker.folder.parent / LOGS / worker.folder.name

@@ -1,0 +1,214 @@
+"""`cl-runner status DIR`: every run below a folder, and what has become of it."""
+
+import argparse
+import json
+import os
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from cl_runner.errors import ConfigError
+from cl_runner.folder import RunFolder
+from cl_runner.sweep import FILE, STATES, Sweep, reason, sweeps
+
+EVERY = 2.0  # seconds between two looks
+TAIL = 1 << 16  # bytes at the journal's end among which the last task's row is looked for
+BAD = ("failed", "killed")
+COLOURS = {"running": "cyan", "done": "green", "failed": "bold red", "killed": "bold red", "pending": "dim"}
+URGENCY = ("running", "failed", "killed", "pending", "done")  # what is shown first where not all fits
+
+
+@dataclass(frozen=True)
+class Row:
+    """One run as the table shows it.
+
+    accuracy: of the tasks learned so far. heartbeat: seconds since the epoch. differs: from the others of its sweep.
+    """
+
+    name: str
+    state: str
+    task: int | None = None
+    num_tasks: int | None = None
+    step: int | None = None
+    accuracy: float | None = None
+    heartbeat: float | None = None
+    reason: str = ""
+    differs: str = ""
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="cl-runner status", description="Every run below a folder, and how it goes.")
+    parser.add_argument("folder", nargs="?", default="outputs", help="where the runs lie (default: %(default)s)")
+    parser.add_argument("--watch", action="store_true", help="go on showing it until nothing runs or waits any more")
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    """Print the table, again and again with --watch. Exit status: 1 where a run failed or was killed, else 0.
+
+    Raises ConfigError for a folder that is not there.
+    """
+    options = parser().parse_args(argv)
+    root = Path(options.folder)
+    if not root.is_dir():
+        raise ConfigError("status", f"expected a folder, got {options.folder!r}")
+    board = Board(root)
+    if options.watch and Console().is_terminal:
+        _watch(board)
+    else:
+        rows = board.rows()
+        terminal = Console() if Console().is_terminal else Console(width=1000)  # a pipe has no edge to break lines at
+        terminal.print(_counts(rows)) if not rows else terminal.print(Group(_table(rows), _counts(rows)))
+    return int(any(row.state in BAD for row in board.rows()))
+
+
+def _watch(board: "Board") -> None:
+    console = Console()
+    with Live(console=console, auto_refresh=False) as live:
+        while True:
+            rows = sorted(board.rows(), key=lambda row: URGENCY.index(row.state))
+            fits = rows[: max(1, console.height - 6)]
+            live.update(Group(_table(fits), _counts(rows, hidden=len(rows) - len(fits))), refresh=True)
+            if not any(row.state in ("running", "pending") for row in rows):
+                return
+            try:
+                time.sleep(EVERY)
+            except KeyboardInterrupt:
+                return
+
+
+class Board:
+    """The runs below a folder. What has ended is read once."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._ended: dict[Path, tuple[int, Row]] = {}  # folder -> when its status was written, what it said
+
+    def rows(self) -> list[Row]:
+        """Every run, and every job of a sweep that has no folder yet, by name."""
+        rows: dict[Path, Row] = {}
+        planned: dict[Path, Row] = {}
+        for path, names in _folders(self.root):
+            if "status.json" in names:
+                rows[path] = self._row(path)
+            if FILE in names:
+                for sweep in sweeps(path):
+                    planned |= self._planned(sweep)
+        together = {**planned, **{path: replace(row, differs=_differs(planned, path)) for path, row in rows.items()}}
+        return [together[path] for path in sorted(together) if not _moved_aside(path)]
+
+    def _planned(self, sweep: Sweep) -> dict[Path, Row]:
+        """The jobs of a sweep, as they are without a folder: not begun, or never come that far."""
+        rows, differing = {}, sweep.differing()
+        for job in sweep.jobs:
+            path = sweep.root / job.folder
+            why, differs = job.error or "", differing[job.folder]
+            rows[path] = Row(self._name(path), job.state or "pending", reason=why, differs=differs)
+        return rows
+
+    def _row(self, path: Path) -> Row:
+        written = (path / "status.json").stat().st_mtime_ns
+        if path in self._ended and self._ended[path][0] == written:
+            return self._ended[path][1]
+        run = RunFolder(path)
+        status, state = run.status, run.state
+        row = Row(
+            self._name(path),
+            state,
+            status.get("tasks"),
+            status.get("num_tasks"),
+            status.get("step"),
+            _accuracy(run, state),
+            status.get("heartbeat") if state in ("running", "killed") else None,
+            "" if state == "running" else reason(run, state),
+        )
+        if state in ("done", "failed"):
+            self._ended[path] = written, row
+        return row
+
+    def _name(self, path: Path) -> str:
+        return str(path.relative_to(self.root)) if path != self.root else path.name
+
+
+def _folders(root: Path) -> Iterator[tuple[Path, list[str]]]:
+    """Every folder below, and the names in it. What lies in a run's folder is no run."""
+    for path, folders, names in os.walk(root):
+        folders[:] = [] if "status.json" in names else [name for name in folders if not name.startswith(".")]
+        yield Path(path), names
+
+
+def _differs(planned: dict[Path, Row], path: Path) -> str:
+    return planned[path].differs if path in planned else ""
+
+
+def _moved_aside(path: Path) -> bool:
+    """Whether a run has been made again, in the folder whose name this one had."""
+    return path.suffix[1:].isdigit() and path.with_suffix("").is_dir()
+
+
+def _accuracy(run: RunFolder, state: str) -> float | None:
+    if state == "done":
+        return run.results.get("metrics", {}).get("average_accuracy")
+    return _last_task(run.path / "steps.jsonl").get("metrics", {}).get("average_accuracy")
+
+
+def _last_task(journal: Path) -> dict[str, Any]:
+    """The last task's row of a journal that may be being written to."""
+    if not journal.exists():
+        return {}
+    with journal.open("rb") as file:
+        file.seek(max(0, journal.stat().st_size - TAIL))
+        lines = file.read().splitlines()
+    for line in reversed(lines):
+        if line.startswith(b'{"kind": "task"') and line.endswith(b"}"):
+            return json.loads(line)
+    return {}
+
+
+def _table(rows: list[Row]) -> Table:
+    table = Table(box=SIMPLE_HEAD)
+    table.add_column("run", overflow="fold")
+    if differ := any(row.differs for row in rows):
+        table.add_column("", overflow="fold")
+    table.add_column("state", no_wrap=True)
+    for column in ("task", "step", "accuracy", "heard of"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("reason", overflow="fold")
+    now = time.time()
+    for row in rows:
+        table.add_row(
+            Text(row.name),
+            *([Text(row.differs)] if differ else []),
+            Text(row.state, COLOURS[row.state]),
+            "" if row.task is None else f"{row.task}/{row.num_tasks if row.num_tasks is not None else '?'}",
+            "" if row.step is None else f"{row.step:,}",
+            "" if row.accuracy is None else f"{100 * row.accuracy:.1f} %",
+            "" if row.heartbeat is None else f"{_ago(now - row.heartbeat)} ago",
+            Text(row.reason),
+        )
+    return table
+
+
+def _counts(rows: list[Row], hidden: int = 0) -> Text:
+    counts = Counter(row.state for row in rows)
+    parts = [Text.assemble(f"{counts[state]} ", (state, COLOURS[state])) for state in STATES if counts[state]]
+    if not parts:
+        return Text("no runs")
+    more = f" ({hidden} not shown)" if hidden else ""
+    return Text.assemble(f"{len(rows)} run{'s' * (len(rows) != 1)}: ", Text(", ").join(parts), more)
+
+
+def _ago(seconds: float) -> str:
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{max(0, seconds):.0f} s"

@@ -1,0 +1,132 @@
+"""A sweep: which jobs it consists of, and what has become of each. `sweep.json` in its output_root says so."""
+
+import json
+import shlex
+import sys
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from cl_runner.folder import RunFolder, read_json, write_atomically
+
+FILE = "sweep.json"
+LOGS = ".jobs"  # in output_root: what jobs in processes of their own print, a folder a job
+SCHEMA = 1
+STATES = ("done", "running", "pending", "failed", "killed")
+
+
+@dataclass
+class Job:
+    """One configuration of a sweep: the overrides that ask for it alone, and where its run lies below output_root."""
+
+    overrides: list[str]
+    folder: str
+    hash: str
+    state: str | None = None  # as it was when the sweep last ended
+    error: str | None = None  # what went wrong outside of its run: that one says itself what went wrong inside
+
+
+@dataclass
+class Sweep:
+    """The jobs of one command. The run's folders are the truth about what has become of them."""
+
+    root: Path
+    command: str
+    jobs: list[Job] = field(default_factory=list)
+    started: float = field(default_factory=time.time)
+    finished: float | None = None
+
+    def write(self) -> None:
+        """Put the sweep into `sweep.json`, in place of what the same command has left there before."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        entry = {
+            "command": self.command,
+            "started": self.started,
+            "finished": self.finished,
+            "jobs": [{key: value for key, value in asdict(job).items() if value is not None} for job in self.jobs],
+        }
+        with FileLock(self.root / f".{FILE}.lock"):
+            others = [other for other in _entries(self.root) if other["command"] != self.command]
+            content = {"schema": SCHEMA, "sweeps": [*others, entry]}
+            write_atomically(self.root / FILE, json.dumps(content, indent=1))
+
+    def outcome(self, job: Job) -> tuple[str, str]:
+        """The job's state, one of STATES, and the reason for it where there is one to give."""
+        run = RunFolder(self.root / job.folder)
+        state = run.state if run.status else "pending"
+        if state in ("pending", "done") and job.error:
+            return ("failed", job.error) if state == "pending" else (state, "")
+        return state, reason(run, state)
+
+    def differing(self) -> dict[str, str]:
+        """By folder: the job's overrides, without those that all jobs of the sweep have."""
+        common = set.intersection(*(set(job.overrides) for job in self.jobs)) if self.jobs else set()
+        return {job.folder: " ".join(word for word in job.overrides if word not in common) for job in self.jobs}
+
+    def close(self) -> None:
+        """The sweep has ended: keep how, for jobs that never came as far as a folder."""
+        for job in self.jobs:
+            job.state = self.outcome(job)[0]
+        self.finished = time.time()
+        self.write()
+
+    def summary(self, done_before: int) -> list[str]:
+        """What has become of the jobs: counts, then in a line every one that is not done, and why."""
+        counts, differing = self.counts(), self.differing()
+        parts = [f"{counts[state]} {state}" for state in STATES if counts[state]]
+        if done_before:
+            parts[0] += f" ({done_before} of them before)"
+        lines = [f"{len(self.jobs)} job{'s' * (len(self.jobs) != 1)}: {', '.join(parts)}" if parts else "no jobs"]
+        for job in self.jobs:
+            state, why = self.outcome(job)
+            if state != "done":
+                lines.append("  ".join(filter(None, [f"  {state:<8} {job.folder}", differing[job.folder], why])))
+        return lines
+
+    def counts(self) -> Counter[str]:
+        return Counter(self.outcome(job)[0] for job in self.jobs)
+
+
+def sweeps(root: Path) -> list[Sweep]:
+    """Every sweep whose jobs lie in `root`."""
+    return [
+        Sweep(
+            root,
+            entry["command"],
+            [Job(**{name: job[name] for name in Job.__dataclass_fields__ if name in job}) for job in entry["jobs"]],
+            entry["started"],
+            entry.get("finished"),
+        )
+        for entry in _entries(root)
+    ]
+
+
+def this_command() -> str:
+    """The command line of this process, as it can be given again."""
+    return shlex.join(["cl-runner", *sys.argv[1:]])
+
+
+def of_this_command(root: Path) -> Sweep:
+    """The sweep that was planned for this command."""
+    return next(sweep for sweep in sweeps(root) if sweep.command == this_command())
+
+
+def reason(run: RunFolder, state: str) -> str:
+    """In a line, why a run is in the state that it is in."""
+    status = run.status
+    if state == "failed":
+        return str(status.get("error") or "").partition("\n")[0]
+    if state == "killed":
+        return "its process died without a word"
+    if state == "running":
+        holder = run.held or status
+        return f"in process {holder.get('pid')} on {holder.get('host')}"
+    return f"stopped by {status['stopped']}" if state == "pending" and status.get("stopped") else ""
+
+
+def _entries(root: Path) -> list[dict[str, Any]]:
+    return read_json(root / FILE).get("sweeps", [])

@@ -1,0 +1,199 @@
+"""Sweepers as Hydra knows them: a grid whose jobs are all known, and a search that asks for one after the other.
+
+Hydra reads this file whenever it starts: nothing heavy is imported before it is needed.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import IntervalSweep, Override
+from hydra.core.plugins import Plugins
+from hydra.core.utils import JobStatus
+from hydra.plugins.launcher import Launcher
+from hydra.plugins.sweeper import Sweeper
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig
+from pydantic import Field
+
+from cl_runner.errors import ConfigError
+
+if TYPE_CHECKING:
+    from optuna import Study
+    from optuna.distributions import BaseDistribution
+
+    from cl_runner.sweep import Job, Sweep
+
+AtLeastOne = Annotated[int, Field(ge=1)]
+
+
+class Planned(Sweeper):
+    """What sweepers share: jobs that stand in the sweep's plan are handed to the launcher."""
+
+    def __init__(self, params: dict[str, str] | None = None) -> None:
+        self.params = dict(params or {})
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        from cl_runner.sweep import of_this_command
+
+        self.config: DictConfig = config
+        self.loader = hydra_context.config_loader
+        self.plan: Sweep = of_this_command(Path(config.output_root))
+        self.launcher: Launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=hydra_context, task_function=task_function, config=config
+        )
+
+    def launch(self, jobs: "Sequence[Job]") -> None:
+        """Have the jobs carried out that still are to be; what went wrong outside of their runs is kept in the plan."""
+        # Within this process they come one by one, so that each is looked at when its turn has come. Processes of
+        # their own look themselves.
+        alone = type(self.launcher).__name__ == "BasicLauncher"
+        over = ("done",) if getattr(self.launcher, "finds_running", False) else ("done", "running")
+        for batch in [[job] for job in jobs] if alone else [list(jobs)]:
+            left = [job for job in batch if self.plan.outcome(job)[0] not in over]
+            todo = [job for job in left if not alone or self._unchanged(job)]
+            if todo:
+                overrides, first = [job.overrides for job in todo], self.plan.jobs.index(todo[0])
+                for job, ended in zip(todo, self.launcher.launch(overrides, first), strict=True):
+                    if ended.status is JobStatus.FAILED:
+                        self._failed(job, ended._return_value)
+
+    def _unchanged(self, job: "Job") -> bool:
+        """Whether the job's overrides still ask for what they asked for when the sweep was planned."""
+        try:
+            now = self.loader.load_sweep_config(self.config, job.overrides).hydra.sweep.subdir
+        except Exception as error:  # of whatever stands in a file by now
+            self._failed(job, error)
+            return False
+        if now != job.folder:
+            self._failed(job, ConfigError("conf", f"changed since submission: {job.folder} would be {now}"))
+        return now == job.folder
+
+    def _failed(self, job: "Job", error: Any) -> None:
+        from cl_runner.launchers import said
+
+        job.error = str(error) if type(error) is RuntimeError else said(error)
+        self.plan.write()
+
+
+class Grid(Planned):
+    """The product of all values, checked and planned before Hydra came to know of it."""
+
+    def sweep(self, arguments: list[str]) -> None:
+        self.launch(self.plan.jobs)
+
+
+class Optuna(Planned):
+    """A search for the highest validation accuracy, by Optuna's samplers. It goes on where it was stopped.
+
+    trials: in all, those of earlier times among them. at_once: so many are asked for and launched together.
+    """
+
+    def __init__(
+        self,
+        trials: AtLeastOne = 20,
+        at_once: AtLeastOne = 1,
+        sampler: Literal["tpe", "random", "cmaes", "qmc"] = "tpe",
+        seed: Annotated[int, Field(ge=0)] = 0,
+        params: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(params)
+        if find_spec("optuna") is None:
+            raise ConfigError("hydra/sweeper", "optuna needs the extra of that name: pip install 'cl_runner[optuna]'")
+        self.trials, self.at_once, self.sampler, self.seed = trials, at_once, sampler, seed
+
+    def sweep(self, arguments: list[str]) -> None:
+        words = [f"{key}={value}" for key, value in self.params.items()] + arguments
+        overrides = OverridesParser.create(config_loader=self.loader).parse_overrides(words)
+        by_key = {override.get_key_element(): override for override in overrides}
+        space = {key: _distribution(override) for key, override in by_key.items() if override.is_sweep_override()}
+        fixed = [str(override.input_line) for override in by_key.values() if not override.is_sweep_override()]
+        study = self._study([str(override.input_line) for override in by_key.values()])
+        known = [trial for trial in study.trials if trial.params.keys() == space.keys()]
+
+        def job(trial: Any) -> "Job":
+            return self._planned([*fixed, *(f"{key}={trial.params[key]}" for key in space)])
+
+        jobs = {trial.number: job(trial) for trial in known}
+        batch: list[Any] = [trial for trial in known if not trial.state.is_finished()]
+        while batch or len(study.trials) < self.trials:
+            batch = batch or [study.ask(space) for _ in range(min(self.at_once, self.trials - len(study.trials)))]
+            jobs |= {trial.number: job(trial) for trial in batch}
+            self.launch([jobs[trial.number] for trial in batch])
+            for trial in batch:
+                self._tell(study, trial.number, jobs[trial.number])
+            batch = []
+        _say_best(study)
+
+    def _planned(self, overrides: list[str]) -> "Job":
+        """The job of a trial, added to the plan."""
+        from cl_runner.config import digest, run_folder, validated
+        from cl_runner.sweep import Job
+
+        config = validated(self.loader.load_sweep_config(self.config, overrides))
+        job = Job(overrides, run_folder(config).name, digest(config))
+        found = next((other for other in self.plan.jobs if other.folder == job.folder), None)
+        if found is None:
+            self.plan.jobs.append(job)
+            self.plan.write()
+        return found or job
+
+    def _tell(self, study: "Study", number: int, job: "Job") -> None:
+        """What became of a trial; of one that was killed nothing, so that it goes on the next time."""
+        from optuna.trial import TrialState
+
+        from cl_runner.folder import RunFolder
+
+        state, _ = self.plan.outcome(job)
+        if state == "done":
+            results = RunFolder(self.plan.root / job.folder).results
+            study.tell(number, results["metrics"]["validation_accuracy"])
+        elif state == "failed":
+            study.tell(number, state=TrialState.FAIL)
+
+    def _study(self, words: list[str]) -> "Study":
+        """The study of exactly these words: another search in the same folder is another study."""
+        import optuna
+        from optuna.storages import JournalStorage
+        from optuna.storages.journal import JournalFileBackend
+
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        name = hashlib.sha256(json.dumps(sorted(words)).encode()).hexdigest()[:8]
+        storage = JournalStorage(JournalFileBackend(str(self.plan.root / "optuna.journal")))
+        study = optuna.create_study(storage=storage, study_name=name, direction="maximize", load_if_exists=True)
+        # Drawn anew every time, or a search that goes on would ask for the trials that it began with.
+        study.sampler = self._sampler(self.seed + len(study.trials))
+        return study
+
+    def _sampler(self, seed: int) -> Any:
+        from optuna import samplers
+
+        if self.sampler == "tpe":
+            return samplers.TPESampler(seed=seed, constant_liar=self.at_once > 1)
+        classes = {"random": "RandomSampler", "cmaes": "CmaEsSampler", "qmc": "QMCSampler"}
+        return getattr(samplers, classes[self.sampler])(seed=seed)
+
+
+def _distribution(override: Override) -> "BaseDistribution":
+    """What an override's values are drawn from. `tag(log, interval(a, b))` is drawn on a logarithmic scale."""
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+    value = override.value()
+    if isinstance(value, IntervalSweep):
+        low, high, log = value.start, value.end, "log" in value.tags
+        if isinstance(low, int) and isinstance(high, int):
+            return IntDistribution(low, high, log=log)
+        return FloatDistribution(float(low or 0), float(high or 0), log=log)
+    return CategoricalDistribution(list(override.sweep_string_iterator()))
+
+
+def _say_best(study: "Study") -> None:
+    from optuna.trial import TrialState
+
+    if done := study.get_trials(states=[TrialState.COMPLETE]):
+        words = " ".join(f"{key}={value}" for key, value in study.best_params.items())
+        print(f"best of {len(done)} trials: validation accuracy {100 * study.best_value:.2f} % with {words}")

@@ -1,0 +1,102 @@
+import json
+import time
+
+import pytest
+
+from cl_runner.errors import ConfigError
+from cl_runner.report.status import main
+from cl_runner.sweep import Job, Sweep
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Make a run's folder: name, what its status says, its journal's last task row's metrics, its results' metrics."""
+
+    def make(name, journal=None, results=None, **status):
+        folder = tmp_path / name
+        folder.mkdir(parents=True)
+        (folder / "status.json").write_text(json.dumps(status))
+        if journal is not None:
+            rows = [
+                {"kind": "step", "seq": 0},
+                {"kind": "task", "seq": 1, "metrics": journal},
+                {"kind": "step", "seq": 2},
+            ]
+            (folder / "steps.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"kind": "ta')
+        if results is not None:
+            (folder / "results.json").write_text(json.dumps({"metrics": results}))
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def said(tmp_path, capsys):
+    """Call the command on all runs: (exit status, the lines that it printed)."""
+
+    def call():
+        status = main([str(tmp_path)])
+        return status, [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+
+    return call
+
+
+def test_a_line_a_run_says_how_far_it_has_come_and_how_well(run, said):
+    run("a", state="done", tasks=5, num_tasks=5, step=1200, results={"average_accuracy": 0.931})
+    run("deeper/b", state="pending", tasks=2, num_tasks=5, journal={"average_accuracy": 0.5}, stopped="SIGTERM")
+    status, lines = said()
+    assert status == 0
+    assert "a done 5/5 1,200 93.1 %" in lines
+    assert "deeper/b pending 2/5 50.0 % stopped by SIGTERM" in lines
+    assert lines[-1] == "2 runs: 1 done, 1 pending"
+
+
+def test_a_failed_run_gives_its_reason_in_a_line_and_the_exit_status(run, said):
+    run("a", state="failed", error="RuntimeError: it broke\nin two lines", traceback="...")
+    status, lines = said()
+    assert status == 1
+    assert "a failed RuntimeError: it broke" in lines
+
+
+def test_a_run_that_nobody_is_running_was_killed(run, said):
+    run("a", state="running", pid=2**22 + 1, host="here", heartbeat=time.time() - 200)
+    status, lines = said()
+    assert status == 1
+    assert "a killed 3 min ago its process died without a word" in lines
+
+
+def test_jobs_of_a_sweep_that_have_no_folder_yet_are_shown(run, said, tmp_path):
+    run("sweep/a", state="done", results={"average_accuracy": 1.0})
+    jobs = [Job(["x=1", f"seed={seed}"], name, "0") for seed, name in enumerate("abc")]
+    jobs[2].state, jobs[2].error = "failed", "conf: changed"
+    Sweep(tmp_path / "sweep", "cl-runner -m", jobs).write()
+    status, lines = said()
+    assert status == 1
+    assert [line for line in lines if line.startswith("sweep/")] == [
+        "sweep/a seed=0 done 100.0 %",
+        "sweep/b seed=1 pending",
+        "sweep/c seed=2 failed conf: changed",
+    ]
+
+
+def test_a_run_that_was_moved_aside_is_not_counted(run, said):
+    run("a", state="done", results={})
+    run("a.1", state="failed", error="long ago")
+    status, lines = said()
+    assert status == 0
+    assert lines[-1] == "1 run: 1 done"
+
+
+def test_what_lies_in_a_runs_folder_is_no_run(run, said):
+    run("a", state="done", results={})
+    run("a/inner", state="failed", error="no")
+    assert said()[0] == 0
+
+
+def test_no_runs_are_no_failure(said):
+    assert said() == (0, ["no runs"])
+
+
+def test_a_folder_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="status: expected a folder"):
+        main([str(tmp_path / "nothing")])

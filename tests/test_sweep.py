@@ -1,0 +1,294 @@
+"""Sweeps, carried out within this process by Hydra's own launcher."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cl_runner.command import run_submitted
+from cl_runner.compose import asked, compose_jobs, in_order
+from cl_runner.errors import ConfigError
+from cl_runner.sweep import Job, Sweep, sweeps
+
+MLP = ["model=mlp"]
+TINY = ["trainer.epochs=1", "strategy=finetune", "model.widths=[4]", "stream.max_tasks=2"]
+
+# A process that holds a run's folder until it is told to end.
+HOLD = """
+import sys
+from cl_runner.folder import RunFolder
+with RunFolder(sys.argv[1]).locked():
+    print("here", flush=True)
+    sys.stdin.read()
+"""
+
+# A method that does as files in the working directory bid.
+FRAGILE = """
+import signal
+from pathlib import Path
+from cl_runner.strategies import Finetune
+
+class Fragile(Finetune):
+    '''Fine-tuning that breaks where a file says so.'''
+
+    def __init__(self, *, width: int = 0) -> None:
+        self.width = width
+
+    def setup(self, model, stream):
+        super().setup(model, stream)
+        Path("planned.json").write_text(Path("outputs/sweep.json").read_text())
+        if Path(f"break.{self.width}").exists():
+            raise RuntimeError("it broke\\nin two lines")
+        if Path(f"interrupt.{self.width}").exists():
+            signal.raise_signal(signal.SIGINT)
+        if Path("edit").exists():
+            Path("conf/strategy/fragile.yaml").write_text("_target_: fragile.Fragile\\nwidth: 7\\n")
+"""
+FRAGILE_JOBS = ["--config-dir", "conf", "-m", "strategy=fragile", "plugins=[fragile]", "stream.max_tasks=1"]
+
+
+@pytest.fixture
+def fragile(cl_runner, tmp_path, monkeypatch):
+    """A sweep over a strategy that breaks where it is told to: overrides -> (exit status, what it printed)."""
+    (tmp_path / "conf" / "strategy").mkdir(parents=True)
+    (tmp_path / "conf" / "strategy" / "fragile.yaml").write_text("_target_: fragile.Fragile\nwidth: 0\n")
+    (tmp_path / "fragile.py").write_text(FRAGILE)
+    monkeypatch.syspath_prepend(tmp_path)
+    return lambda *overrides: cl_runner(*FRAGILE_JOBS, *(overrides or ("strategy.width=0,1,2",)))
+
+
+def plan(tmp_path, place=0):
+    return json.loads((tmp_path / "outputs" / "sweep.json").read_text())["sweeps"][place]
+
+
+def states(tmp_path):
+    folders = [tmp_path / "outputs" / job["folder"] for job in plan(tmp_path)["jobs"]]
+    return [json.loads(file.read_text())["state"] for path in folders if (file := path / "status.json").exists()]
+
+
+def test_the_plan_is_there_before_the_first_job_starts(fragile, tmp_path):
+    status, said = fragile()
+    assert status == 0, said
+    (before,) = json.loads((tmp_path / "planned.json").read_text())["sweeps"]
+    assert before["finished"] is None
+    assert [job["overrides"][-1] for job in before["jobs"]] == [f"strategy.width={width}" for width in range(3)]
+    after = plan(tmp_path)
+    assert after["finished"] >= after["started"]
+    for job in after["jobs"]:
+        assert job["folder"].endswith(job["hash"])
+        assert (tmp_path / "outputs" / job["folder"] / "results.json").exists()
+
+
+def test_a_job_that_fails_stops_no_other_and_is_named_at_the_end(fragile, tmp_path):
+    (tmp_path / "break.1").touch()
+    status, said = fragile()
+    assert status == 1
+    assert states(tmp_path) == ["done", "failed", "done"]
+    failed = plan(tmp_path)["jobs"][1]["folder"]
+    assert said.strip().splitlines()[-2:] == [
+        "3 jobs: 2 done, 1 failed",
+        f"  failed   {failed}  strategy.width=1  RuntimeError: it broke",
+    ]
+
+
+def test_the_same_command_again_retries_what_failed_and_leaves_alone_what_is_done(fragile, tmp_path):
+    (tmp_path / "break.1").touch()
+    fragile()
+    done = [tmp_path / "outputs" / job["folder"] for job in plan(tmp_path)["jobs"] if job["state"] == "done"]
+    before = {path: path.stat().st_mtime_ns for folder in done for path in (folder, *folder.rglob("*"))}
+    (tmp_path / "break.1").unlink()
+    status, said = fragile()
+    assert status == 0, said
+    assert said.strip().splitlines()[-1] == "3 jobs: 3 done (2 of them before)"
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert len(json.loads((tmp_path / "outputs" / "sweep.json").read_text())["sweeps"]) == 1
+
+
+def test_ctrl_c_stops_the_sweep_and_the_same_command_goes_on(fragile, tmp_path):
+    (tmp_path / "interrupt.1").touch()
+    status, said = fragile()
+    assert status == 130
+    assert "the same command goes on" in said
+    assert not (tmp_path / "outputs" / plan(tmp_path)["jobs"][2]["folder"]).exists()
+    (tmp_path / "interrupt.1").unlink()
+    status, said = fragile()
+    assert status == 0, said
+    assert "3 done (1 of them before)" in said
+
+
+def test_a_job_that_another_process_is_at_is_left_to_it(fragile, tmp_path):
+    fragile()
+    _, second, third = [tmp_path / "outputs" / job["folder"] for job in plan(tmp_path)["jobs"]]
+    for folder in (second, third):
+        (folder / "status.json").write_text('{"state": "pending"}')
+    other = subprocess.Popen([sys.executable, "-c", HOLD, str(second)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert other.stdout is not None
+    other.stdout.readline()
+    status, said = fragile()
+    other.communicate(b"")
+    assert status == 1
+    assert f"  running  {second.name}  strategy.width=1  in process {other.pid} on" in said
+    assert "3 jobs: 2 done (1 of them before), 1 running" in said
+
+
+def test_a_job_whose_configuration_has_changed_since_is_refused(fragile, tmp_path):
+    (tmp_path / "edit").touch()
+    status, said = fragile("seed=0,1")
+    assert status == 1
+    assert states(tmp_path) == ["done"]
+    assert "conf: changed since submission" in said
+    assert plan(tmp_path)["jobs"][1]["error"].startswith("conf: changed since submission")
+    assert len([path for path in (tmp_path / "outputs").iterdir() if path.is_dir()]) == 1
+
+
+def test_a_submitted_job_whose_configuration_has_changed_since_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="changed since submission"):
+        run_submitted([*MLP, "tracker=local", "device=cpu"], tmp_path / "outputs" / "ewc-of-old-s0-01234567")
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_jobs_that_compute_the_same_are_run_once(cl_runner, tmp_path):
+    status, said = cl_runner("-m", *TINY, "optimizer.lr=0.1,1e-1", "fisher=exact,probe")
+    assert status == 0, said
+    assert "3 of 4 jobs compute what another one computes" in said
+    assert len(plan(tmp_path)["jobs"]) == 1
+
+
+def test_every_command_into_one_folder_keeps_its_plan(cl_runner, tmp_path):
+    for strategy in ("finetune", "joint"):
+        status, said = cl_runner("-m", *TINY, f"strategy={strategy}")
+        assert status == 0, said
+    assert [len(sweep.jobs) for sweep in sweeps(tmp_path / "outputs")] == [1, 1]
+    assert "strategy=joint" in plan(tmp_path, 1)["command"]
+
+
+def test_a_key_that_the_default_choice_lacks_may_be_set_beside_a_sweep_over_choices(cl_runner, tmp_path):
+    status, said = cl_runner("-m", *TINY, "strategy=lwf,lwf", "strategy.temperature=3")
+    assert status == 0, said
+    (job,) = plan(tmp_path)["jobs"]
+    assert "strategy.temperature=3" in job["overrides"]
+
+
+GRID = """# @package _global_
+# A grid
+defaults:
+  - override /strategy: lwf
+hydra:
+  sweeper:
+    params:
+      strategy.strength: 1,2
+      seed: range(0,3)
+"""
+
+
+@pytest.fixture
+def with_grid(tmp_path):
+    """A command line that knows two experiments with grids."""
+    (tmp_path / "conf" / "experiment").mkdir(parents=True)
+    for name in ("one", "other"):
+        (tmp_path / "conf" / "experiment" / f"{name}.yaml").write_text(GRID)
+    return lambda *words: in_order(["--config-dir", str(tmp_path / "conf"), "-m", *MLP, *words])
+
+
+def test_an_experiment_may_hold_a_grid(with_grid):
+    jobs = compose_jobs(with_grid("experiment=one"))
+    assert [(job.strategy.strength, job.seed) for job in jobs] == [(s, seed) for s in (1, 2) for seed in range(3)]
+
+
+def test_the_command_line_replaces_what_a_grid_says_of_the_same_key(with_grid):
+    jobs = compose_jobs(with_grid("experiment=one", "seed=7", "optimizer.lr=0.1,0.2"))
+    assert [(job.strategy.strength, job.seed, job.optimizer.lr) for job in jobs] == [
+        (1, 7, 0.1),
+        (1, 7, 0.2),
+        (2, 7, 0.1),
+        (2, 7, 0.2),
+    ]
+
+
+def test_a_sweep_over_experiments_that_hold_grids_is_refused(with_grid):
+    with pytest.raises(ConfigError, match="experiment: one holds a grid of its own .* one output_root"):
+        compose_jobs(with_grid("experiment=one,other"))
+
+
+def test_hydra_runs_the_grid_that_was_checked(cl_runner, tmp_path, with_grid):
+    words = with_grid("experiment=one", "seed=0", *TINY[:1], "stream.max_tasks=1")
+    status, said = cl_runner(*words)
+    assert status == 0, said
+    assert [job["overrides"][:2] for job in plan(tmp_path)["jobs"]] == [
+        ["strategy.strength=1", "seed=0"],
+        ["strategy.strength=2", "seed=0"],
+    ]
+    assert states(tmp_path) == ["done", "done"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["-m", "output_root=a,b"], "output_root: expected one value"),
+        (["-m", "hydra.launcher.at_once=1,2", "hydra/launcher=local"], "hydra.launcher.at_once: expected one value"),
+        (["hydra/launcher=local"], "hydra/launcher: expected -m"),
+        (["hydra/sweeper=optuna"], "hydra/sweeper: expected -m"),
+        (["hydra.mode=MULTIRUN"], "hydra.mode: expected -m"),
+        (["-m", "trainer.epochs=interval(1,3)"], "trainer.epochs: expected values to take in turn"),
+        (["-m", "hydra/launcher=nothing"], "hydra/launcher: expected one of basic, local"),
+    ],
+)
+def test_what_makes_no_sweep_is_refused(words, message):
+    with pytest.raises(ConfigError) as error:
+        asked(in_order([*MLP, *words]))
+    assert str(error.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["hydra/sweeper=basic"], "hydra/sweeper: expected grid or optuna"),
+        (["hydra/launcher=local", "hydra.launcher.at_once=0"], "hydra.launcher.at_once: expected at least 1, got 0"),
+        (["hydra/launcher=local", "+hydra.launcher.at_one=2"], "hydra.launcher.at_one: unknown key; did you mean"),
+        (["hydra/sweeper=optuna"], "stream.validation: expected a share above 0"),
+    ],
+)
+def test_a_sweep_that_cannot_work_is_refused_before_there_is_a_folder(cl_runner, tmp_path, words, message):
+    pytest.importorskip("optuna" if "optuna" in words[0] else "submitit")
+    status, said = cl_runner("-m", *words)
+    assert status == 2, said
+    assert said.startswith(f"cl-runner: {message}")
+    assert len(said.strip().splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_extra_is_named(cl_runner, monkeypatch):
+    for package, words in (("submitit", ["hydra/launcher=local"]), ("optuna", ["hydra/sweeper=optuna"])):
+        monkeypatch.setitem(sys.modules, package, None)
+        status, said = cl_runner("-m", "stream.validation=0.1", *words)
+        assert status == 2
+        assert f"pip install 'cl_runner[{words[0].partition('=')[2]}]'" in said
+
+
+SEARCH = ["-m", *TINY[1:], "hydra/sweeper=optuna", "optimizer.lr=tag(log,interval(1e-3,1.0))", "stream.validation=0.2"]
+
+
+def test_a_search_goes_on_and_finds_the_best_validation_accuracy(cl_runner, tmp_path):
+    pytest.importorskip("optuna")
+    said = ""
+    for trials in (2, 4):
+        status, said = cl_runner(*SEARCH, "trainer.epochs=1,2", f"hydra.sweeper.trials={trials}")
+        assert status == 0, said
+    results = [json.loads(path.read_text()) for path in (tmp_path / "outputs").glob("*/results.json")]
+    best = max(results, key=lambda each: each["metrics"]["validation_accuracy"])
+    assert len(results) == 4
+    assert f"validation accuracy {100 * best['metrics']['validation_accuracy']:.2f} %" in said
+    assert f"optimizer.lr={best['config']['optimizer']['lr']}" in said
+    assert [len(sweep.jobs) for sweep in sweeps(tmp_path / "outputs")] == [2, 4]
+
+
+def test_what_a_job_said_before_it_had_a_folder_is_not_lost(tmp_path):
+    sweep = Sweep(tmp_path, "cl-runner -m", [Job(["seed=0"], "gone", "01234567", error="conf: changed")])
+    sweep.close()
+    (again,) = sweeps(tmp_path)
+    assert again.outcome(again.jobs[0]) == ("failed", "conf: changed")
+    assert Path(tmp_path / ".sweep.json.lock").exists() or os.name != "posix"
