@@ -4,6 +4,7 @@ It never ends a run: whatever goes wrong here is told once, and from then on thi
 """
 
 import contextlib
+import glob
 import logging
 import netrc
 import os
@@ -13,20 +14,25 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from concurrent.futures import Future
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any, Concatenate, Literal, ParamSpec
 from urllib.parse import urlsplit
 
+from cl_runner.trackers import sending
 from cl_runner.trackers.base import Null, RunInfo
 from cl_runner.trackers.local import entries, read_journal
+from cl_runner.trackers.names import parts
 
 log = logging.getLogger(__name__)
 
 PROBE_SECONDS = 3.0
 INIT_SECONDS = 20.0
-FINISH_SECONDS = 30.0  # the rest of a run's data stays in its folder, for `wandb sync`
-PATIENCE_SECONDS = 30.0  # a call that took longer was the last
+FINISH_SECONDS = 30.0  # the rest of a run's data stays in its folder, for `cl-runner sync`
+PREEMPTED_SECONDS = 5.0  # the same, where the machine is about to be taken away
+GRACE_SECONDS = 5.0  # for wandb to keep to those by itself
+PATIENCE_SECONDS = 30.0  # a row that took longer was the last
 
 P = ParamSpec("P")
 
@@ -34,19 +40,14 @@ P = ParamSpec("P")
 def guarded(
     method: Callable[Concatenate["Wandb", P], None],
 ) -> Callable[Concatenate["Wandb", P], None]:
-    """Do it unless W&B has failed before; an error, or the loss of patience, is a warning and the end of it."""
+    """Do it unless W&B has failed before; an error is a warning, and the end of it."""
 
     def attempt(self: "Wandb", *args: P.args, **kwargs: P.kwargs) -> None:
-        if self.failure is not None:
-            return
-        began = time.monotonic()
-        try:
-            method(self, *args, **kwargs)
-        except Exception as error:
-            self._give_up(f"{type(error).__name__}: {error}")
-        else:
-            if time.monotonic() - began > PATIENCE_SECONDS:
-                self._give_up(f"a call took {time.monotonic() - began:.0f} seconds")
+        if self.failure is None:
+            try:
+                method(self, *args, **kwargs)
+            except Exception as error:
+                self._give_up(f"{type(error).__name__}: {error}")
 
     return attempt
 
@@ -71,8 +72,10 @@ class Wandb(Null):
         self.failure: str | None = None  # why it went silent
         self._wandb: Any = None  # the module
         self._run: Any = None  # wandb's run
-        self._mode, self._url, self._folder = "", "", Path()  # how it went, where it is seen, where wandb keeps it
+        self._mode, self._url, self._folder = "", "", Path()  # how it went, where it is seen, the run's folder
         self._next = 0  # the first seq that W&B does not have
+        self._heard = 0  # rows: those of the journal, whether W&B has them or not
+        self._cut_off = False  # it stopped before W&B had everything
         self._name, self._scenario = "", ""
         self._accuracy: dict[str, list[list[float | None]]] = {}  # scenario -> the matrix so far
         self._environment: dict[str, str | None] = {}  # as it was
@@ -81,12 +84,17 @@ class Wandb(Null):
     def start(self, run: RunInfo) -> None:
         import wandb  # slow, and not needed to build or check a tracker
 
-        self._wandb, self._name, self._scenario = wandb, run.name, run.scenario
+        wandb.setup(wandb.Settings(silent=True))  # the terminal is the console tracker's
+        self._wandb, self._name, self._scenario, self._folder = wandb, run.name, run.scenario, run.folder
         self._keep_files_in(run.folder.resolve() / "wandb")
-        self._init(run, self._choose_mode())
+        earlier = sending.folders(run.folder, run.id)
+        self._init(run, self._choose_mode(), earlier)
         self._next = self._run.starting_step
-        self._run.define_metric("task")
-        self._run.define_metric("eval/*", step_metric="task")
+        for metric, step in (("train/*", "step"), ("eval/*", "task")):
+            self._run.define_metric(step)
+            self._run.define_metric(metric, step_metric=step)
+        if self._next:
+            self._send_pictures_of(earlier)
         if run.resumed:
             self._replay(run.folder)
 
@@ -100,22 +108,28 @@ class Wandb(Null):
 
     @guarded
     def finish(self, results: dict[str, Any]) -> None:
-        """The flat summary by which runs are compared, then one long table a scenario: a table can fail on its own."""
+        """The flat summary by which runs are compared, then one long table: it can fail on its own."""
         summary = dict(results["metrics"])
         for part in ("seconds", "peak_memory"):
             summary |= {f"{part}/{phase}": value for phase, value in results[part].items()}
         self._run.summary.update({name: value for name, value in summary.items() if value is not None})
-        matrices = {"accuracy": results["accuracy"][self._scenario]}
-        matrices |= {f"accuracy/{scenario}": rows for scenario, rows in results["accuracy"].items()}
-        columns = ["after_task", "task", "accuracy"]
-        tables = {name: self._wandb.Table(columns=columns, data=entries(rows)) for name, rows in matrices.items()}
-        self._log(self._next, tables)
+        self._log_table(
+            [(scenario, *entry) for scenario, rows in results["accuracy"].items() for entry in entries(rows)]
+        )
 
-    def close(self, failed: bool = False) -> None:
+    def close(self, failed: bool = False, preempted: bool = False) -> None:
+        """W&B shows a preempted run as such if it was marked and did not end well."""
         run, self._run = self._run, None
         try:
             if run is not None:
-                run.finish(exit_code=int(failed))
+                if preempted:
+                    run.mark_preempting()
+                seconds = PREEMPTED_SECONDS if preempted else FINISH_SECONDS + GRACE_SECONDS
+                within(seconds, run.finish, int(failed or preempted))
+                if self._mode == "online" and self.failure is None:
+                    sending.mark_sent(sending.folders(self._folder, run.id))
+        except TimeoutError:
+            self._cut_off = True
         except Exception as error:
             self._give_up(f"{type(error).__name__}: {error}")
         for name, value in self._environment.items():
@@ -126,11 +140,12 @@ class Wandb(Null):
 
     def line(self) -> str:
         """Where the run is seen, or how to send it there."""
-        path = shlex.quote(str(self._folder))
-        sync = f"wandb sync --include-online {path}" if self._mode == "online" else f"wandb sync {path}"
+        sync = f"cl-runner sync {shlex.quote(str(self._folder))}"
         if self.failure is not None:
             rest = f"; send what it has with: {sync}" if self._mode else ""
             return f"W&B: gave up ({self.failure}){rest}"
+        if self._cut_off:
+            return f"W&B: not all of it was sent; send the rest with: {sync}"
         if self._mode == "online":
             return f"W&B: {self._url}"
         return f"W&B: offline; send it with: {sync}" if self._mode == "offline" else ""
@@ -154,22 +169,26 @@ class Wandb(Null):
             return "offline"
         return "online"
 
-    def _init(self, run: RunInfo, mode: str) -> None:
+    def _init(self, run: RunInfo, mode: str, earlier: list[Path]) -> None:
         try:
-            self._run = self._open(run, mode)
+            self._run = self._open(run, mode, bool(earlier))
         except Exception as error:
             if mode != "online":
                 raise
             log.warning("W&B: cannot go online, so the run is kept offline (%s)", error)
             self._wandb.teardown()  # the half-made run would stand in the way of one with its id
-            self._run, mode = self._open(run, "offline"), "offline"
-        self._mode, self._folder = mode, Path(self._run.dir).parent
+            sending.mark_sent(sending.folders(run.folder, run.id)[len(earlier) :])  # nothing is in it
+            self._run, mode = self._open(run, "offline", bool(earlier)), "offline"
+        self._mode = mode
         self._url = self._run.url if mode == "online" else ""
 
-    def _open(self, run: RunInfo, mode: str) -> Any:
+    def _open(self, run: RunInfo, mode: str, resume: bool) -> Any:
+        """Online, a run that was begun before goes on where W&B has it. Offline, where W&B is cannot be known: every
+        folder holds all of the run so far, and takes the place of what W&B has when it is sent."""
+        strategy, stream, model = parts(run.config)
         wished = {
             "console": "off",
-            "silent": True,  # the terminal is the console tracker's
+            "silent": True,
             "init_timeout": INIT_SECONDS,
             "finish_timeout": FINISH_SECONDS,
             "finish_timeout_raises": True,
@@ -181,17 +200,23 @@ class Wandb(Null):
             entity=self.entity,
             mode=mode,
             id=run.id,
-            resume="allow",
+            resume="allow" if resume and mode == "online" else None,
             reinit="finish_previous",
             dir=str(run.folder.resolve()),
             config=run.config,
             group=run.group,
             name=run.name,
-            job_type=run.config["strategy"]["_target_"].rpartition(".")[2].lower(),
-            tags=self.tags,
-            notes=self.notes,
+            job_type=strategy,
+            tags=list(dict.fromkeys([strategy, stream, model, run.scenario, *self.tags])),
+            notes="\n\n".join(filter(None, [self.notes, f"`{run.command}`"])),
             settings=self._wandb.Settings(**known),
         )
+
+    def _send_pictures_of(self, folders: list[Path]) -> None:
+        """A row that W&B has may have lost its picture on the way."""
+        for files in (folder / "files" for folder in folders):
+            for picture in files.glob("media/images/**/*.png"):
+                self._run.save(glob.escape(str(picture)), base_path=str(files), policy="now")
 
     def _replay(self, folder: Path) -> None:
         """Send what the folder has and W&B does not: a killed run's last seconds or, offline, all that came before."""
@@ -211,29 +236,86 @@ class Wandb(Null):
         for scenario, accuracies in row["accuracy"].items():
             unmeasured = [[None] * row["num_tasks"] for _ in range(row["num_tasks"])]
             self._accuracy.setdefault(scenario, unmeasured)[row["task"]] = accuracies
-        if row["seq"] < self._next:
-            return
-        own = row["accuracy"][self._scenario]
-        values = {"task": row["task"], "eval/matrix": self._picture(row["metrics"])}
-        values |= {f"eval/acc/task_{j}": accuracy for j, accuracy in enumerate(own)}
+        values = {"task": row["task"]}
+        if row["seq"] >= self._next:  # they take a while to draw
+            values |= self._pictures(row["metrics"])
+        values |= {f"eval/acc/task_{j}": accuracy for j, accuracy in enumerate(row["accuracy"][self._scenario])}
         values |= {f"eval/{name}": value for name, value in row["metrics"].items()}
         values |= {f"eval/seconds/{phase}": value for phase, value in row["timing"]["seconds"].items()}
         self._log(row["seq"], values)
 
-    def _picture(self, metrics: dict[str, float | None]) -> Any:
-        from cl_runner.trackers.figures import accuracy_figure, to_pixels  # matplotlib: not before the first step
+    def _pictures(self, metrics: dict[str, float | None]) -> dict[str, Any]:
+        from cl_runner.trackers.figures import tiles, to_pixels  # matplotlib: not before the first step
 
-        return self._wandb.Image(to_pixels(accuracy_figure(self._accuracy[self._scenario], self._name, metrics)))
+        pictures = tiles(self._accuracy[self._scenario], self._name, metrics)
+        return {
+            f"eval/{name}": self._wandb.Image(to_pixels(picture))
+            for name, picture in zip(("matrix", "forgetting_matrix"), pictures, strict=True)
+        }
+
+    def _log_table(self, rows: list[tuple[str, int, int, float]]) -> None:
+        """As an artifact, a table needs the server at once; as a file of the run, it waits for it like a row."""
+        table = self._wandb.Table(columns=["scenario", "after_task", "task", "accuracy"], data=rows)
+        try:
+            if self._mode == "online" and not answers(self._run.settings.base_url):
+                raise ConnectionError
+            self._log(self._heard, {"accuracy": table})
+        except Exception:
+            table.bind_to_run(self._run, "accuracy", self._heard)
+            self._log(self._heard, {"accuracy": table})
 
     def _log(self, seq: int, values: dict[str, Any]) -> None:
-        if seq >= self._next:  # W&B would drop it, and say so on every row
-            self._run.log({name: value for name, value in values.items() if value is not None}, step=seq, commit=True)
-            self._next = seq + 1
+        """Send a row, unless W&B has it: a run that went back to a checkpoint tells rows a second time.
+
+        Raises TimeoutError where patience is lost.
+        """
+        self._heard = seq + 1
+        if seq < self._next:
+            return
+        began = time.monotonic()
+        self._run.log({name: value for name, value in values.items() if value is not None}, step=seq, commit=True)
+        self._next = seq + 1
+        if (seconds := time.monotonic() - began) > PATIENCE_SECONDS:
+            raise TimeoutError(f"a row took {seconds:.0f} seconds")
 
     def _give_up(self, why: str) -> None:
         if self.failure is None:
             self.failure = why
             log.warning("W&B: gave up (%s); the run goes on, and its folder has everything", why)
+
+
+def within(seconds: float, do: Callable[..., None], *arguments: Any) -> None:
+    """Call `do`. Raises what it raises, and TimeoutError if it is not done in time; it then goes on unseen."""
+    done: Future[None] = Future()
+
+    def work() -> None:
+        try:
+            done.set_result(do(*arguments))
+        except Exception as error:
+            done.set_exception(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    done.result(seconds)
+
+
+def out_of_reach() -> str | None:
+    """Why nothing can be sent to W&B now; None if it can."""
+    import wandb
+
+    settings = wandb.setup(wandb.Settings(silent=True)).settings
+    if not has_key(settings):
+        return "there is no API key (`wandb login` stores one)"
+    status = status_of(settings.base_url)
+    if status is None:
+        return f"{settings.base_url} does not answer"
+    return f"{settings.base_url} answers with status {status}" if status >= 500 else None
+
+
+def default_entity() -> str:
+    """The user or team under whom W&B files what names nobody."""
+    import wandb
+
+    return wandb.Api().default_entity or ""
 
 
 def has_key(settings: Any) -> bool:
@@ -248,16 +330,23 @@ def has_key(settings: Any) -> bool:
 
 
 def answers(url: str) -> bool:
-    """Whether a server is there: any HTTP answer counts, 404 too. Never takes longer than PROBE_SECONDS."""
-    heard = threading.Event()
+    """Whether a server is there: any HTTP answer counts, 404 too."""
+    return status_of(url) is not None
+
+
+def status_of(url: str) -> int | None:
+    """What a server answers; None for nothing. Never takes longer than PROBE_SECONDS."""
+    heard: list[int] = []
 
     def ask() -> None:
         with contextlib.suppress(OSError, HTTPException, ValueError):
-            with contextlib.suppress(urllib.error.HTTPError):
-                urllib.request.urlopen(url, timeout=PROBE_SECONDS).close()
-            heard.set()
+            try:
+                with urllib.request.urlopen(url, timeout=PROBE_SECONDS) as answer:
+                    heard.append(answer.status)
+            except urllib.error.HTTPError as error:
+                heard.append(error.code)
 
     asking = threading.Thread(target=ask, daemon=True)  # no time limit holds a name look-up
     asking.start()
     asking.join(PROBE_SECONDS)
-    return heard.is_set()
+    return heard[0] if heard else None

@@ -18,9 +18,10 @@ from typing import Any
 
 import pytest
 
+from cl_runner.trackers import sending
 from cl_runner.trackers.base import Many
 from cl_runner.trackers.local import Local
-from cl_runner.trackers.wandb import Wandb, answers, has_key
+from cl_runner.trackers.wandb import Wandb, answers, has_key, within
 from tests.trackers.samples import ROWS_BEFORE_THE_END_OF_TASK_1, journal_rows, results, run_info, tell
 
 BASE_URL = "https://api.wandb.ai"
@@ -55,22 +56,26 @@ class Written:
 
 
 def read(tracker: Wandb) -> Written:
-    """Read back the folder that the tracker's own line tells the user to send."""
-    path = shlex.split(tracker.line())[-1]
-    inspect = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", path]
+    """Read back what `cl-runner sync`, as the tracker's own line has it, would send last."""
+    import wandb
+
+    wandb.teardown()  # only then is all of it in the files
+    path = sending.folders(Path(shlex.split(tracker.line())[-1]))[-1]
+    inspect = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(path)]
     lines = subprocess.run(inspect, capture_output=True, text=True, check=True).stdout.splitlines()
-    return Written(Path(path), [json.loads(line) for line in lines])
+    return Written(path, [json.loads(line) for line in lines])
 
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Written, Written]:
-    """Two runs of one process: one was stopped and taken up again, the other failed."""
+    """Two runs of one process: one was stopped and taken up again from a checkpoint before that, the other failed."""
     folder, rows = tmp_path_factory.mktemp("it is a=run"), journal_rows()
     local, first = Local(), Wandb(mode="offline")
     many = Many([local, first])
     many.start(run_info(folder))
     tell(many, rows[:ROWS_BEFORE_THE_END_OF_TASK_1])
     offset = local.offset
+    tell(many, rows[ROWS_BEFORE_THE_END_OF_TASK_1 : ROWS_BEFORE_THE_END_OF_TASK_1 + 4])
     many.close(failed=True)
 
     resumed = Wandb(mode="offline", tags=["a tag"], notes="a note")
@@ -93,7 +98,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Written, Written]
 def test_every_row_is_there_once_and_in_order_though_the_run_was_resumed(written: tuple[Written, Written]) -> None:
     rows = journal_rows()
     history = written[0].history
-    assert [row["_step"] for row in history] == list(range(len(rows) + 1))  # the last one holds the tables
+    assert [row["_step"] for row in history] == list(range(len(rows) + 1))  # the last one holds the table
     assert [row.get("step") for row in history[:-1]] == [row.get("step") for row in rows]
 
 
@@ -120,15 +125,16 @@ def test_a_task_row_has_each_tasks_accuracy_and_the_metrics_so_far(written: tupl
     assert row["eval/average_forgetting/task"] == pytest.approx(0.29)
 
 
-def test_each_task_brings_a_picture_of_one_size(written: tuple[Written, Written]) -> None:
-    pictures = [row for row in written[0].history if "eval/matrix.path" in row]
-    assert [(row["eval/matrix.width"], row["eval/matrix.height"]) for row in pictures] == [(1600, 800)] * 3
-    assert all((written[0].path / "files" / row["eval/matrix.path"]).is_file() for row in pictures)
+@pytest.mark.parametrize("name", ["matrix", "forgetting_matrix"])
+def test_each_task_brings_pictures_of_one_size(written: tuple[Written, Written], name: str) -> None:
+    pictures = [row for row in written[0].history if f"eval/{name}.path" in row]
+    assert [(row[f"eval/{name}.width"], row[f"eval/{name}.height"]) for row in pictures] == [(800, 800)] * 3
+    assert all((written[0].path / "files" / row[f"eval/{name}.path"]).is_file() for row in pictures)
 
 
-def test_eval_curves_run_over_tasks(written: tuple[Written, Written]) -> None:
+def test_curves_run_over_tasks_and_over_steps(written: tuple[Written, Written]) -> None:
     metrics = {metric.get("glob_name"): metric.get("step_metric") for metric in written[0].all("metric")}
-    assert metrics["eval/*"] == "task"
+    assert (metrics["eval/*"], metrics["train/*"]) == ("task", "step")
 
 
 def test_the_summary_has_every_defined_metric_under_its_flat_name(written: tuple[Written, Written]) -> None:
@@ -139,20 +145,29 @@ def test_the_summary_has_every_defined_metric_under_its_flat_name(written: tuple
     assert summary["seconds/train"] == 4.5
 
 
-@pytest.mark.parametrize("scenario", ["class", "task"])
-def test_the_matrix_comes_as_one_long_table(written: tuple[Written, Written], scenario: str) -> None:
-    table = json.loads((written[0].path / "files" / written[0].summary[f"accuracy/{scenario}.path"]).read_text())
-    rows = results()["accuracy"][scenario]
-    assert table["columns"] == ["after_task", "task", "accuracy"]
-    assert table["data"] == [[i, j, value] for i, row in enumerate(rows) for j, value in enumerate(row) if j <= i]
+def test_the_matrices_come_as_one_long_table(written: tuple[Written, Written]) -> None:
+    table = json.loads((written[0].path / "files" / written[0].summary["accuracy.path"]).read_text())
+    assert table["columns"] == ["scenario", "after_task", "task", "accuracy"]
+    assert table["data"] == [
+        [scenario, i, j, value]
+        for scenario, rows in results()["accuracy"].items()
+        for i, row in enumerate(rows)
+        for j, value in enumerate(row)
+        if j <= i
+    ]
 
 
 def test_a_run_is_filed_under_its_names(written: tuple[Written, Written]) -> None:
     run = written[0].all("run")[0]
     assert (run["run_id"], run["run_group"], run["job_type"]) == ("abc123", "ewc-12ab34cd", "ewc")
     assert (run["display_name"], run["project"]) == ("ewc strength=100 · split_digits · s0", "cl_runner")
-    assert (run["tags"], run["notes"]) == (["a tag"], "a note")
-    assert run["config"]["update"]["seed"] == 0
+    assert run["tags"] == ["ewc", "split_digits", "mlp", "class", "a tag"]
+    assert run["notes"] == "a note\n\n`cl-runner strategy=ewc`"
+
+
+def test_a_run_brings_its_whole_configuration(written: tuple[Written, Written]) -> None:
+    update = written[0].all("run")[0]["config"]["update"]
+    assert {name: value for name, value in update.items() if name != "_wandb"} == run_info(Path()).config
 
 
 def test_two_runs_of_one_process_are_two_runs(written: tuple[Written, Written]) -> None:
@@ -184,7 +199,7 @@ def test_a_client_that_raises_ends_no_run_and_is_told_once(
     assert [record.getMessage() for record in caplog.records if record.name.startswith("cl_runner")] == [
         "W&B: gave up (OSError: no space left); the run goes on, and its folder has everything"
     ]
-    assert tracker.line().startswith("W&B: gave up (OSError: no space left); send what it has with: wandb sync ")
+    assert tracker.line().startswith("W&B: gave up (OSError: no space left); send what it has with: cl-runner sync ")
     assert "WANDB_DATA_DIR" not in os.environ
 
 
@@ -200,7 +215,7 @@ def test_a_client_that_became_slow_is_not_asked_again(monkeypatch: pytest.Monkey
     tracker._run = SimpleNamespace(log=log)
     tell(tracker, journal_rows()[:3])
     assert asked == [0]
-    assert tracker.line() == "W&B: gave up (a call took 0 seconds)"
+    assert tracker.line() == "W&B: gave up (TimeoutError: a row took 0 seconds)"
 
 
 def test_a_tracker_is_made_without_importing_wandb_or_torch() -> None:
@@ -237,7 +252,7 @@ def test_with_a_key_and_no_server_a_run_is_kept_offline(tmp_path: Path, monkeypa
     seconds = time.monotonic() - began
     tracker.close()
     wandb.teardown()
-    assert tracker.line().startswith("W&B: offline; send it with: wandb sync ")
+    assert tracker.line().startswith("W&B: offline; send it with: cl-runner sync ")
     assert str(tmp_path) in tracker.line()
     assert seconds < 6
 
@@ -271,6 +286,18 @@ def test_a_server_that_answers_404_is_there(not_found: str) -> None:
 
 def test_an_address_that_is_none_is_not_there() -> None:
     assert not answers("no address")
+
+
+def test_what_is_late_is_not_waited_for() -> None:
+    began = time.monotonic()
+    with pytest.raises(TimeoutError):
+        within(0.05, time.sleep, 2)
+    assert time.monotonic() - began < 1
+
+
+def test_what_fails_in_time_says_why() -> None:
+    with pytest.raises(ZeroDivisionError):
+        within(5, lambda: print(1 / 0))
 
 
 @pytest.mark.parametrize(("host", "found"), [("api.wandb.ai", True), ("example.org", False)])
