@@ -1,0 +1,64 @@
+"""The examples whose mean stays nearest to their class's mean (Welling, 2009; iCaRL, Rebuffi et al., 2017,
+arXiv 1611.07725, algorithms 4 and 5)."""
+
+from typing import Annotated, ClassVar
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from cl_runner.memory.base import Features, Memory, Per, Share
+from cl_runner.streams.base import Examples
+
+CHUNK = 256  # images that features are asked of at a time
+
+
+class Herding(Memory):
+    """Of each class in each task, the rows in the order in which herding picks them: however few stay, they are those
+    that it would have picked alone."""
+
+    streaming: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        *,
+        size: Annotated[int, Field(ge=1)] = 2000,
+        per: Per = "all",
+        share: Share = "class",
+        normalize: bool = True,
+    ) -> None:
+        """`normalize`: features to length one, as in iCaRL."""
+        super().__init__(size, per, share)
+        self.normalize = normalize
+
+    def rank(self, rows: Examples) -> Tensor:
+        raise TypeError("herding chooses among all of a task's examples, by their features: call add_task")
+
+    @torch.no_grad()
+    def add_task(self, examples: Examples, features: Features) -> None:
+        found = torch.cat([features(chunk).float() for chunk in examples.images.split(CHUNK)])  # [N, D]
+        found = F.normalize(found) if self.normalize else found
+        ranks = torch.full((len(examples),), torch.inf, dtype=torch.float64)
+        cells = torch.stack([examples.task_ids, examples.labels], 1).cpu()
+        for cell in cells.unique(dim=0):
+            rows = (cells == cell).all(1).nonzero()[:, 0]
+            picked = herd(found[rows.to(found.device)], min(len(rows), self.size)).cpu()
+            ranks[rows[picked]] = torch.arange(len(picked), dtype=torch.float64)
+        self._admit(examples, ranks)
+
+
+def herd(features: Tensor, count: int) -> Tensor:
+    """The rows, [`count`] int64 in the order in which they are picked, of features [N, D]: each brings the mean of
+    those picked as near as can be to the mean of all."""
+    mean, norms = features.mean(0), features.square().sum(1)
+    total, left = torch.zeros_like(mean), torch.ones_like(norms, dtype=torch.bool)
+    picked = []
+    for number in range(1, count + 1):
+        # |number * mean - total - f|^2 less what is the same for every f
+        distance = norms - 2 * (features @ (number * mean - total))
+        best = distance.masked_fill(~left, torch.inf).argmin()
+        picked.append(best)
+        total = total + features[best]
+        left[best] = False
+    return torch.stack(picked)

@@ -1,0 +1,31 @@
+"""A uniform sample of all that has streamed by (Vitter, 1985: reservoir sampling)."""
+
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from cl_runner.memory.base import Memory
+from cl_runner.streams.base import Examples
+
+
+class Reservoir(Memory):
+    """Every row seen so far is held with the same probability, whatever its class and task.
+
+    Rows are told apart by a random number each, the lowest of which stay: the same distribution as Vitter's algorithm
+    R. A row that is offered again, in a later epoch, counts as another.
+    """
+
+    def __init__(self, *, size: Annotated[int, Field(ge=1)] = 500) -> None:
+        super().__init__(size, "all", None)
+
+    def add(self, batch: Examples) -> None:
+        ranks = self.rank(batch)
+        worst = self._ranks.max() if len(self) == self.size else torch.inf
+        low = (ranks < worst).nonzero()[:, 0]
+        if len(low):  # the longer the stream, the rarer: most batches need no sorting
+            self._admit(batch[low.to(batch.labels.device)], ranks[low])
+
+    def rank(self, rows: Examples) -> Tensor:
+        return torch.rand(len(rows), dtype=torch.float64)

@@ -1,0 +1,21 @@
+"""A head that sees directions only."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class CosineHead(nn.Linear):
+    """Logits are cosines between features and each class's embedding, times a scale that is learned; without a bias
+    (Gidaris & Komodakis, 2018, arXiv 1804.09458)."""
+
+    def __init__(self, in_features: int, out_features: int, scale: float) -> None:
+        super().__init__(in_features, out_features, bias=False)
+        self.scale = nn.Parameter(torch.tensor(scale))
+
+    def cosines(self, features: Tensor) -> Tensor:
+        """[B, D] -> [B, K]."""
+        return F.linear(F.normalize(features), F.normalize(self.weight))
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.scale * self.cosines(input)

@@ -1,0 +1,132 @@
+"""BiC: bias correction (Wu et al., 2019, arXiv 1905.13260)."""
+
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from cl_runner.memory.base import Memory
+from cl_runner.models.model import Model, Output
+from cl_runner.strategies.rehearsal import evaluating
+from cl_runner.strategies.taught import Exemplars
+from cl_runner.streams.base import Examples, Scenario, Seed, Stream, Task, concatenate
+
+CHUNK = 256  # held-out images that go through the model at a time
+
+
+class BiC(Exemplars):
+    """Learn with exemplars and distillation; then make up for the new classes' head start by a scale and a shift of
+    their logits, fitted on held-out rows of all classes, as many of each (eq. 4, 5).
+
+    Deviation: the two numbers are fitted by L-BFGS to convergence, not by so many epochs more; a normal prior around no
+    correction, of variance one, stands in for stopping early: a few rows would be told apart by a scale without bounds.
+    """
+
+    saved = (*Exemplars.saved, "share", "scale", "shift")
+    scenarios = frozenset({Scenario.CLASS})  # elsewhere new classes are not told apart from old ones
+
+    def __init__(
+        self,
+        *,
+        memory: Memory,
+        held_out: Annotated[float, Field(gt=0, lt=1)] = 0.1,
+        temperature: Annotated[float, Field(gt=0)] = 2.0,
+        seed: Seed = 0,
+    ) -> None:
+        """`held_out`: share of each old class's exemplars, at least one, that only the correction learns from;
+        `temperature`: of the distillation; `seed`: of the choice of the held-out rows."""
+        super().__init__(memory=memory)
+        self.held_out, self.temperature, self.seed = held_out, temperature, seed
+
+    def setup(self, model: Model, stream: Stream) -> None:
+        super().setup(model, stream)
+        self.scale = model.head.weight.new_ones(stream.num_classes)  # [K]: 1 but for the last task's classes
+        self.shift = torch.zeros_like(self.scale)
+        self.share = 0.0  # of the classes so far, those that are old
+
+    def before_task(self, task: Task) -> None:
+        super().before_task(task)
+        old = int(self.old.sum())
+        self.share = old / (old + int(self._new(task).sum()))
+
+    def training_data(self, task: Task) -> Examples:
+        return self._parts(task)[0]
+
+    def task_loss(self, batch: Examples, output: Output) -> Tensor:
+        return (1 - self.share) * super().task_loss(batch, output)
+
+    def penalties(self, batch: Examples, output: Output) -> dict[str, Tensor]:
+        if self.number == 1:
+            return {}
+        outside = ~self.old
+        target = self.taught(output).logits * self.scale + self.shift  # corrected as after the task before
+        target = (target / self.temperature).masked_fill(outside, -torch.inf).softmax(1)
+        student = (output.logits / self.temperature).masked_fill(outside, -torch.inf).log_softmax(1)
+        losses = -(target * student.masked_fill(outside, 0)).sum(1)
+        return {"bic": self.share * losses.mean()}
+
+    def after_task(self, task: Task) -> None:
+        balanced, new = self._parts(task)[1], self._new(task)
+        self.scale, self.shift = torch.ones_like(self.scale), torch.zeros_like(self.shift)
+        if len(balanced):
+            self.scale[new], self.shift[new] = self._fitted(balanced, new).to(self.scale)
+        super().after_task(task)
+
+    def predict(self, images: Tensor, task_ids: Tensor) -> Tensor:
+        return self.model(images).logits * self.scale + self.shift
+
+    def _new(self, task: Task) -> Tensor:
+        """[K] bool."""
+        new = torch.zeros_like(self.old)
+        new[list(task.classes)] = True
+        return new & ~self.old
+
+    def _parts(self, task: Task) -> tuple[Examples, Examples]:
+        """What the network learns from, and what the correction does."""
+        fresh = task.train
+        if not len(self.memory):
+            return fresh, fresh[:0]
+        held = self.memory.examples.to(fresh.labels.device)
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + task.index)
+        count = max(1, round(self.held_out * len(held) / len(held.labels.unique())))
+        kept, apart = [], []
+        for examples in (fresh, held):
+            chosen = _of_each_class(examples.labels.cpu(), count, generator).to(examples.labels.device)
+            kept.append(examples[~chosen])
+            apart.append(examples[chosen])
+        return concatenate(kept), concatenate(apart)
+
+    def _fitted(self, balanced: Examples, new: Tensor) -> Tensor:
+        """The scale and the shift of the new classes' logits that fit these rows best, [2]."""
+        device = self.model.device
+        with evaluating(self.model), torch.no_grad():
+            parts = [batch.to(device) for batch in balanced.batches(CHUNK)]
+            logits = torch.cat([self.model(part.images).logits for part in parts]).cpu().double()  # not all devices can
+        labels, seen = balanced.labels.cpu(), self.model.visible[balanced.task_ids.to(device)].cpu()
+        none = torch.tensor([1.0, 0.0], dtype=torch.float64)
+        found = none.clone().requires_grad_()
+        optimizer = torch.optim.LBFGS([found], max_iter=200, line_search_fn="strong_wolfe")
+
+        def loss() -> Tensor:
+            optimizer.zero_grad()
+            corrected = torch.where(new.cpu(), logits * found[0] + found[1], logits)
+            value = F.cross_entropy(corrected.masked_fill(~seen, -torch.inf), labels)
+            value = value + (found - none).square().sum() / (2 * len(labels))
+            value.backward()
+            return value
+
+        with torch.enable_grad():
+            optimizer.step(loss)
+        return found.detach()
+
+
+def _of_each_class(labels: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """[N] bool: `count` rows of each class, drawn at random; fewer where none would be left."""
+    order = torch.randperm(len(labels), generator=generator)
+    chosen = torch.zeros(len(labels), dtype=torch.bool)
+    for label in labels.unique():
+        rows = order[labels[order] == label]
+        chosen[rows[: min(count, len(rows) - 1)]] = True
+    return chosen

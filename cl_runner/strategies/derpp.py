@@ -1,0 +1,25 @@
+"""DER++: dark experience replay that keeps the labels too (Buzzega et al., 2020, arXiv 2004.07211, eq. 6)."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from cl_runner.memory.base import Memory
+from cl_runner.strategies.der import DER
+from cl_runner.strategies.rehearsal import Count
+
+
+class DERpp(DER):
+    """DER, and the labels of a second, independent draw from memory are learned."""
+
+    def __init__(
+        self,
+        *,
+        memory: Memory,
+        alpha: Annotated[float, Field(ge=0)] = 0.5,
+        beta: Annotated[float, Field(ge=0)] = 0.5,
+        replay_batch_size: Count | None = None,
+    ) -> None:
+        """`alpha`: see DER; `beta`: of the cross-entropy; `replay_batch_size`: of each draw."""
+        super().__init__(memory=memory, alpha=alpha, replay_batch_size=replay_batch_size)
+        self.terms.append({"label": beta, "logit": 0.0})

@@ -1,0 +1,61 @@
+"""Experience replay (Chaudhry et al., 2019, arXiv 1902.10486; weighted losses: van de Ven et al., 2022)."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from cl_runner.errors import ConfigError
+from cl_runner.memory.base import Memory
+from cl_runner.models.model import Output
+from cl_runner.strategies.rehearsal import Count, Rehearsal, Store, weighted
+from cl_runner.streams.base import Examples, Task
+
+
+class ER(Rehearsal):
+    """Learn each batch together with one drawn from memory."""
+
+    saved = ("memory", "number")
+
+    def __init__(
+        self,
+        *,
+        memory: Memory,
+        replay_batch_size: Count | None = None,
+        mode: Literal["concatenated", "weighted", "oversampled"] = "concatenated",
+        store: Store = "step",
+    ) -> None:
+        """`mode`: concatenated: one batch, every row counts the same (algorithm 1); weighted: in task k = 1, 2, … the
+        mean loss of the fresh rows counts 1/k, that of the replayed ones 1 - 1/k; oversampled: the memory, repeated to
+        as many rows, is shuffled into the task's data. `store`: see Rehearsal."""
+        super().__init__(memory=memory, replay_batch_size=replay_batch_size, store=store)
+        if mode == "oversampled" and (store, replay_batch_size) != ("task", None):
+            field, given = ("store", store) if store != "task" else ("replay_batch_size", replay_batch_size)
+            wanted = "task" if field == "store" else "null"
+            raise ConfigError(f"strategy.{field}", f"expected {wanted} with mode=oversampled, got {given!r}")
+        self.mode = mode
+        self.number = 1  # of the task, from 1
+
+    def before_task(self, task: Task) -> None:
+        self.number = task.index + 1
+
+    def training_data(self, task: Task) -> Examples:
+        if self.mode != "oversampled" or not len(self.memory):
+            return task.train
+        data, held = task.train, self.memory.examples
+        rows = torch.arange(max(len(data), len(held)), device=held.labels.device) % len(held)
+        return data + held[rows].to(data.labels.device)
+
+    def before_batch(self, batch: Examples) -> Examples:
+        if self.mode == "concatenated":
+            return super().before_batch(batch)
+        self.fresh = len(batch)
+        if self.mode == "oversampled" or self.number == 1 or not len(self.memory):
+            return batch
+        share = 1 / self.number
+        return weighted([(batch, {"weight": share}), (self.replay(batch), {"weight": 1 - share})])
+
+    def task_loss(self, batch: Examples, output: Output) -> Tensor:
+        if "weight" not in batch.extras:
+            return super().task_loss(batch, output)
+        return (batch.extras["weight"] * self.row_losses(batch, output)).mean()

@@ -1,0 +1,33 @@
+"""Experience replay with asymmetric cross-entropy (Caccia et al., 2022, arXiv 2104.05025, eq. 4)."""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from cl_runner.models.model import Output
+from cl_runner.strategies.rehearsal import Rehearsal, weighted
+from cl_runner.streams.base import Examples
+
+
+class ERACE(Rehearsal):
+    """Fresh rows are told apart by the classes of their batch only, so that they do not push old classes away; replayed
+    rows by all. Both mean losses are added."""
+
+    def before_batch(self, batch: Examples) -> Examples:
+        self.fresh = len(batch)
+        every = torch.ones(self.stream.num_classes, dtype=torch.bool, device=batch.labels.device)
+        present = torch.zeros_like(every).index_fill(0, batch.labels, True)
+        parts = [(_among(batch, present), {"weight": 1.0})]
+        if len(self.memory):
+            parts.append((_among(self.replay(batch), every), {"weight": 1.0}))
+        return weighted(parts)
+
+    def task_loss(self, batch: Examples, output: Output) -> Tensor:
+        logits = output.logits.masked_fill(~batch.extras["classes"], -torch.inf)
+        return (batch.extras["weight"] * self.row_losses(batch, replace(output, logits=logits))).mean()
+
+
+def _among(rows: Examples, classes: Tensor) -> Examples:
+    """The rows, each with the classes ([K] bool) that it is to be told apart by."""
+    return replace(rows, extras={"classes": classes.expand(len(rows), -1)})

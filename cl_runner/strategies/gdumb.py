@@ -1,0 +1,35 @@
+"""GDumb: greedily sample, dumbly learn (Prabhu et al., 2020, ECCV)."""
+
+import torch
+
+from cl_runner.memory.base import Memory
+from cl_runner.models.heads import draw
+from cl_runner.models.model import Model
+from cl_runner.strategies.base import Strategy
+from cl_runner.strategies.rehearsal import features_of
+from cl_runner.streams.base import Examples, Stream, Task
+
+
+class GDumb(Strategy):
+    """Learn, from the weights that the model came with, what a balanced memory holds, and nothing else.
+
+    The paper's memory is class_balanced. Without its CutMix and cosine restarts: optimizer and schedule are the run's.
+    """
+
+    saved = ("memory",)
+
+    def __init__(self, *, memory: Memory) -> None:
+        self.memory = memory
+
+    def setup(self, model: Model, stream: Stream) -> None:
+        super().setup(model, stream)
+        self.came = {name: value.clone() for name, value in model.backbone.state_dict().items()}
+
+    def before_task(self, task: Task) -> None:
+        model = self.model
+        self.memory.add_task(task.train, features_of(model))
+        model.backbone.load_state_dict(self.came)
+        draw(model.head, model.head_init, torch.Generator().manual_seed(model.seed + task.index), model.revealed)
+
+    def training_data(self, task: Task) -> Examples:
+        return self.memory.examples

@@ -1,0 +1,77 @@
+"""Gradient episodic memory (Lopez-Paz & Ranzato, 2017, arXiv 1706.08840)."""
+
+from typing import Annotated
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from cl_runner.memory.base import Memory
+from cl_runner.strategies.rehearsal import Rehearsal
+from cl_runner.streams.base import Examples
+
+CHUNK = 2**20  # numbers of each gradient in double precision at a time
+
+
+class GEM(Rehearsal):
+    """Step along the nearest direction that, to first order, increases no earlier task's loss on its memory.
+
+    A task's rows are chosen at its end, and all of them are learned from in every step.
+    """
+
+    def __init__(self, *, memory: Memory, margin: Annotated[float, Field(ge=0)] = 0.5) -> None:
+        """`margin`: added to the solution of the dual (the paper's memory strength γ): pulls towards earlier tasks."""
+        super().__init__(memory=memory, store="task")
+        self.margin = margin
+
+    def before_batch(self, batch: Examples) -> Examples:
+        self.fresh = len(batch)
+        return batch
+
+    def after_backward(self) -> None:
+        if not len(self.memory):
+            return
+        held = self.memory.examples.to(self.model.device)
+        past = [held[held.task_ids == task] for task in held.task_ids.unique().tolist()]
+        learning = self.learning
+        own = _flat([torch.zeros_like(p) if p.grad is None else p.grad for p in learning])
+        found = project(own, torch.stack([_flat(self.gradient(rows)) for rows in past]), self.margin)
+        for parameter, part in zip(learning, found.split([p.numel() for p in learning]), strict=True):
+            parameter.grad = part.view_as(parameter)
+
+
+def project(gradient: Tensor, constraints: Tensor, margin: float = 0.0) -> Tensor:
+    """The vector nearest to `gradient` [P] whose product with no row of `constraints` [T, P] is negative (eq. 8-11).
+
+    Where that is not the gradient itself, `margin` times the sum of the constraints is added.
+    """
+    products = _products(torch.cat([constraints, gradient[None]]), constraints)  # [T + 1, T]
+    gram, against = products[:-1], products[-1]
+    if not np.isfinite(products).all() or (against >= 0).all():  # a loss that is not finite stops the run elsewhere
+        return gradient
+    weights = torch.from_numpy(solve_dual(gram, against) + margin).to(gradient)
+    return gradient + weights @ constraints
+
+
+def solve_dual(gram: np.ndarray, against: np.ndarray) -> np.ndarray:
+    """The v >= 0 [T] that minimises v' gram v / 2 + against' v, where `against` [T] lies in the range of `gram` [T, T].
+
+    As non-negative least squares: |A v - b| with A'A = gram and A'b = -against.
+    """
+    from scipy.optimize import nnls  # takes a moment to import, and nobody else needs it
+
+    values, vectors = np.linalg.eigh(gram)
+    kept = values > values.max() * len(values) * np.finfo(np.float64).eps
+    roots, vectors = np.sqrt(values[kept]), vectors[:, kept]
+    return nnls(roots[:, None] * vectors.T, -(vectors.T @ against) / roots)[0]
+
+
+def _products(rows: Tensor, columns: Tensor) -> np.ndarray:
+    """rows @ columns.T in double precision, a piece at a time."""
+    pieces = zip(rows.split(CHUNK, 1), columns.split(CHUNK, 1), strict=True)
+    return torch.stack([a.double() @ b.double().T for a, b in pieces]).sum(0).cpu().numpy()
+
+
+def _flat(parts: list[Tensor]) -> Tensor:
+    return torch.cat([part.flatten() for part in parts])

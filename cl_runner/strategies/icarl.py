@@ -1,0 +1,65 @@
+"""iCaRL: incremental classifier and representation learning (Rebuffi et al., 2017, arXiv 1611.07725)."""
+
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from cl_runner.memory.base import Memory
+from cl_runner.models.model import Model, Output
+from cl_runner.strategies.rehearsal import features_of
+from cl_runner.strategies.taught import Exemplars
+from cl_runner.streams.base import Examples, Scenario, Stream, Task
+
+CHUNK = 256  # exemplars that go through the model at a time
+
+
+class ICaRL(Exemplars):
+    """Learn each class against all others, keep the answers for earlier ones, and name the class whose exemplars' mean
+    feature is nearest (algorithms 1 and 3).
+
+    Losses are summed over outputs and averaged over rows. The paper's memory is herding.
+    """
+
+    saved = (*Exemplars.saved, "means")
+    scenarios = frozenset({Scenario.TASK, Scenario.CLASS})  # where classes are shared, none of their labels is learned
+
+    def __init__(self, *, memory: Memory, temperature: Annotated[float, Field(gt=0)] = 1.0) -> None:
+        """`temperature`: of the teacher's answers; the paper's is 1, van de Ven's code has 2."""
+        super().__init__(memory=memory)
+        self.temperature = temperature
+
+    def setup(self, model: Model, stream: Stream) -> None:
+        super().setup(model, stream)
+        self.means = model.head.weight.new_zeros(stream.num_classes, model.head.in_features)  # [K, D], of length one
+
+    def task_loss(self, batch: Examples, output: Output) -> Tensor:
+        wanted = F.one_hot(batch.labels, len(self.old)).to(output.logits)
+        return _cross_entropies(output.logits, wanted, self.model.visible[batch.task_ids] & ~self.old)
+
+    def penalties(self, batch: Examples, output: Output) -> dict[str, Tensor]:
+        if self.number == 1:
+            return {}
+        wanted = (self.taught(output).logits / self.temperature).sigmoid()
+        return {"icarl": _cross_entropies(output.logits, wanted, self.old.expand_as(wanted))}
+
+    def after_task(self, task: Task) -> None:
+        super().after_task(task)
+        features, means = features_of(self.model), torch.zeros_like(self.means)
+        for some in self.memory.examples.batches(CHUNK):
+            some = some.to(means.device)
+            means.index_add_(0, some.labels, F.normalize(features(some.images)).to(means))
+        self.means = F.normalize(means)  # the length does not depend on how many there are
+
+    def predict(self, images: Tensor, task_ids: Tensor) -> Tensor:
+        """The cosine: of vectors of length one, the largest is the nearest."""
+        scores = F.normalize(self.model(images).features).to(self.means) @ self.means.T
+        return scores.masked_fill(~self.means.any(1), -torch.inf)
+
+
+def _cross_entropies(logits: Tensor, wanted: Tensor, entering: Tensor) -> Tensor:
+    """Binary ones, [B, K] each, summed over the outputs that enter, averaged over the batch."""
+    losses = F.binary_cross_entropy_with_logits(logits, wanted, reduction="none")
+    return (losses * entering).sum(1).mean()

@@ -1,0 +1,45 @@
+"""Maximally interfered retrieval (Aljundi et al., 2019, arXiv 1908.04742, ER-MIR, eq. 1)."""
+
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch.func import functional_call
+
+from cl_runner.memory.base import Memory
+from cl_runner.strategies.rehearsal import Count, Rehearsal, Store, evaluating
+from cl_runner.streams.base import Examples
+
+
+class MIR(Rehearsal):
+    """Experience replay of those rows whose loss a step on the fresh ones alone would increase most.
+
+    The step that is tried is one of plain SGD in eval mode: it disturbs no statistics.
+    """
+
+    def __init__(
+        self,
+        *,
+        memory: Memory,
+        replay_batch_size: Count | None = None,
+        store: Store = "step",
+        candidates: Count = 50,
+        virtual_lr: Annotated[float, Field(gt=0)] = 0.1,
+    ) -> None:
+        """`candidates`: drawn from memory, of which `replay_batch_size` are replayed; `virtual_lr`: of the step that is
+        tried (to first order the choice does not depend on it)."""
+        super().__init__(memory=memory, replay_batch_size=replay_batch_size, store=store)
+        self.candidates, self.virtual_lr = candidates, virtual_lr
+
+    def replay(self, batch: Examples) -> Examples:
+        drawn = self.memory.sample(self.candidates).to(batch.labels.device)
+        with evaluating(self.model):
+            gradient = self.gradient(batch)
+            with torch.no_grad():
+                names = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
+                parts = zip(names, self.learning, gradient, strict=True)
+                moved = {name: value - self.virtual_lr * slope for name, value, slope in parts}
+                before = self.row_losses(drawn, self.model(drawn.images))
+                after = self.row_losses(drawn, functional_call(self.model, moved, (drawn.images,)))
+        worst = (after - before).topk(min(self.replay_batch_size or len(batch), len(drawn))).indices
+        return drawn[worst]

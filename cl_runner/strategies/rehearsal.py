@@ -1,0 +1,106 @@
+"""What methods with a memory share: when it is offered rows, and how its rows join a batch."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Annotated, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from cl_runner.errors import ConfigError
+from cl_runner.memory.base import Features, Memory
+from cl_runner.models.model import Model, Output
+from cl_runner.strategies.base import Strategy
+from cl_runner.streams.base import Examples, Task, concatenate
+
+Store = Literal["step", "task"]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Rehearsal(Strategy):
+    """Learn each batch together with one drawn from memory, all rows alike."""
+
+    saved = ("memory",)
+
+    def __init__(self, *, memory: Memory, replay_batch_size: Count | None = None, store: Store = "step") -> None:
+        """`replay_batch_size`: null for as many as are fresh; `store`: offer the memory every batch once it has been
+        learned (in each epoch anew, so that a row may be held twice), or every task at its end."""
+        if store == "step" and not memory.streaming:
+            kind = type(memory).__name__
+            raise ConfigError("strategy.memory", f"expected one that takes single batches (store=step), got {kind}")
+        self.memory, self.replay_batch_size = memory, replay_batch_size
+        self.store: Store = store
+
+    def before_batch(self, batch: Examples) -> Examples:
+        self.fresh = len(batch)
+        return batch + self.replay(batch) if len(self.memory) else batch
+
+    def replay(self, batch: Examples) -> Examples:
+        """Rows of a memory that has some, for this batch of fresh ones."""
+        return self.memory.sample(self.replay_batch_size or len(batch)).to(batch.labels.device)
+
+    def to_store(self, fresh: Examples, output: Output) -> Examples:
+        """What the memory is offered of a batch that has been learned; `output`: of the fresh rows and the replayed."""
+        return replace(fresh, extras={})
+
+    def after_step(self, batch: Examples, output: Output) -> None:
+        if self.store == "step":
+            self.memory.add(self.to_store(batch[: self.fresh], output))
+
+    def after_task(self, task: Task) -> None:
+        if self.store == "task":
+            self.memory.add_task(task.train, features_of(self.model))
+
+    def row_losses(self, batch: Examples, output: Output) -> Tensor:
+        """Cross-entropy of each row, [B], over the outputs that its task may see."""
+        return F.cross_entropy(self.model.restrict(output.logits, batch.task_ids), batch.labels, reduction="none")
+
+    def gradient(self, examples: Examples) -> list[Tensor]:
+        """Of the mean loss on these examples, for each of `learning`; what training has gathered stays as it is."""
+        loss = self.row_losses(examples, self.model(examples.images)).mean()
+        return list(torch.autograd.grad(loss, self.learning, allow_unused=True, materialize_grads=True))
+
+    @property
+    def learning(self) -> list[Tensor]:
+        """The parameters that learn."""
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+
+def weighted(parts: Sequence[tuple[Examples, dict[str, float]]]) -> Examples:
+    """All rows in order, with an extra [B] for each of the named weights.
+
+    The mean over the rows of extra * loss is then the sum over the parts of weight * mean loss in the part: also where
+    the rows are learned a piece at a time.
+    """
+    total = sum(len(part) for part, _ in parts)
+
+    def marked(part: Examples, weights: dict[str, float]) -> Examples:
+        ones = torch.ones(len(part), device=part.labels.device)
+        return replace(part, extras=part.extras | {name: w * total / len(part) * ones for name, w in weights.items()})
+
+    return concatenate([marked(part, weights) for part, weights in parts])
+
+
+def features_of(model: Model) -> Features:
+    """images -> features [B, D], in eval mode and without gradients, which leaves the model as it was."""
+
+    @torch.no_grad()
+    def features(images: Tensor) -> Tensor:
+        with evaluating(model):
+            return model(images.to(model.device)).features
+
+    return features
+
+
+@contextmanager
+def evaluating(model: Model) -> Iterator[None]:
+    """In eval mode inside: no statistics move, nothing is dropped or augmented."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)

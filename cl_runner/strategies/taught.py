@@ -1,0 +1,62 @@
+"""What methods share that have the model before the task as a teacher, and those that learn exemplars along with it."""
+
+from copy import deepcopy
+
+import torch
+from torch import Tensor
+
+from cl_runner.memory.base import Memory
+from cl_runner.models.model import Model, Output
+from cl_runner.strategies.base import Strategy
+from cl_runner.strategies.rehearsal import features_of
+from cl_runner.streams.base import Examples, Stream, Task
+
+
+class Taught(Strategy):
+    """Has the model as it was before the task, still, to answer for what was learned earlier."""
+
+    saved = ("teacher", "old", "number")
+
+    def setup(self, model: Model, stream: Stream) -> None:
+        super().setup(model, stream)
+        self.teacher = deepcopy(model).requires_grad_(False).eval()
+        self.old: Tensor = torch.zeros_like(model.revealed)  # [K] bool: the classes of earlier tasks
+        self.number = 1  # of the task, from 1
+
+    def before_task(self, task: Task) -> None:
+        self.teacher.load_state_dict(self.model.state_dict())
+        self.number = task.index + 1
+        self.old = torch.zeros_like(self.old)
+        self.old[[label for earlier in self.stream.tasks[: task.index] for label in earlier.classes]] = True
+
+    @torch.no_grad()
+    def taught(self, output: Output) -> Output:
+        """What the teacher says of the same augmented images."""
+        return self.teacher.encode(output.inputs)
+
+    @torch.no_grad()
+    def hold_old_rows(self) -> None:
+        """Put the head's rows of earlier classes back to where they were before the task.
+
+        For after a step, since momentum and decay move weights without a gradient too.
+        """
+        for name, live in self.model.head.named_parameters():
+            if live.dim() and len(live) == len(self.old):
+                old = self.old.view(-1, *[1] * (live.dim() - 1))
+                live.copy_(torch.where(old, self.teacher.head.get_parameter(name), live))
+
+
+class Exemplars(Taught):
+    """Learns what the memory holds as part of each task's data, and offers it the task at its end."""
+
+    saved = (*Taught.saved, "memory")
+
+    def __init__(self, *, memory: Memory) -> None:
+        self.memory = memory
+
+    def training_data(self, task: Task) -> Examples:
+        fresh = task.train
+        return fresh + self.memory.examples.to(fresh.labels.device) if len(self.memory) else fresh
+
+    def after_task(self, task: Task) -> None:
+        self.memory.add_task(task.train, features_of(self.model))

@@ -1,0 +1,100 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from cl_runner.errors import ConfigError
+from cl_runner.memory import Herding
+from cl_runner.models.mlp import MLP
+from cl_runner.strategies import LUCIR, Finetune
+from cl_runner.streams.split import Split
+from tests.strategies.midway import assert_resumes
+from tests.strategies.test_icarl import accuracy, at_task
+from tests.toys import learn, toy_model, toy_stream
+
+
+def lucir(size=6, **settings):
+    return LUCIR(memory=Herding(size=size, per="class"), **settings)
+
+
+def test_logits_are_scaled_cosines_whatever_the_lengths():
+    stream = toy_stream("class")
+    model = toy_model(stream)
+    strategy = lucir(scale=7.0)
+    strategy.setup(model, stream)
+    images = stream.tasks[0].train.images
+    model.eval()
+    output = model(images)
+    cosine = F.cosine_similarity(output.features[:, None], model.head.weight[None], dim=2)
+    torch.testing.assert_close(output.logits, 7 * cosine)
+    with torch.no_grad():
+        model.head.weight *= torch.arange(1, 7)[:, None]
+    torch.testing.assert_close(model(images).logits, output.logits)
+
+
+def test_the_scale_learns():
+    stream = toy_stream("class")
+    model = toy_model(stream)
+    learn(lucir(), stream, model, tasks=1)
+    assert model.head.scale.item() != 10.0
+
+
+def test_the_terms_are_the_features_angle_and_a_margin_to_the_hardest_new_classes():
+    stream = toy_stream("class")
+    model = toy_model(stream)
+    strategy = lucir(strength=2.0, margin=0.8, margin_strength=3.0, negatives=1)
+    at_task(strategy, stream, model, 2)
+    batch = stream.tasks[2].train[:3] + strategy.memory.examples[:4]
+    model.eval()
+    before = model(batch.images).features.detach()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1
+    output = model(batch.images)
+    turned = sum(1 - F.cosine_similarity(f, g, dim=0) for f, g in zip(output.features, before, strict=True)) / 7
+    ranking = 0.0
+    for row in range(3, 7):
+        cosines = F.cosine_similarity(output.features[row], model.head.weight, dim=1)
+        ranking += max(0.0, 0.8 - cosines[batch.labels[row]] + max(cosines[4], cosines[5])) / 4
+    terms = strategy.penalties(batch, output)
+    assert ranking > 0
+    torch.testing.assert_close(terms["lucir"], 2 * math.sqrt(4 / 2) * turned)
+    torch.testing.assert_close(terms["lucir_margin"], 3 * ranking)
+
+
+@pytest.mark.parametrize("hold", [True, False])
+def test_old_embeddings_are_held(hold):
+    stream = toy_stream("class")
+    model = toy_model(stream)
+    seen = []
+
+    class Watched(LUCIR):
+        def before_task(self, task):
+            super().before_task(task)
+            seen.append(self.model.head.weight.detach().clone())
+
+    learn(Watched(memory=Herding(size=6, per="class"), hold_head=hold), stream, model, tasks=2)
+    same = (model.head.weight == seen[1]).all(1)
+    assert same[:2].all() == hold
+    assert not same[2:4].any()
+
+
+def test_it_forgets_less_than_fine_tuning():
+    found = {}
+    for kind in (Finetune, lambda: lucir(scale=4.0, margin=0.1)):
+        stream = toy_stream("class")
+        strategy = kind()
+        learn(strategy, stream, toy_model(stream, norm=True), epochs=25)
+        found[type(strategy)] = accuracy(strategy, stream)
+    assert found[LUCIR] > found[Finetune] + 0.2
+
+
+def test_it_resumes_in_the_middle_of_a_task():
+    assert_resumes(lucir, "class", norm=True)
+
+
+@pytest.mark.parametrize("scenario", ["task", "domain"])
+def test_it_is_refused_where_no_old_class_stands_beside_a_new_one(scenario):
+    with pytest.raises(ConfigError, match=r"strategy: expected stream\.scenario=class"):
+        lucir().check(Split(name="digits", num_tasks=5, scenario=scenario), MLP(widths=[8]))
