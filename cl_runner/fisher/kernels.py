@@ -140,7 +140,7 @@ def fastest(key: Hashable, candidates: Mapping[Hashable, Adder], like: Tensor) -
     """The candidate that takes the least time, measured the first time that `key` and these candidates are met.
 
     Each candidate adds its result to a tensor like `like`; measured, they add to a scratch one. A candidate that fails
-    is never chosen. Off CUDA the first is taken.
+    is never chosen. Off CUDA the first is taken, and with deterministic algorithms the first that does not fail.
 
     Raises:
         RuntimeError: asked to measure while a CUDA graph is captured. Run the same work once before capturing it.
@@ -148,7 +148,7 @@ def fastest(key: Hashable, candidates: Mapping[Hashable, Adder], like: Tensor) -
     """
     if like.device.type != "cuda":
         return next(iter(candidates.values()))
-    full_key = (key, like.device, tuple(candidates))
+    full_key = (key, like.device, tuple(candidates), torch.are_deterministic_algorithms_enabled())
     if full_key not in _winners:
         if torch.cuda.is_current_stream_capturing():
             raise RuntimeError(f"kernels of a new shape cannot be timed while a CUDA graph is captured: {key}")
@@ -165,6 +165,8 @@ def _measured(candidates: Mapping[Hashable, Adder], scratch: Tensor) -> Hashable
         for name, candidate in candidates.items():
             try:
                 times[name] = _milliseconds(candidate, scratch)
+                if torch.are_deterministic_algorithms_enabled():
+                    break  # another process would measure other times, and another kernel rounds otherwise
             # Too large a tile for this device, no C compiler for Triton's launcher, out of memory: types of all sorts.
             except Exception as problem:
                 log.debug("candidate %s fails: %s", name, problem)

@@ -1,0 +1,48 @@
+"""Memory aware synapses (Aljundi et al., 2018, arXiv 1711.09601)."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from cl_runner.fisher.estimators import Count, Logits
+from cl_runner.fisher.magnitudes import Magnitudes
+from cl_runner.models.model import Model
+from cl_runner.strategies.importance import Accumulation, Importance
+from cl_runner.streams.base import Seed, Stream, Task
+
+
+class MAS(Importance):
+    """Hold each weight as firmly as the model's outputs depend on it: by the mean over samples of |d||z||^2/dw|, summed
+    over tasks (eq. 3, 4); no labels are needed.
+
+    z are the logits, where the paper leaves open which outputs; those of the task, unless `logits` says otherwise.
+    """
+
+    name = "mas"
+
+    def __init__(
+        self,
+        *,
+        strength: Annotated[float, Field(ge=0)] = 1.0,
+        num_samples: Count | None = None,
+        batch_size: Count = 64,
+        logits: Logits = "visible",
+        seed: Seed = 0,
+        accumulation: Accumulation = "sum",
+        head: bool = True,
+    ) -> None:
+        """`num_samples`, drawn by `seed` without replacement (null: all), `batch_size` (which does not change the
+        result) and `logits` are as a Fisher estimator's; `accumulation`: over tasks, a sum, or an average in which each
+        class counts once; `head`: whether the head is held too."""
+        super().__init__(strength, head)
+        self.magnitudes = Magnitudes(num_samples=num_samples, batch_size=batch_size, logits=logits, seed=seed)
+        self.accumulation: Accumulation = accumulation
+
+    def setup(self, model: Model, stream: Stream) -> None:
+        super().setup(model, stream)
+        self.magnitudes.check(model, stream.image_shape)
+
+    def after_task(self, task: Task) -> None:
+        if task.index < len(self.stream) - 1:  # nothing comes after the last that could be held
+            importance = self.magnitudes(self.model, task.train).diagonal()
+            self.hold(self.accumulated(importance, task, self.accumulation))

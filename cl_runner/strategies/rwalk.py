@@ -1,0 +1,100 @@
+"""Riemannian walk (Chaudhry et al., 2018, arXiv 1801.10112)."""
+
+from dataclasses import replace
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from cl_runner.errors import ConfigError
+from cl_runner.fisher.curvature import Diagonal
+from cl_runner.fisher.estimators import Count, Estimator
+from cl_runner.models.model import Model, Output
+from cl_runner.strategies.anchors import trainable
+from cl_runner.strategies.importance import PathIntegral
+from cl_runner.streams.base import Examples, Stream, Task
+
+
+class RWalk(PathIntegral):
+    """Hold each weight by its Fisher, a moving average over training (EWC++), plus its score: how far it made the loss
+    fall for each unit of KL divergence that it moved the outputs by; both scaled to [0, 1] (section 4.1).
+
+    Deviations: the Fisher is whatever estimator is given, of each fresh batch's own samples, where the authors' code
+    squares the batch's mean gradient (fisher=batched); scaled by the largest value alone, the least being as good as 0.
+    """
+
+    saved = (*PathIntegral.saved, "average", "score", "past", "corner", "made")
+    name = "rwalk"
+
+    def __init__(
+        self,
+        *,
+        fisher: Estimator,
+        strength: Annotated[float, Field(ge=0)] = 1.0,
+        alpha: Annotated[float, Field(gt=0, le=1)] = 0.9,
+        interval: Count = 10,
+        epsilon: Annotated[float, Field(gt=0)] = 1e-3,
+        head: bool = True,
+    ) -> None:
+        """`alpha`: the newest Fisher's share of the moving average; `interval`: steps from one Fisher and one addition
+        to the score to the next; `epsilon`: added to the divergence; `head`: whether the head is held too."""
+        if fisher.representation != "diagonal":
+            raise ConfigError("fisher.representation", f"expected diagonal for rwalk, got {fisher.representation}")
+        super().__init__(strength, head)
+        self.fisher, self.alpha, self.interval, self.epsilon = fisher, alpha, interval, epsilon
+
+    def setup(self, model: Model, stream: Stream) -> None:
+        super().setup(model, stream)
+        self.fisher.check(model, stream.image_shape)
+        self.average = self.score = self.past = Diagonal({})
+        self.corner: dict[str, Tensor] = {}  # the weights at the interval's beginning
+        self.made = 0  # steps in this task
+
+    def before_task(self, task: Task) -> None:
+        super().before_task(task)
+        self.score, self.made = Diagonal({}), 0
+        self._turn()
+
+    def before_batch(self, batch: Examples) -> Examples:
+        if self.made % self.interval == 0:
+            # The seed is drawn, lest the noise of a stochastic estimator be the same in every batch.
+            fisher = replace(self.fisher, seed=int(torch.randint(2**31, ())))
+            found = fisher(self.model, batch).diagonal()
+            old = self.average.scaled(1 - self.alpha)
+            self.average = old.plus(found, self.alpha) if self.average.values else found
+        return batch
+
+    def after_step(self, batch: Examples, output: Output) -> None:
+        super().after_step(batch, output)
+        self.made += 1
+        if self.made % self.interval == 0:
+            self._close()
+
+    def after_task(self, task: Task) -> None:
+        self._close()
+        score = Diagonal({name: values.clamp(min=0) for name, values in self.score.values.items()})
+        self.past = self.past.plus(score).scaled(0.5) if self.past.values else score
+        self.hold(_scaled(self.average).plus(_scaled(self.past)))
+
+    @torch.no_grad()
+    def _close(self) -> None:
+        """Add to the score what the path since the last corner is worth."""
+        gained = {}
+        for name, fisher in self.average.values.items():
+            if name in self.path:
+                divergence = fisher * (trainable(self.model)[name] - self.corner[name]).square() / 2
+                gained[name] = self.path[name] / (divergence + self.epsilon)
+        self.score = self.score.plus(Diagonal(gained))
+        self._turn()
+
+    def _turn(self) -> None:
+        live = trainable(self.model)
+        self.path = {name: torch.zeros_like(value) for name, value in live.items()}
+        self.corner = {name: value.detach().clone() for name, value in live.items()}
+
+
+def _scaled(importance: Diagonal) -> Diagonal:
+    """With 1 for its largest number."""
+    largest = max((values.max() for values in importance.values.values()), default=torch.zeros(()))
+    return importance.scaled(float(1 / largest)) if largest > 0 else importance

@@ -1,0 +1,55 @@
+"""Synaptic intelligence (Zenke et al., 2017, arXiv 1703.04200)."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from cl_runner.fisher.curvature import Diagonal, Parameters
+from cl_runner.models.model import Model
+from cl_runner.strategies.anchors import trainable
+from cl_runner.strategies.importance import Accumulation, PathIntegral
+from cl_runner.streams.base import Stream, Task
+
+
+class SI(PathIntegral):
+    """Hold each weight as firmly as it made the losses of earlier tasks fall (eq. 4), for the way that it went:
+    the sum over tasks of path / (distance^2 + epsilon) (eq. 5)."""
+
+    saved = (*PathIntegral.saved, "start")
+    name = "si"
+
+    def __init__(
+        self,
+        *,
+        strength: Annotated[float, Field(ge=0)] = 1.0,
+        epsilon: Annotated[float, Field(gt=0)] = 0.1,
+        gradient: Literal["total", "task"] = "total",
+        negative: Literal["keep", "drop"] = "keep",
+        accumulation: Accumulation = "sum",
+        head: bool = True,
+    ) -> None:
+        """`strength`: the paper's c; `epsilon`: its damping; `gradient`: that the path integral takes, of the whole
+        loss, or without SI's own penalty; `negative`: what becomes of a task's importance where a weight made the loss
+        rise (the paper keeps it; such a weight is pushed away); `accumulation`: over tasks, the paper's sum, or an
+        average in which each class counts once; `head`: whether the head is held too."""
+        super().__init__(strength, head)
+        self.epsilon, self.negative = epsilon, negative
+        self.unregularised = gradient == "task"
+        self.accumulation: Accumulation = accumulation
+
+    def setup(self, model: Model, stream: Stream) -> None:
+        super().setup(model, stream)
+        self.start: Parameters = {}
+
+    def before_task(self, task: Task) -> None:
+        super().before_task(task)
+        self.start = {name: value.detach().clone() for name, value in trainable(self.model).items()}
+
+    def after_task(self, task: Task) -> None:
+        importance = {
+            name: self.path[name] / ((value.detach() - self.start[name]).square() + self.epsilon)
+            for name, value in trainable(self.model).items()
+        }
+        if self.negative == "drop":
+            importance = {name: values.clamp(min=0) for name, values in importance.items()}
+        self.hold(self.accumulated(Diagonal(importance), task, self.accumulation))
