@@ -1,0 +1,47 @@
+"""CODA-Prompt: continual decomposed attention-based prompting (Smith et al., 2023, arXiv 2211.13218)."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated
+
+from pydantic import Field
+from torch import Tensor
+
+from cl_runner.errors import ConfigError
+from cl_runner.models.model import Output
+from cl_runner.models.prompts import Components
+from cl_runner.strategies.prompting import Prompting
+from cl_runner.streams.base import Examples
+
+if TYPE_CHECKING:
+    from timm.models.vision_transformer import VisionTransformer
+
+
+class CODAPrompt(Prompting):
+    """Learn prompt components for each task, on top of those of earlier tasks, which stay; mix them by the query.
+
+    A block's prompt is sum_m cos(q * A_m, K_m) P_m over all components so far; half of it are further keys, half
+    values of a frozen vision transformer's attention. The loss gains strength * |B B' - I|^2 for B = P, K and A in each
+    block; new components begin orthonormal, also to the earlier ones. The paper's loss sees the task's own outputs
+    alone: trainer.active_logits=current.
+    """
+
+    prompts: Components
+
+    def __init__(
+        self,
+        *,
+        blocks: Sequence[int] = (0, 1, 2, 3, 4),
+        components: Annotated[int, Field(ge=1)] = 10,
+        length: Annotated[int, Field(ge=2)] = 8,
+        strength: Annotated[float, Field(ge=0)] = 0.1,
+    ) -> None:
+        """`blocks`: of the transformer, from 0; `components`: a task; `length`: a prompt's keys and values together."""
+        if length % 2:
+            raise ConfigError("strategy.length", f"expected an even number (half keys, half values), got {length}")
+        self.blocks, self.components, self.length, self.strength = blocks, components, length, strength
+
+    def prompts_for(self, backbone: "VisionTransformer", num_tasks: int) -> Components:
+        return Components(backbone, num_tasks, self.blocks, self.components, self.length)
+
+    def penalties(self, batch: Examples, output: Output) -> dict[str, Tensor]:
+        return {"orthogonality": self.strength * self.prompts.dependence()}

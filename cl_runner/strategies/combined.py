@@ -1,0 +1,108 @@
+"""Several methods at once: any penalties, and a memory."""
+
+import logging
+from typing import Any
+
+from torch import Tensor
+
+from cl_runner.errors import ConfigError
+from cl_runner.models.architecture import Architecture
+from cl_runner.models.model import Model, Output
+from cl_runner.strategies.base import Strategy
+from cl_runner.streams.base import Examples, Stream, Task
+from cl_runner.streams.recipe import Recipe
+
+log = logging.getLogger("cl_runner")
+
+# What only one part can say: the first that says it differently from plain fine-tuning.
+SINGLE = {"training_data": "what is learned", "task_loss": "the loss on the labels", "predict": "the answers"}
+
+
+class Combined(Strategy):
+    """Do what each of the parts does, in their order: penalties add up, memories and edits of gradients follow one
+    another."""
+
+    def __init__(self, *, parts: dict[str, Strategy]) -> None:
+        """`parts`: name -> method. What is learned in a task, the loss on the labels and the answers are those of the
+        first part that has its own."""
+        if not parts:
+            raise ConfigError("strategy.parts", "expected at least one method, got none")
+        self.parts = parts
+
+    def check(self, stream: Recipe, model: Architecture) -> None:
+        for part in self.parts.values():
+            part.check(stream, model)
+        alone = [name for name, part in self.parts.items() if part.offline or part.needs_task_id]
+        if alone:
+            raise ConfigError("strategy.parts", f"expected methods that learn one model task by task, got {alone[0]}")
+        with_memory = [name for name, part in self.parts.items() if hasattr(part, "memory")]
+        if len(with_memory) > 1:
+            # The second would take what the first replays for fresh.
+            raise ConfigError("strategy.parts", f"expected one method with a memory, got {', '.join(with_memory)}")
+        for hook, what in SINGLE.items():
+            names = [name for name, part in self.parts.items() if _own(part, hook)]
+            if len(names) > 1:
+                log.warning("combined: %s as %s has it; %s has no say there", what, names[0], ", ".join(names[1:]))
+
+    def setup(self, model: Model, stream: Stream) -> None:
+        super().setup(model, stream)
+        for part in self.parts.values():
+            part.setup(model, stream)
+
+    def before_task(self, task: Task) -> None:
+        for part in self.parts.values():
+            part.before_task(task)
+
+    def training_data(self, task: Task) -> Examples:
+        return self._first("training_data").training_data(task)
+
+    def before_batch(self, batch: Examples) -> Examples:
+        for part in self.parts.values():
+            batch = part.before_batch(batch)
+        return batch
+
+    def task_loss(self, batch: Examples, output: Output) -> Tensor:
+        return self._first("task_loss").task_loss(batch, output)
+
+    def penalties(self, batch: Examples, output: Output) -> dict[str, Tensor]:
+        return self._merged({name: part.penalties(batch, output) for name, part in self.parts.items()})
+
+    def after_backward(self) -> None:
+        for part in self.parts.values():
+            part.after_backward()
+
+    def after_step(self, batch: Examples, output: Output) -> None:
+        for part in self.parts.values():
+            part.after_step(batch, output)
+
+    def after_task(self, task: Task) -> None:
+        for part in self.parts.values():
+            part.after_task(task)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: part.state_dict() for name, part in self.parts.items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name, part in self.parts.items():
+            part.load_state_dict(state[name])
+
+    def report(self) -> dict[str, float | None]:
+        return self._merged({name: part.report() for name, part in self.parts.items()})
+
+    def predict(self, images: Tensor, task_ids: Tensor) -> Tensor:
+        return self._first("predict").predict(images, task_ids)
+
+    def _first(self, hook: str) -> Strategy:
+        parts = list(self.parts.values())
+        return next((part for part in parts if _own(part, hook)), parts[0])
+
+    def _merged(self, named: dict[str, dict[str, Any]]) -> dict[str, Any]:
+        """All in one; what an earlier part has called the same, gets its part's name in front."""
+        merged: dict[str, Any] = {}
+        for part, values in named.items():
+            merged |= {f"{part}_{name}" if name in merged else name: value for name, value in values.items()}
+        return merged
+
+
+def _own(part: Strategy, hook: str) -> bool:
+    return getattr(type(part), hook) is not getattr(Strategy, hook)

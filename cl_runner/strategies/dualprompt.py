@@ -1,0 +1,39 @@
+"""DualPrompt: complementary prompting (Wang et al., 2022, arXiv 2204.04799)."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated
+
+from pydantic import Field
+
+from cl_runner.models.prompts import Experts, Prompts
+from cl_runner.strategies.prompting import Prompting
+
+if TYPE_CHECKING:
+    from timm.models.vision_transformer import VisionTransformer
+
+
+class DualPrompt(Prompting):
+    """Learn prompts that all tasks share, in early blocks, and prompts of each task, with a key, in later ones.
+
+    Prompts are further keys and values of a frozen vision transformer's attention (prefix tuning). The loss gains
+    strength * the cosine distance from the task's key to the query; when asked, each image gets the prompts of the
+    learned task whose key is nearest, also where its task is told. The paper's loss sees the task's own outputs alone:
+    trainer.active_logits=current.
+    """
+
+    def __init__(
+        self,
+        *,
+        general_blocks: Sequence[int] = (0, 1),
+        expert_blocks: Sequence[int] = (2, 3, 4),
+        general_length: Annotated[int, Field(ge=1)] = 5,
+        expert_length: Annotated[int, Field(ge=1)] = 20,
+        strength: Annotated[float, Field(ge=0)] = 1.0,
+    ) -> None:
+        """`…_blocks`: of the transformer, from 0; `…_length`: keys, and as many values, in each."""
+        self.general_blocks, self.expert_blocks = general_blocks, expert_blocks
+        self.general_length, self.expert_length, self.strength = general_length, expert_length, strength
+
+    def prompts_for(self, backbone: "VisionTransformer", num_tasks: int) -> Prompts:
+        blocks, lengths = (self.general_blocks, self.expert_blocks), (self.general_length, self.expert_length)
+        return Experts(backbone, num_tasks, *blocks, *lengths)

@@ -1,0 +1,73 @@
+"""EASE: expandable subspace ensemble (Zhou et al., 2024, arXiv 2403.12030)."""
+
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from cl_runner.models.adapters import Bottleneck
+from cl_runner.models.architecture import Architecture
+from cl_runner.models.model import Model
+from cl_runner.models.prompts import vision_transformer
+from cl_runner.strategies.base import Strategy
+from cl_runner.strategies.features import gathered, home
+from cl_runner.strategies.subspaces import Subspaces
+from cl_runner.streams.base import Stream, Task
+from cl_runner.streams.recipe import Recipe
+
+
+class EASE(Strategy):
+    """Learn adapters for each task beside a frozen vision transformer; answer from class means under all of them.
+
+    Each task's adapters are learned from scratch with the head, stand beside every block's MLP, and then stay: they
+    span a subspace of their own. A class's score is the sum over subspaces of the cosine between features and its mean
+    there, `alpha` times in those of other tasks. Means that old classes would have in a new subspace are made up from
+    those of the new classes they resemble. An answer takes a pass through the network for each task so far.
+    """
+
+    saved = ("learned", "subspaces")
+
+    def __init__(
+        self,
+        *,
+        width: Annotated[int, Field(ge=1)] = 16,
+        scale: Annotated[float, Field(gt=0)] = 0.1,
+        alpha: Annotated[float, Field(ge=0)] = 0.1,
+        batch_size: Annotated[int, Field(ge=1)] = 256,
+    ) -> None:
+        """`width`: of the adapters' bottleneck; `scale`: of what they add."""
+        self.width, self.scale, self.alpha, self.batch_size = width, scale, alpha, batch_size
+
+    def check(self, stream: Recipe, model: Architecture) -> None:
+        super().check(stream, model)
+        vision_transformer(model._outline.backbone, type(self).__name__)
+
+    def setup(self, model: Model, stream: Stream) -> None:
+        super().setup(model, stream)
+        backbone = vision_transformer(model.backbone, type(self).__name__)
+        backbone.requires_grad_(False)
+        model.hold_statistics(backbone.modules())
+        self.adapters = [Bottleneck(backbone.embed_dim, self.width, self.scale) for _ in backbone.blocks]
+        for adapter, block in zip(self.adapters, backbone.blocks, strict=True):
+            adapter.to(model.device).beside(block.get_submodule("mlp"))
+        model.add_module("adapters", nn.ModuleList(self.adapters))
+        classes = [task.classes for task in stream.tasks]
+        self.subspaces = Subspaces(classes, stream.num_classes, model.head.in_features, home(model.device))
+        self.learned: list[dict[str, Tensor]] = []  # each task's adapters, by the model's names for them
+
+    def before_task(self, task: Task) -> None:
+        for adapter in self.adapters:
+            adapter.reset()
+
+    def after_task(self, task: Task) -> None:
+        names = {name: value for name, value in self.model.named_parameters() if name.startswith("adapters.")}
+        self.learned.append({name: value.detach().clone() for name, value in names.items()})
+        for space, weights in enumerate(self.learned):
+            self.subspaces.add(space, *gathered(self.model, task.train, self.batch_size, weights))
+
+    def predict(self, images: Tensor, task_ids: Tensor) -> Tensor:
+        spaces = self.learned or [{}]  # asked before the first task, there are no means yet to compare with
+        features = [functional_call(self.model, weights, (images,)).features for weights in spaces]
+        return self.subspaces.scores(features, self.alpha).to(images.device, torch.float32)

@@ -1,0 +1,91 @@
+"""FeCAM: feature covariance-aware metric (Goswami et al., 2023, arXiv 2309.14062)."""
+
+from collections.abc import Callable
+from typing import Annotated, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from cl_runner.models.model import Model
+from cl_runner.strategies.features import ClosedForm
+from cl_runner.strategies.moments import Moments
+from cl_runner.streams.base import Stream
+
+
+class FeCAM(ClosedForm):
+    """Train nothing: name the class that is nearest by the Mahalanobis distance of its own covariance.
+
+    Features are taken to the power of `power` (Tukey's ladder of powers; negative ones keep their sign, of which the
+    paper's have none). Covariances are shrunk to C + g1 v1 I + g2 v2 (1 - I), v1 and v2 the means on and off their
+    diagonal, and then made correlations. Means and covariances are those of the transformed features.
+    """
+
+    saved = ("moments",)
+
+    def __init__(
+        self,
+        *,
+        power: Annotated[float, Field(gt=0)] = 0.5,
+        diagonal_shrinkage: Annotated[float, Field(ge=0)] = 1.0,
+        off_diagonal_shrinkage: Annotated[float, Field(ge=0)] = 1.0,
+        normalize: bool = True,
+        unit_length: bool = True,
+        covariance: Literal["class", "shared"] = "class",
+        batch_size: Annotated[int, Field(ge=1)] = 256,
+    ) -> None:
+        """The shrinkages are g1 and g2 above; `normalize`: covariances into correlations; `unit_length`: of features
+        and means when they are compared; `covariance`: of each class (8 K D^2 bytes), or one of all."""
+        super().__init__(batch_size)
+        self.power, self.normalize, self.unit_length = power, normalize, unit_length
+        self.diagonal_shrinkage, self.off_diagonal_shrinkage = diagonal_shrinkage, off_diagonal_shrinkage
+        self.shared = covariance == "shared"
+
+    def setup(self, model: Model, stream: Stream) -> None:
+        super().setup(model, stream)
+        self.moments = Moments(stream.num_classes, model.head.in_features, shared=self.shared, device=self.home)
+        self.counts = self.moments.counts  # one tensor, filled in place
+        self.factors: dict[int, Tensor] = {}  # of classes whose covariance has not changed since; never saved
+
+    def gather(self, features: Tensor, labels: Tensor) -> None:
+        self.moments.add(self._transformed(features), labels)
+        for label in self.moments.seen if self.shared else labels.unique().tolist():
+            self.factors.pop(label, None)
+
+    def fit(self) -> Callable[[Tensor], Tensor]:
+        seen = self.moments.seen
+        means = self._scaled(self.moments.means)
+        for label in seen[:1] if self.shared else seen:
+            if label not in self.factors:
+                self.factors[label] = self._factor(label)
+
+        def scores(features: Tensor) -> Tensor:
+            features = self._scaled(self._transformed(features))
+            result = torch.full((len(features), len(means)), -torch.inf).to(features)
+            for label in seen:
+                white = (features - means[label]) @ self.factors[seen[0] if self.shared else label]
+                result[:, label] = -white.square().sum(1)
+            return result
+
+        return scores
+
+    def _factor(self, label: int) -> Tensor:
+        """W with W W' the inverse of the class's matrix: distances are lengths after W'. A pseudo-inverse, for what is
+        left singular where nothing is shrunk."""
+        covariance = self.moments.covariance(label)
+        eye = torch.eye(len(covariance)).to(covariance)
+        diagonal = covariance.diagonal().mean()
+        rest = (covariance * (1 - eye)).sum() / max(covariance.numel() - len(covariance), 1)
+        shrunk = covariance + self.diagonal_shrinkage * diagonal * eye + self.off_diagonal_shrinkage * rest * (1 - eye)
+        if self.normalize:
+            deviation = shrunk.diagonal().clamp(min=torch.finfo(shrunk.dtype).tiny).sqrt()
+            shrunk = shrunk / deviation[:, None] / deviation
+        values, vectors = torch.linalg.eigh(shrunk)
+        return vectors * torch.where(values > 1e-12 * values[-1], values, torch.inf).rsqrt()
+
+    def _transformed(self, features: Tensor) -> Tensor:
+        return features.sign() * features.abs() ** self.power
+
+    def _scaled(self, features: Tensor) -> Tensor:
+        return F.normalize(features) if self.unit_length else features

@@ -1,0 +1,38 @@
+"""Learning to prompt (L2P: Wang et al., 2022, arXiv 2112.08654)."""
+
+from typing import TYPE_CHECKING, Annotated
+
+from pydantic import Field
+
+from cl_runner.errors import ConfigError
+from cl_runner.models.prompts import Pool, Prompts
+from cl_runner.strategies.prompting import Prompting
+
+if TYPE_CHECKING:
+    from timm.models.vision_transformer import VisionTransformer
+
+
+class L2P(Prompting):
+    """Learn a pool of prompts with keys; each image gets those whose keys are nearest to what it looks like.
+
+    They become tokens before a frozen vision transformer, and the features are the mean of what becomes of them. The
+    loss gains strength * sum over the chosen keys of their cosine distance to the query (eq. 5). Prompts are chosen
+    image by image, in training too, without the paper's optional penalty on frequent ones. The paper's loss sees the
+    task's own outputs alone: trainer.active_logits=current.
+    """
+
+    def __init__(
+        self,
+        *,
+        pool: Annotated[int, Field(ge=1)] = 10,
+        length: Annotated[int, Field(ge=1)] = 5,
+        top: Annotated[int, Field(ge=1)] = 5,
+        strength: Annotated[float, Field(ge=0)] = 0.5,
+    ) -> None:
+        """`pool`: prompts in all; `length`: tokens each; `top`: prompts for an image."""
+        if top > pool:
+            raise ConfigError("strategy.top", f"expected at most pool={pool}, got {top}")
+        self.pool, self.length, self.top, self.strength = pool, length, top, strength
+
+    def prompts_for(self, backbone: "VisionTransformer", num_tasks: int) -> Prompts:
+        return Pool(backbone, self.pool, self.length, self.top)

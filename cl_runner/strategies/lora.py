@@ -1,0 +1,92 @@
+"""Low-rank adaptation of a frozen backbone (LoRA: Hu et al., 2022, arXiv 2106.09685), one for every task."""
+
+from collections.abc import Sequence
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from cl_runner.errors import ConfigError
+from cl_runner.models.adapters import LowRank, low_rank_layers
+from cl_runner.models.architecture import Architecture, norm_layers
+from cl_runner.models.model import Model
+from cl_runner.strategies.base import Strategy
+from cl_runner.streams.base import Scenario, Stream, Task
+from cl_runner.streams.recipe import Recipe
+
+
+class LoRA(Strategy):
+    """Learn, beside the head, only a change of low rank to each layer's weight.
+
+    Merged, each task's change is added to the weights once it is learned, and the next task starts from there. Kept,
+    the backbone stays as it came and each task has changes of its own, which only a told task can choose; a finished
+    run's file of weights then holds the backbone without them.
+    """
+
+    saved = ("learned",)
+
+    def __init__(
+        self,
+        *,
+        rank: Annotated[int, Field(ge=1)] = 8,
+        alpha: Annotated[float, Field(gt=0)] = 8.0,
+        layers: Sequence[str] = ("*",),
+        merge: bool = True,
+    ) -> None:
+        """`alpha`: the change is alpha / rank * B A; `layers`: patterns over the names of the backbone's linear layers
+        and ungrouped convolutions."""
+        self.rank, self.alpha, self.patterns, self.merge = rank, alpha, layers, merge
+
+    @property
+    def needs_task_id(self) -> bool:
+        return not self.merge
+
+    def check(self, stream: Recipe, model: Architecture) -> None:
+        super().check(stream, model)
+        if not self.merge and stream.scenario != Scenario.TASK:
+            told = "with stream.scenario=task (of the LoRAs kept apart only a told task can choose)"
+            raise ConfigError("strategy.merge", f"expected false only {told}, got {stream.scenario}")
+        low_rank_layers(model._outline.backbone, self.patterns)
+
+    def setup(self, model: Model, stream: Stream) -> None:
+        super().setup(model, stream)
+        layers = low_rank_layers(model.backbone, self.patterns).values()
+        self.layers = [layer for layer in layers if layer.weight.requires_grad]  # what is frozen stays as it is
+        self.branches = [LowRank(layer, self.rank, self.alpha).to(model.device) for layer in self.layers]
+        for branch, layer in zip(self.branches, self.layers, strict=True):
+            branch.beside(layer)
+        model.backbone.requires_grad_(False)
+        model.hold_statistics(norm_layers(model.backbone, None))
+        model.add_module("adapters", nn.ModuleList(self.branches))
+        self.learned: dict[int, dict[str, Tensor]] = {}
+
+    def before_task(self, task: Task) -> None:
+        for branch in self.branches:
+            branch.reset()
+
+    def after_task(self, task: Task) -> None:
+        if not self.merge:
+            self.learned[task.index] = self._branches()
+            return
+        for branch, layer in zip(self.branches, self.layers, strict=True):
+            branch.merge(layer)
+
+    def predict(self, images: Tensor, task_ids: Tensor) -> Tensor:
+        if self.merge:
+            return super().predict(images, task_ids)
+        scores = images.new_zeros(len(images), self.stream.num_classes, dtype=torch.float32)
+        for task in task_ids.unique().tolist():
+            rows = task_ids == task
+            branches = self.learned.get(task, {})
+            scores[rows] = functional_call(self.model, branches, (images[rows],)).logits.float()
+        return scores
+
+    def _branches(self) -> dict[str, Tensor]:
+        """The branches as they now are, by the model's names for them."""
+        return {
+            name: value.detach().clone()
+            for name, value in self.model.named_parameters()
+            if name.startswith("adapters.")
+        }

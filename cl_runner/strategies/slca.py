@@ -1,0 +1,89 @@
+"""SLCA: slow learner with classifier alignment (Zhang et al., 2023, arXiv 2303.05118)."""
+
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from cl_runner.models.model import Model, Output
+from cl_runner.strategies.base import Strategy
+from cl_runner.strategies.features import gathered, home
+from cl_runner.strategies.moments import Moments
+from cl_runner.streams.base import Examples, Scenario, Stream, Task
+
+
+class SLCA(Strategy):
+    """Let the backbone learn more slowly than the head; after each task, train the head again on all classes' features.
+
+    The features are drawn from a Gaussian for each class, of the mean and covariance that its features had when its
+    task was learned. The backbone's steps are `backbone_rate` times what the optimizer makes of them, which is a
+    learning rate of that ratio in every optimizer whose step is proportional to its rate. In the paper a task's loss
+    sees its own outputs alone: trainer.active_logits=current.
+    """
+
+    saved = ("moments",)
+
+    def __init__(
+        self,
+        *,
+        backbone_rate: Annotated[float, Field(ge=0, le=1)] = 0.01,
+        epochs: Annotated[int, Field(ge=0)] = 5,
+        samples: Annotated[int, Field(ge=1)] = 256,
+        lr: Annotated[float, Field(gt=0)] = 0.01,
+        temperature: Annotated[float, Field(gt=0)] = 0.1,
+        batch_size: Annotated[int, Field(ge=1)] = 256,
+    ) -> None:
+        """Of the alignment: `epochs` (0: none), `samples` a class in each, `lr` (SGD, momentum 0.9, cosine schedule),
+        `temperature` by which logits of length one are divided."""
+        self.backbone_rate, self.epochs, self.samples = backbone_rate, epochs, samples
+        self.lr, self.temperature, self.batch_size = lr, temperature, batch_size
+
+    def setup(self, model: Model, stream: Stream) -> None:
+        super().setup(model, stream)
+        self.moments = Moments(stream.num_classes, model.head.in_features, shared=False, device=home(model.device))
+
+    @torch.no_grad()
+    def after_backward(self) -> None:
+        moving = [parameter for parameter in self.model.backbone.parameters() if parameter.grad is not None]
+        self._before = [(parameter, parameter.clone()) for parameter in moving]
+
+    @torch.no_grad()
+    def after_step(self, batch: Examples, output: Output) -> None:
+        for parameter, before in self._before:
+            parameter.copy_(torch.lerp(before, parameter, self.backbone_rate))
+
+    def after_task(self, task: Task) -> None:
+        self.moments.add(*gathered(self.model, task.train, self.batch_size))
+        if self.epochs:
+            self.align()
+
+    def align(self) -> None:
+        """Train the head on drawn features of all classes so far."""
+        head, rivals = self.model.head, self._rivals()
+        optimizer = torch.optim.SGD(head.parameters(), self.lr, momentum=0.9)
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.epochs)
+        for _ in range(self.epochs):
+            features, labels = (drawn.to(self.model.device) for drawn in self.moments.drawn(self.samples))
+            for rows in torch.randperm(len(labels)).to(labels.device).split(self.batch_size):
+                optimizer.zero_grad()
+                self.alignment_loss(head(features[rows].float()), labels[rows], rivals).backward()
+                optimizer.step()
+            scheduler.step()
+
+    def alignment_loss(self, logits: Tensor, labels: Tensor, rivals: Tensor) -> Tensor:
+        """Cross-entropy of logits [B, K] brought to length one, over the outputs that rivals [K, K] allows a label."""
+        allowed = rivals[labels]
+        length = (logits * allowed).norm(dim=1, keepdim=True).clamp(min=1e-7)
+        scaled = logits / (self.temperature * length)
+        return F.cross_entropy(scaled.masked_fill(~allowed, -torch.inf), labels)
+
+    def _rivals(self) -> Tensor:
+        """[K, K] bool: which outputs a label is told apart from; with the task told, those of its task."""
+        by_task = self.stream.scenario is Scenario.TASK
+        groups = [task.classes for task in self.stream.tasks] if by_task else [self.moments.seen]
+        rivals = torch.zeros(self.stream.num_classes, self.stream.num_classes, dtype=torch.bool)
+        for group in groups:
+            rivals[torch.tensor(group)[:, None], torch.tensor(group)] = True
+        return rivals.to(self.model.device)

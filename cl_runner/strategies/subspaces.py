@@ -1,0 +1,55 @@
+"""Class means in several feature spaces, one for each task (EASE: Zhou et al., 2024, arXiv 2403.12030)."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Subspaces(nn.Module):
+    """Sums of features of each class in each task's space, and what is made up where a class never came."""
+
+    sums: Tensor  # [T, K, D]
+    counts: Tensor  # [T, K]
+
+    def __init__(
+        self, classes: Sequence[tuple[int, ...]], num_classes: int, num_features: int, device: torch.device
+    ) -> None:
+        """`classes`: of each task."""
+        super().__init__()
+        self.classes = classes
+        shapes = {"sums": (len(classes), num_classes, num_features), "counts": (len(classes), num_classes)}
+        for name, shape in shapes.items():
+            self.register_buffer(name, torch.zeros(shape, dtype=torch.float64, device=device))
+
+    @torch.no_grad()
+    def add(self, space: int, features: Tensor, labels: Tensor) -> None:
+        """`features`: [N, D], as they are in `space`; `labels`: [N]."""
+        self.sums[space].index_add_(0, labels, features)
+        self.counts[space] += torch.bincount(labels, minlength=self.counts.shape[1])
+
+    def means(self, spaces: int) -> Tensor:
+        """[spaces, K, D]: of each class in each of the first spaces; zero for classes that have not come.
+
+        Where a class came before a space was there, a mean of those of the space's own classes, weighted by a softmax
+        of how it resembles them (cosine) in the space of its own task, where all of them are known.
+        """
+        means = self.sums[:spaces] / self.counts[:spaces].clamp(min=1)[..., None]
+        for space in range(spaces):
+            new = list(self.classes[space])
+            for earlier in range(space):
+                old = [label for label in self.classes[earlier] if self.counts[space, label] == 0]
+                alike = F.normalize(means[earlier, old]) @ F.normalize(means[earlier, new]).T
+                means[space, old] = alike.softmax(1) @ means[space, new]
+        return means
+
+    def scores(self, features: Sequence[Tensor], alpha: float) -> Tensor:
+        """[B, K], given the features [B, D] in each of the first spaces: the cosines to the means, summed over spaces,
+        `alpha` times where a space is not of a task of the class; -inf for classes that have not come."""
+        total = torch.zeros(len(features[0]), self.counts.shape[1]).to(self.sums)
+        for space, (rows, means) in enumerate(zip(features, self.means(len(features)), strict=True)):
+            share = torch.full_like(self.counts[space], alpha)
+            share[list(self.classes[space])] = 1.0
+            total += share * (F.normalize(rows.to(self.sums)) @ F.normalize(means).T)
+        return total.masked_fill(self.counts.sum(0) == 0, -torch.inf)

@@ -1,0 +1,119 @@
+import pytest
+import torch
+
+from cl_runner.errors import ConfigError
+from cl_runner.fisher.estimators import Probe
+from cl_runner.memory import Herding, Reservoir
+from cl_runner.models.mlp import MLP
+from cl_runner.strategies import DER, ER, EWC, SI, Combined, ICaRL, Joint, LwF
+from cl_runner.streams.split import Split
+from tests.strategies.midway import assert_resumes
+from tests.toys import learn, toy_model, toy_stream
+
+SCENARIOS = ["task", "domain", "class"]
+PARTS = {
+    "ewc": lambda: EWC(fisher=Probe(), strength=5.0),
+    "er": lambda: ER(memory=Reservoir(size=12)),
+    "der": lambda: DER(memory=Reservoir(size=12)),
+    "si": lambda: SI(strength=5.0),
+    "lwf": lambda: LwF(weighting="average"),
+    "icarl": lambda: ICaRL(memory=Herding(size=4, per="class")),
+}
+
+
+def combined(*names):
+    return Combined(parts={name: PARTS[name]() for name in names})
+
+
+def digits(scenario="class"):
+    return Split(name="digits", num_tasks=5, scenario=scenario)
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_of_one_part_it_is_that_part_bit_for_bit(name):
+    found = []
+    for make in (PARTS[name], lambda: combined(name)):
+        stream = toy_stream("class")
+        model = toy_model(stream)
+        strategy = make()
+        rows = learn(strategy, stream, model)
+        images = stream.tasks[0].test
+        model.eval()
+        answers = strategy.predict(images.images, images.task_ids).detach()
+        found.append(([row["loss"] for row in rows], model.state_dict(), answers, strategy.report().keys()))
+    (losses, weights, answers, report), (same_losses, same_weights, same_answers, same_report) = found
+    assert losses == same_losses
+    assert all(torch.equal(value, same_weights[key]) for key, value in weights.items())
+    assert torch.equal(answers, same_answers)
+    assert report == same_report
+
+
+def test_a_penalty_and_a_memory_are_both_there():
+    stream = toy_stream("class")
+    strategy = combined("ewc", "er")
+    rows = learn(strategy, stream, toy_model(stream), tasks=2)
+    assert all(row["loss"]["ewc"] > 0 for row in rows if row["task"] == 1)
+    assert len(strategy.parts["er"].memory) == 12
+    batch = strategy.before_batch(stream.tasks[2].train[:8])
+    assert len(batch) == 16
+    assert strategy.parts["er"].memory.examples.task_ids.unique().tolist() == [0, 1]
+
+
+def test_penalties_add_up_and_keep_their_names_apart():
+    stream = toy_stream("class")
+    model = toy_model(stream)
+    parts = {"weak": EWC(fisher=Probe(), strength=1.0), "strong": EWC(fisher=Probe(), strength=10.0)}
+    strategy = Combined(parts=parts)
+    learn(strategy, stream, model, tasks=1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1
+    terms = strategy.penalties(stream.tasks[0].train, None)
+    assert list(terms) == ["ewc", "strong_ewc"]
+    torch.testing.assert_close(terms["strong_ewc"], 10 * terms["ewc"])
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+@pytest.mark.parametrize("names", [("ewc", "er"), ("si", "der"), ("lwf", "si", "er")])
+def test_it_resumes_in_the_middle_of_a_task(names, scenario):
+    assert_resumes(lambda: combined(*names), scenario, norm=True)
+
+
+def test_what_only_one_part_can_say_is_said_by_the_first_that_has_it(caplog):
+    strategy = combined("si", "icarl", "lwf")
+    with caplog.at_level("WARNING", logger="cl_runner"):
+        strategy.check(digits(), MLP(widths=[8]))
+    assert "the loss on the labels as icarl has it; lwf has no say there" in caplog.text
+    stream = toy_stream("class")
+    model = toy_model(stream)
+    learn(strategy, stream, model, tasks=2)
+    icarl = strategy.parts["icarl"]
+    batch = stream.tasks[1].train
+    output = model(batch.images)
+    assert torch.equal(strategy.task_loss(batch, output), icarl.task_loss(batch, output))
+    assert len(strategy.training_data(stream.tasks[2])) == 24 + 16
+    answers = strategy.predict(batch.images, batch.task_ids)
+    assert torch.equal(answers, icarl.predict(batch.images, batch.task_ids))
+
+
+def test_each_part_refuses_what_it_cannot_serve():
+    combined("ewc", "er").check(digits("domain"), MLP(widths=[8]))
+    with pytest.raises(ConfigError, match=r"strategy: expected stream\.scenario="):
+        combined("ewc", "icarl").check(digits("domain"), MLP(widths=[8]))
+
+
+@pytest.mark.parametrize(
+    ("parts", "reason"),
+    [
+        ({"er": PARTS["er"](), "der": PARTS["der"]()}, "expected one method with a memory, got er, der"),
+        ({"ewc": PARTS["ewc"](), "joint": Joint()}, "expected methods that learn one model task by task, got joint"),
+    ],
+)
+def test_parts_that_do_not_go_together_are_refused(parts, reason):
+    with pytest.raises(ConfigError, match=rf"strategy\.parts: {reason}"):
+        Combined(parts=parts).check(digits(), MLP(widths=[8]))
+
+
+def test_nothing_to_combine_is_refused():
+    with pytest.raises(ConfigError, match=r"strategy\.parts: expected at least one method, got none"):
+        Combined(parts={})

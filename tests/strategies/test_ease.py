@@ -1,0 +1,111 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from cl_runner.strategies import EASE
+from cl_runner.strategies.subspaces import Subspaces
+from tests.toys import learn, toy_stream
+from tests.vits import toy_vit_model
+
+CLASSES = [(0, 1), (2, 3), (4, 5)]
+
+
+def method(**settings):
+    return EASE(width=8, scale=1.0, **settings)
+
+
+def filled(tasks=3, classes=CLASSES):
+    """What `tasks` tasks leave: features of their classes in every space so far."""
+    spaces = Subspaces(classes, 6, 5, torch.device("cpu"))
+    generator = torch.Generator().manual_seed(0)
+    for task in range(tasks):
+        labels = torch.tensor(classes[task]).repeat(4)
+        for space in range(task + 1):
+            spaces.add(space, torch.randn(len(labels), 5, generator=generator, dtype=torch.float64), labels)
+    return spaces
+
+
+def test_adapters_of_earlier_tasks_stay():
+    stream = toy_stream()
+    learn(first := method(), stream, toy_vit_model(stream), tasks=1)
+    learn(last := method(), stream, toy_vit_model(stream))
+    assert len(last.learned) == 3
+    assert all(torch.equal(value, last.learned[0][name]) for name, value in first.learned[0].items())
+    assert all(value.any() for name, value in first.learned[0].items() if name.endswith("up.weight"))
+    assert not torch.equal(*(last.learned[task]["adapters.0.up.weight"] for task in (0, 1)))
+
+
+def test_each_task_starts_from_adapters_that_add_nothing():
+    stream = toy_stream()
+    model = toy_vit_model(stream)
+    images = stream.tasks[0].test.images
+    before = model.eval()(images).features
+    strategy = method()
+    learn(strategy, stream, model, tasks=1)
+    assert not torch.allclose(model.eval()(images).features, before)
+    strategy.before_task(stream.tasks[1])
+    assert torch.equal(model.eval()(images).features, before)
+
+
+def test_a_class_is_measured_in_the_subspaces_of_its_task_and_of_those_before():
+    stream = toy_stream("class")
+    model = toy_vit_model(stream)
+    strategy = method()
+    learn(strategy, stream, model)
+    counts = strategy.subspaces.counts
+    assert counts.tolist() == [[12.0] * 6, [0.0] * 2 + [12.0] * 4, [0.0] * 4 + [12.0] * 2]
+    model.load_state_dict(strategy.learned[1], strict=False)
+    last = stream.tasks[2].train
+    features = model.eval()(last.images).features.detach().double()
+    means = strategy.subspaces.means(3)
+    torch.testing.assert_close(means[1, 4], features[last.labels == 4].mean(0))
+
+
+def test_an_old_class_in_a_new_subspace_is_made_up_from_the_new_classes_that_it_resembles():
+    spaces = filled()
+    means = spaces.means(3)
+    alike = F.normalize(means[0, [0, 1]]) @ F.normalize(means[0, [4, 5]]).T
+    torch.testing.assert_close(means[2, [0, 1]], alike.softmax(1) @ means[2, [4, 5]])
+    alike = F.normalize(means[1, [2, 3]]) @ F.normalize(means[1, [4, 5]]).T
+    torch.testing.assert_close(means[2, [2, 3]], alike.softmax(1) @ means[2, [4, 5]])
+    measured = spaces.sums[0] / spaces.counts[0][:, None]
+    torch.testing.assert_close(means[0], measured)  # where all came later, nothing is made up
+
+
+def test_the_score_is_the_cosine_in_the_classs_own_subspace_and_a_share_of_that_in_the_others():
+    spaces = filled()
+    features = list(torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64))
+    scores, means = spaces.scores(features, alpha=0.3), spaces.means(3)
+    for label in range(6):
+        shares = [1.0 if space == label // 2 else 0.3 for space in range(3)]
+        expected = sum(
+            share * F.cosine_similarity(features[space], means[space, label][None])
+            for space, share in enumerate(shares)
+        )
+        torch.testing.assert_close(scores[:, label], expected)
+
+
+def test_a_class_that_comes_back_adds_to_its_statistics_and_has_two_subspaces_of_its_own():
+    stream = toy_stream("domain")
+    strategy = method()
+    learn(strategy, stream, toy_vit_model(stream))
+    assert strategy.subspaces.counts.tolist() == [[36.0, 36.0], [24.0, 24.0], [12.0, 12.0]]
+    spaces = filled(classes=[(0, 1), (2, 3), (0, 4)])
+    features = list(torch.randn(3, 4, 5, dtype=torch.float64))
+    measured = spaces.sums[2, 0] / spaces.counts[2, 0]
+    torch.testing.assert_close(spaces.means(3)[2, 0], measured)  # not made up: the class was there
+    difference = spaces.scores(features, 1.0) - spaces.scores(features, 0.0)
+    expected = F.cosine_similarity(features[1], spaces.means(3)[1, 0][None])  # task 1 alone is not its own
+    torch.testing.assert_close(difference[:, 0], expected)
+
+
+@pytest.mark.parametrize("learned", [0, 2])
+def test_a_class_that_has_not_come_is_never_named(learned):
+    stream = toy_stream("class")
+    strategy = method()
+    model = toy_vit_model(stream)
+    learn(strategy, stream, model, tasks=learned)
+    test = stream.tasks[0].test
+    scores = strategy.predict(test.images, test.task_ids)
+    assert (scores[:, : 2 * learned] > -torch.inf).all()
+    assert (scores[:, 2 * learned :] == -torch.inf).all()

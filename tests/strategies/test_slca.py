@@ -1,0 +1,134 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from cl_runner.evaluate import accuracies
+from cl_runner.strategies import SLCA, Finetune
+from cl_runner.streams.base import Scenario
+from tests.strategies.midway import assert_resumes
+from tests.toys import learn, toy_model, toy_stream, toy_trainer
+
+SCENARIOS = ["task", "domain", "class"]
+OPTIMIZERS = {
+    "sgd": lambda params, lr: torch.optim.SGD(params, lr=lr, momentum=0.9, nesterov=True, weight_decay=0.01),
+    "adam": lambda params, lr: torch.optim.Adam(params, lr=lr / 10),
+    "adamw": lambda params, lr: torch.optim.AdamW(params, lr=lr / 10, weight_decay=0.1),
+}
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_it_learns_in_every_scenario(scenario):
+    stream = toy_stream(scenario)
+    strategy = SLCA()
+    learn(strategy, stream, toy_model(stream), epochs=25)
+    rows = accuracies(strategy, 3, 16)
+    assert (rows.get(Scenario.TASK) or rows[Scenario.DOMAIN])[-1] >= 0.75
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_backbone_learns_as_with_a_parameter_group_of_a_smaller_rate(name):
+    stream = toy_stream("class")
+    make, task = OPTIMIZERS[name], stream.tasks[0]
+    model, twin = toy_model(stream), toy_model(stream)
+    trainer, _ = toy_trainer(SLCA(backbone_rate=0.1), stream, model)
+    trainer.work.make_optimizer = lambda params: make(params, 0.1)
+    grouped, _ = toy_trainer(Finetune(), stream, twin)
+    rate = make([torch.zeros(1)], 0.1).defaults["lr"]
+
+    def in_groups(params):
+        own = {id(parameter) for parameter in twin.backbone.parameters()}
+        slow = [parameter for parameter in params if id(parameter) in own]
+        fast = [parameter for parameter in params if id(parameter) not in own]
+        return make([{"params": fast}, {"params": slow, "lr": rate / 10}], 0.1)
+
+    grouped.work.make_optimizer = in_groups
+    before = twin.backbone[1].weight.clone()
+    for each, of in ((trainer, model), (grouped, twin)):
+        of.reveal(task)
+        each.learn(task, task.train)
+    assert (twin.backbone[1].weight - before).abs().max() > 1e-4
+    for one, other in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_a_rate_of_zero_leaves_the_backbone_and_one_is_fine_tuning():
+    stream = toy_stream()
+    still, free, plain = toy_model(stream), toy_model(stream), toy_model(stream)
+    before = still.backbone[1].weight.clone()
+    learn(SLCA(backbone_rate=0.0), stream, still)
+    assert torch.equal(still.backbone[1].weight, before)
+    learn(SLCA(backbone_rate=1.0, epochs=0), stream, free)
+    learn(Finetune(), stream, plain)
+    assert all(torch.equal(one, other) for one, other in zip(free.parameters(), plain.parameters(), strict=True))
+
+
+def test_the_alignment_changes_only_the_rows_of_classes_that_have_come():
+    stream = toy_stream("class")
+    model = toy_model(stream)
+    strategy = SLCA()
+    learn(strategy, stream, model, tasks=2)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    strategy.align()
+    changed = [name for name, value in model.state_dict().items() if not torch.equal(value, before[name])]
+    assert changed == ["head.weight", "head.bias"]
+    assert (model.head.weight[:4] != before["head.weight"][:4]).any(1).all()
+    assert torch.equal(model.head.weight[4:], before["head.weight"][4:])
+
+
+def test_the_alignment_brings_back_classes_that_the_head_has_forgotten():
+    stream = toy_stream("class")
+    accuracy = {}
+    for epochs in (0, 5):
+        strategy = SLCA(epochs=epochs)
+        learn(strategy, stream, toy_model(stream, active_logits="current"), epochs=20)
+        accuracy[epochs] = sum(accuracies(strategy, 3, 16)[Scenario.CLASS][:2]) / 2
+    assert accuracy[5] > accuracy[0] + 0.2
+
+
+def test_features_are_drawn_from_each_classs_own_gaussian():
+    stream = toy_stream("class")
+    model = toy_model(stream)
+    strategy = SLCA()
+    learn(strategy, stream, model, tasks=2)
+    torch.manual_seed(0)
+    features, labels = strategy.moments.drawn(20_000)
+    assert labels.bincount().tolist() == [20_000] * 4
+    for label in range(4):
+        rows, covariance = features[labels == label], strategy.moments.covariance(label)
+        size = covariance.diagonal().max().sqrt()
+        torch.testing.assert_close(rows.mean(0), strategy.moments.means[label], rtol=0, atol=0.05 * size)
+        torch.testing.assert_close(torch.cov(rows.T), covariance, rtol=0, atol=0.1 * size**2)
+
+
+@pytest.mark.parametrize(("scenario", "outputs"), [("class", [0, 1, 2, 3]), ("task", [2, 3])])
+def test_the_alignment_loss_is_cross_entropy_of_logits_of_one_length_over_those_that_count(scenario, outputs):
+    stream = toy_stream(scenario)
+    strategy = SLCA(temperature=0.2)
+    learn(strategy, stream, toy_model(stream), tasks=2)
+    logits = torch.randn(5, 6, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([2, 3, 3, 2, 2])
+    expected = F.cross_entropy(F.normalize(logits[:, outputs]) / 0.2, labels - outputs[0])
+    torch.testing.assert_close(strategy.alignment_loss(logits, labels, strategy._rivals()), expected)
+
+
+def test_a_class_that_comes_back_adds_to_its_statistics():
+    stream = toy_stream("domain")
+    strategy = SLCA()
+    learn(strategy, stream, toy_model(stream))
+    assert strategy.moments.counts.tolist() == [36, 36]
+
+
+@pytest.mark.parametrize("part", ["head", "layer"])
+def test_frozen_parts_stay(part):
+    stream = toy_stream()
+    model = toy_model(stream)
+    if part == "layer":
+        model.backbone.requires_grad_(False)
+    before = model.backbone[1].weight.clone()
+    learn(SLCA(), stream, model)
+    assert torch.equal(model.backbone[1].weight, before) == (part == "layer")
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_it_resumes_in_the_middle_of_a_task(scenario):
+    assert_resumes(SLCA, scenario)
