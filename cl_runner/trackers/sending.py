@@ -1,5 +1,6 @@
 """What lies in a run's folder for Weights & Biases, and sending it later."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -41,7 +42,13 @@ def send(run: Path) -> str | None:
 def _sync(folder: Path) -> str | None:
     options = ["--include-online", "--include-synced"]
     command = [sys.executable, "-m", "wandb", "sync", *options, str(folder)]
-    said = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL).stderr.splitlines()
+    place = {
+        **os.environ,
+        "WANDB_DIR": str(folder.parents[1]),
+    }  # its own logs: beside the run's, not wherever one stands
+    said = subprocess.run(
+        command, capture_output=True, text=True, stdin=subprocess.DEVNULL, env=place
+    ).stderr.splitlines()
     errors = [line.partition("ERROR ")[2] for line in said if "ERROR " in line]
     if not errors and list(folder.glob(f"*{MARK}")):
         return None
