@@ -24,7 +24,8 @@ def main(argv: list[str]) -> int:
     console = Console()
     if arguments.list:
         for row in rows:
-            console.print(f"{row.name:<44} {row.tier:<5} {row.value:>6.2f}  {' '.join(row.overrides)}", highlight=False)
+            says = f"{row.name:<44} {row.tier:<5} {row.value:>6.2f}  {' '.join(row.overrides)}"
+            console.print(says, highlight=False, soft_wrap=True)
         return 0
     failed: list[str] = []
     measured = []
