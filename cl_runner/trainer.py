@@ -134,7 +134,7 @@ class Trainer:
         for part in batch.split(self.accumulate):
             share = len(part) / len(batch)
             with self._autocast():
-                output = model(part.images)
+                output = model(part.images, part.extras.get("features"))
                 terms = {"task": strategy.task_loss(part, output), **strategy.penalties(part, output)}
                 loss = torch.stack(list(terms.values())).sum() * share
             loss.backward()

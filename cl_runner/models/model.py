@@ -82,13 +82,13 @@ class Model(nn.Module):
         """The head's rows that some task's loss sees, [K] bool."""
         return self.visible.any(0)
 
-    def forward(self, images: Tensor) -> Output:
-        """`images`: [B, C, H, W] uint8."""
-        return self.encode(self.preprocess(images))
+    def forward(self, images: Tensor, features: Tensor | None = None) -> Output:
+        """`images`: [B, C, H, W] uint8; `features`: theirs, where a backbone that stays still gave them before."""
+        return self.encode(self.preprocess(images), features)
 
-    def encode(self, inputs: Tensor) -> Output:
+    def encode(self, inputs: Tensor, features: Tensor | None = None) -> Output:
         """`inputs`: [B, C, H, W] float, already preprocessed (`Output.inputs`, say)."""
-        features = self.backbone(inputs)
+        features = self.backbone(inputs) if features is None else features
         return Output(self.head(self.dropout(features)), features, inputs)
 
     def restrict(self, logits: Tensor, task_ids: Tensor) -> Tensor:

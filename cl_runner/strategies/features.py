@@ -33,11 +33,25 @@ def gathered(
     return torch.cat(features).to(place).double(), torch.cat([part.labels for part in parts]).to(place)
 
 
+class Recalled:
+    """The features of images that are asked about, where nothing that they depend on ever changes: computed once and
+    kept (4 D bytes each). Batches are told apart by what is in them."""
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self.known: dict[bytes, Tensor] = {}
+
+    def __call__(self, images: Tensor) -> Tensor:
+        key = blake2b(images.cpu().numpy().tobytes(), digest_size=16).digest()
+        if key not in self.known:
+            self.known[key] = self.model(images).features
+        return self.known[key]
+
+
 class ClosedForm(Strategy):
     """Gather what is kept of each class's features, without augmentation, and answer from that.
 
-    One pass over a task's images gathers them. The features of an image that is asked about are computed once and kept
-    (4 D bytes each), since nothing that they depend on ever changes; batches are told apart by what is in them.
+    One pass over a task's images gathers them; those of an image that is asked about are computed once too.
     """
 
     counts: Tensor  # [K] float64: examples of each class
@@ -59,7 +73,7 @@ class ClosedForm(Strategy):
         self.home = home(model.device)
         self.counts = self.zeros(stream.num_classes)
         self.classifier: Callable[[Tensor], Tensor] | None = None  # follows from the statistics: never saved
-        self.known: dict[bytes, Tensor] = {}
+        self.recalled = Recalled(model)
 
     def zeros(self, *shape: int) -> Tensor:
         return torch.zeros(shape, dtype=torch.float64, device=self.home)
@@ -73,11 +87,5 @@ class ClosedForm(Strategy):
 
     def predict(self, images: Tensor, task_ids: Tensor) -> Tensor:
         self.classifier = self.classifier or self.fit()
-        scores = self.classifier(self._features(images).to(self.home).double())
+        scores = self.classifier(self.recalled(images).to(self.home).double())
         return scores.masked_fill(self.counts == 0, -torch.inf).to(images.device, torch.float32)
-
-    def _features(self, images: Tensor) -> Tensor:
-        key = blake2b(images.cpu().numpy().tobytes(), digest_size=16).digest()
-        if key not in self.known:
-            self.known[key] = self.model(images).features
-        return self.known[key]

@@ -1,14 +1,37 @@
 """Linear probe: what the pretrained features give without being touched."""
 
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
 from cl_runner.models.model import Model
 from cl_runner.strategies.base import Strategy
-from cl_runner.streams.base import Stream
+from cl_runner.strategies.features import Recalled
+from cl_runner.strategies.rehearsal import features_of
+from cl_runner.streams.base import Examples, Stream, Task
+
+CHUNK = 256  # images that go through the backbone at a time
 
 
 class Frozen(Strategy):
-    """Learn the head alone; the backbone stays as it was, its statistics and its dropout included."""
+    """Learn the head alone; the backbone stays as it was, its statistics and its dropout included.
+
+    So each image goes through it once, however many epochs there are, unless images are augmented.
+    """
 
     def setup(self, model: Model, stream: Stream) -> None:
         super().setup(model, stream)
         model.backbone.requires_grad_(False)
         model.hold_statistics(model.backbone.modules())
+        self.recalled = Recalled(model)
+
+    def training_data(self, task: Task) -> Examples:
+        data = task.train
+        if self.stream.augment or not len(data):
+            return data
+        features = torch.cat([features_of(self.model)(part.images) for part in data.batches(CHUNK)])
+        return replace(data, extras={"features": features.to(data.labels.device)})
+
+    def predict(self, images: Tensor, task_ids: Tensor) -> Tensor:
+        return self.model.head(self.recalled(images))

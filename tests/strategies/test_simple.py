@@ -1,5 +1,7 @@
 """The strategies that need only a line or two, and what holds for all of them."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -126,6 +128,35 @@ def test_a_frozen_backbone_keeps_its_weights_and_its_statistics():
     learn(Frozen(), stream, model)
     assert all(torch.equal(value, before[name]) for name, value in model.backbone.state_dict().items())
     assert not torch.equal(head, model.head.weight)
+
+
+def test_a_frozen_backbone_sees_each_training_image_once_however_many_epochs_there_are():
+    stream = toy_stream()
+    model = toy_model(stream)
+    seen = []
+    model.backbone.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    learn(Frozen(), stream, model, epochs=7)
+    assert sum(seen) == sum(len(task.train) for task in stream.tasks)
+
+
+def test_a_head_learns_the_same_on_features_computed_before_as_through_the_backbone():
+    class Through(Frozen):
+        training_data = Finetune.training_data
+
+    stream = toy_stream("class")
+    heads = []
+    for kind in (Frozen, Through):
+        model = toy_model(stream, norm=True)
+        learn(kind(), stream, model)
+        heads.append(model.head.weight.detach().clone())
+    torch.testing.assert_close(*heads)
+
+
+def test_augmented_images_go_through_a_frozen_backbone_anew_each_time():
+    stream = replace(toy_stream(), augment=("crop",))
+    strategy = Frozen()
+    strategy.setup(toy_model(stream), stream)
+    assert not strategy.training_data(stream.tasks[0]).extras
 
 
 @pytest.mark.parametrize("distance", ["euclidean", "cosine"])
