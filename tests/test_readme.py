@@ -55,9 +55,9 @@ def test_every_figure_of_the_readme_stands_in_the_results_too():
 def test_the_method_that_contributing_shows_works_as_it_stands(cl_runner, tmp_path, monkeypatch):
     (code,), (config,) = blocks("CONTRIBUTING.md", "python"), blocks("CONTRIBUTING.md", "yaml")
     (tmp_path / "conf" / "strategy").mkdir(parents=True)
-    (tmp_path / "conf" / "strategy" / "lfl.yaml").write_text(config.replace("cl_runner.strategies.lfl", "my_lfl"))
-    (tmp_path / "my_lfl.py").write_text(code)
+    (tmp_path / "conf" / "strategy" / "coma.yaml").write_text(config.replace("cl_runner.strategies.coma", "my_coma"))
+    (tmp_path / "my_coma.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
-    status, said = cl_runner("--config-dir", str(tmp_path / "conf"), "strategy=lfl", "plugins=[my_lfl]")
+    status, said = cl_runner("--config-dir", str(tmp_path / "conf"), "strategy=coma", "plugins=[my_coma]")
     assert status == 0, said
-    assert '"lfl":' in next((tmp_path / "outputs").glob("*/steps.jsonl")).read_text()
+    assert any("forgetting" in line for line in said.splitlines())
