@@ -88,8 +88,8 @@ class Model(nn.Module):
 
     def encode(self, inputs: Tensor, features: Tensor | None = None) -> Output:
         """`inputs`: [B, C, H, W] float, already preprocessed (`Output.inputs`, say)."""
-        features = self.backbone(inputs) if features is None else features
-        return Output(self.head(self.dropout(features)), features, inputs)
+        known = self.backbone(inputs) if features is None else features
+        return Output(self.head(self.dropout(known)), known, inputs)
 
     def restrict(self, logits: Tensor, task_ids: Tensor) -> Tensor:
         """`logits` [B, K] with -inf where an example of its task [B] may not be told apart by them."""
