@@ -59,9 +59,26 @@ def average_anytime_accuracy(accuracy: Tensor) -> Tensor:
     """Average accuracy on the tasks seen so far, over the whole stream: mean_i mean_{j<=i} A[i, j].
 
     Source: Caccia et al., 2022, https://arxiv.org/abs/2104.05025, taken once a task; this is also the average
-    incremental accuracy of Rebuffi et al., 2017, https://arxiv.org/abs/1611.07725, with tasks weighted alike.
+    incremental accuracy with tasks weighted alike.
     """
     return torch.stack([row[: i + 1].mean() for i, row in enumerate(accuracy)]).mean()
+
+
+def overall_accuracy(accuracy: Tensor, sizes: Tensor) -> Tensor:
+    """Share of right answers on all examples of all tasks after the last was learned: sum_j n_j A[T-1, j] / sum_j n_j.
+
+    sizes: [T], the examples n_j of each task. It differs from the average accuracy where tasks are not equally large.
+    """
+    return (accuracy[-1] * sizes).sum() / sizes.sum()
+
+
+def average_incremental_accuracy(accuracy: Tensor, sizes: Tensor) -> Tensor:
+    """Mean over the stream of the overall accuracy on the tasks seen so far: mean_i overall(A[i, :i+1]).
+
+    Source: Rebuffi et al., 2017, https://arxiv.org/abs/1611.07725.
+    """
+    seen = [overall_accuracy(row[None, : i + 1], sizes[: i + 1]) for i, row in enumerate(accuracy)]
+    return torch.stack(seen).mean()
 
 
 def forgetting_matrix(accuracy: Tensor) -> Tensor:
@@ -84,25 +101,33 @@ METRICS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def summarise(
-    accuracy: dict[str, Tensor], zero_shot: dict[str, Tensor], scenario: str, learned: int | None = None
+    accuracy: dict[str, Tensor],
+    zero_shot: dict[str, Tensor],
+    scenario: str,
+    learned: int | None = None,
+    sizes: Tensor | None = None,
 ) -> dict[str, float | None]:
     """Every metric under its flat name: plain for the run's own `scenario`, suffixed `/task`, `/class`, ... for each.
 
     accuracy: scenario -> A [T, T], or only its first rows [learned, T]. zero_shot: scenario -> [T], where there is one.
     learned: take the stream to end after that many tasks; None: after as many as there are rows.
+    sizes: [T], the examples of each task; None: all tasks count alike.
     A metric that is undefined is None.
     """
     by_scenario: dict[str, dict[str, float | None]] = {}
     for name, matrix in accuracy.items():
         tasks = learned or len(matrix)
         before = zero_shot.get(name, torch.full_like(matrix[0], math.nan))
-        by_scenario[name] = _all_metrics(matrix[:tasks, :tasks], before[:tasks])
+        counts = torch.ones_like(matrix[0]) if sizes is None else sizes
+        by_scenario[name] = _all_metrics(matrix[:tasks, :tasks], before[:tasks], counts[:tasks])
     suffixed = {f"{metric}/{name}": value for name, row in by_scenario.items() for metric, value in row.items()}
     return by_scenario[scenario] | suffixed
 
 
-def _all_metrics(accuracy: Tensor, zero_shot: Tensor) -> dict[str, float | None]:
+def _all_metrics(accuracy: Tensor, zero_shot: Tensor, sizes: Tensor) -> dict[str, float | None]:
     values = {name: metric(accuracy).item() for name, metric in METRICS.items()}
+    values["overall_accuracy"] = overall_accuracy(accuracy, sizes).item()
+    values["average_incremental_accuracy"] = average_incremental_accuracy(accuracy, sizes).item()
     values["forward_transfer"] = forward_transfer(accuracy, zero_shot).item()
     return {name: value if math.isfinite(value) else None for name, value in values.items()}
 

@@ -82,8 +82,10 @@ class State:
 
     def metrics(self) -> dict[str, float | None]:
         zero_shot = {str(name): torch.tensor(row, dtype=torch.float64) for name, row in self.zero_shot.items()}
+        learned = self.position.tasks
+        sizes = torch.tensor([len(task.test) for task in self.stream.tasks[:learned]], dtype=torch.float64)
         return {
-            **metrics.summarise(self.matrices(), zero_shot, str(self.stream.scenario), self.position.tasks),
+            **metrics.summarise(self.matrices(), zero_shot, str(self.stream.scenario), learned, sizes),
             **self.moved,
             **{name: value for name, value in self.strategy.report().items() if not name.endswith(SECONDS)},
         }

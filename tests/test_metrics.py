@@ -76,6 +76,23 @@ def test_average_anytime_accuracy_is_the_mean_over_the_stream_of_the_mean_over_t
     assert metrics.average_anytime_accuracy(MATRIX).item() == pytest.approx(2.2 / 3)
 
 
+def test_the_overall_accuracy_counts_examples_where_the_average_counts_tasks() -> None:
+    sizes = torch.tensor([50.0, 10.0, 40.0], dtype=torch.float64)
+    # (50 * 0.5 + 10 * 0.7 + 40 * 0.6) / 100 = 0.56
+    assert metrics.overall_accuracy(MATRIX, sizes).item() == pytest.approx(0.56)
+    assert metrics.overall_accuracy(MATRIX, torch.ones_like(sizes)).item() == metrics.average_accuracy(MATRIX).item()
+
+
+def test_the_average_incremental_accuracy_is_the_mean_over_the_stream_of_the_overall_one() -> None:
+    sizes = torch.tensor([50.0, 10.0, 40.0], dtype=torch.float64)
+    # (0.9 + (50 * 0.6 + 10 * 0.8) / 60 + 0.56) / 3
+    expected = (0.9 + 38 / 60 + 0.56) / 3
+    assert metrics.average_incremental_accuracy(MATRIX, sizes).item() == pytest.approx(expected)
+    summary = metrics.summarise({"class": MATRIX}, {}, "class", sizes=sizes)
+    assert summary["average_incremental_accuracy"] == pytest.approx(expected)
+    assert summary["overall_accuracy/class"] == pytest.approx(0.56)
+
+
 def test_the_forgetting_matrix_holds_the_fall_of_each_task_after_each_later_one() -> None:
     # [1, 0] = 0.9 - 0.6; [2, 0] = max(0.9, 0.6) - 0.5; [2, 1] = 0.8 - 0.7
     expected = matrix([NAN, NAN, NAN], [0.3, NAN, NAN], [0.4, 0.1, NAN])
@@ -104,17 +121,18 @@ def test_one_task_is_as_accurate_as_it_was_learned(name: str) -> None:
     assert metrics.METRICS[name](ONE_TASK).item() == pytest.approx(0.7)
 
 
-def test_joint_training_has_an_average_accuracy_and_nothing_else() -> None:
+def test_joint_training_has_a_final_accuracy_and_nothing_else() -> None:
     summary = metrics.summarise({"class": JOINT}, {"class": ZERO_SHOT}, "class")
     defined = {name: value for name, value in summary.items() if value is not None}
-    assert defined == {"average_accuracy": pytest.approx(0.8), "average_accuracy/class": pytest.approx(0.8)}
+    names = ["average_accuracy", "overall_accuracy"]
+    assert defined == {name + suffix: pytest.approx(0.8) for name in names for suffix in ("", "/class")}
 
 
 def test_the_summary_has_the_own_scenario_plain_and_every_scenario_suffixed() -> None:
     summary = metrics.summarise({"task": MATRIX + 0.1, "class": MATRIX}, {}, "class")
     assert summary["average_accuracy"] == summary["average_accuracy/class"] == pytest.approx(0.6)
     assert summary["average_accuracy/task"] == pytest.approx(0.7)
-    names = [*metrics.METRICS, "forward_transfer"]
+    names = [*metrics.METRICS, "forward_transfer", "overall_accuracy", "average_incremental_accuracy"]
     assert set(summary) == {name + suffix for name in names for suffix in ("", "/task", "/class")}
 
 
