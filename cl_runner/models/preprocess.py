@@ -29,7 +29,7 @@ class Preprocess(nn.Module):
     ) -> None:
         """`channels`: what the backbone takes; `size`: H, W to resize to (None: as they come); `mean` and `std`: a
         value a channel, of images in [0, 1] (None: leave them there); `augment`: any of "crop" (a random window after
-        padding with black) and "flip" (left to right, one in two)."""
+        padding with black), "flip" (left to right, one in two) and "brightness" (by up to a quarter)."""
         super().__init__()
         self.channels, self.size, self.augment, self.crop_padding = channels, size, tuple(augment), crop_padding
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
@@ -47,6 +47,8 @@ class Preprocess(nn.Module):
             if "flip" in self.augment:
                 images = random_flip(images)
         images = images.float()
+        if self.training and "brightness" in self.augment:
+            images = random_brightness(images)
         if self.size is not None and images.shape[-2:] != self.size:
             images = F.interpolate(images, self.size, mode="bilinear", antialias=True, align_corners=False)
         if images.shape[1] == 1 and self.channels > 1:
@@ -69,3 +71,9 @@ def random_flip(images: Tensor) -> Tensor:
     """Each image mirrored left to right with probability one half."""
     mirrored = torch.rand(len(images), 1, 1, 1, device=images.device) < 0.5
     return torch.where(mirrored, images.flip(-1), images)
+
+
+def random_brightness(images: Tensor) -> Tensor:
+    """Each image [C, H, W], of values up to 255, times U(1 - 63/255, 1 + 63/255) (PyCIL's), cut off at white."""
+    factors = 1 + (2 * torch.rand(len(images), 1, 1, 1, device=images.device) - 1) * 63 / 255
+    return (images * factors).clamp(max=255)

@@ -131,7 +131,7 @@ class Stream:
     image_shape: tuple[int, int, int]  # C, H, W as the tasks' images come
     mean: tuple[float, ...] | None  # a channel, of images in [0, 1]; None: leave them in [0, 1]
     std: tuple[float, ...] | None
-    augment: tuple[str, ...] = ()  # "crop", "flip": what a model does to training images
+    augment: tuple[str, ...] = ()  # "crop", "flip", "brightness": what a model does to training images
     crop_padding: int = 4
 
     def __len__(self) -> int:

@@ -43,7 +43,7 @@ class Recipe(ABC):
     image_size: bring a folder's images to this square when they are decoded; needed when they differ in size.
     max_per_class: of the training images; the test images all stay.
     validation: share of each class's training images (of those left by `max_per_class`) set aside.
-    augment: what a model does to training images: "crop" (after padding by `crop_padding`), "flip".
+    augment: what a model does to training images: "crop" (after padding by `crop_padding`), "flip", "brightness".
     seed: of what is drawn: images left out or set aside, permutations, angles.
     download: let torchvision download what is not there.
     max_device_gb: decoded images that take more stay in host memory, and batches are moved.
@@ -62,7 +62,7 @@ class Recipe(ABC):
     image_size: Count | None = None
     max_per_class: Count | None = None
     validation: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    augment: list[Literal["crop", "flip"]] = field(default_factory=list)
+    augment: list[Literal["crop", "flip", "brightness"]] = field(default_factory=list)
     crop_padding: Annotated[int, Field(ge=0)] = 4
     seed: Seed = 0
     download: bool = True

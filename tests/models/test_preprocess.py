@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from cl_runner.models.preprocess import Preprocess, random_crop, random_flip
+from cl_runner.models.preprocess import Preprocess, random_brightness, random_crop, random_flip
 from tests.models.samples import images
 
 
@@ -89,3 +89,17 @@ def test_half_of_the_images_are_flipped_and_each_as_a_whole():
     mirrored = (flipped == raw.flip(-1)).flatten(1).all(1)
     assert torch.all(mirrored | (flipped == raw).flatten(1).all(1))
     assert abs(mirrored.float().mean() - 0.5) < 4 * 0.5 / 4000**0.5
+
+
+def test_each_image_gets_brighter_or_darker_by_up_to_a_quarter_and_no_brighter_than_white():
+    raw = torch.full((4000, 3, 2, 2), 220.0)
+    torch.manual_seed(0)
+    seen = random_brightness(raw)
+    factors = seen[:, 0, 0, 0] / 220
+    assert torch.equal(seen, seen[:, :1, :1, :1].expand_as(seen))
+    assert 1 - 63 / 255 <= factors.min() < 0.76
+    assert seen.max() <= 255
+    assert (seen == 255).any()
+    assert not torch.equal(Preprocess(3, augment=["brightness"])(images(count=4)), Preprocess(3)(images(count=4)))
+    still = Preprocess(3, augment=["brightness"]).eval()
+    assert torch.equal(still(images(count=4)), Preprocess(3)(images(count=4)))
