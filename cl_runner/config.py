@@ -157,6 +157,12 @@ def validated(cfg: DictConfig) -> dict[str, Any]:
     allowed = (*ALLOWED, *plain["plugins"])
     for name in ("fisher", "memory", *COMPONENTS):
         plain[name] = _checked_node(name, plain[name], allowed, PROVIDED.get(name, set()))
+    own = plain["trainer"].get("first_task") or {}
+    for name in ("optimizer", "scheduler"):
+        if given := own.get(name):
+            path = f"trainer.first_task.{name}"
+            checked = _checked_node(path, {**plain[name], **given}, allowed, PROVIDED[name])
+            own[name] = {key: checked[key] for key in given}
     return plain
 
 
@@ -169,7 +175,8 @@ def check_plugin(path: str, node: dict[str, Any], package: str) -> None:
 
 
 def build(node: dict[str, Any], **provided: Any) -> Any:
-    """Call a checked node's `_target_` with its arguments, nodes among them (and in mappings of them) built first."""
+    """Call a checked node's `_target_` with its arguments, nodes among them (and in mappings of them) built first;
+    `provided` ones count before the node's."""
 
     def built(value: Any) -> Any:
         if not isinstance(value, dict):
@@ -177,7 +184,7 @@ def build(node: dict[str, Any], **provided: Any) -> Any:
         return build(value) if "_target_" in value else {key: built(inner) for key, inner in value.items()}
 
     arguments = {key: built(value) for key, value in node.items() if key != "_target_"}
-    return _import(node["_target_"])(**arguments, **provided)
+    return _import(node["_target_"])(**{**arguments, **provided})
 
 
 def digest(config: dict[str, Any]) -> str:
@@ -326,6 +333,8 @@ def _config_error(path: str, error: ValidationError) -> ConfigError:
     problems = error.errors()
     inner = [str(part) for part in problems[0]["loc"] if isinstance(part, int) or (not path and part)]
     field = ".".join([part for part in [path] if part] + inner)
+    if problems[0]["type"] == "extra_forbidden":
+        return ConfigError(".".join([path, *map(str, problems[0]["loc"])]), "unknown key")
     if problems[0]["type"] == "missing":
         return ConfigError(field, "expected a value, got nothing")
     wanted = dict.fromkeys(_expected(p["msg"]) for p in problems if "isinstance" not in p["msg"])
@@ -355,13 +364,15 @@ def _check_optimizer(experiment: Experiment) -> None:
     """Let the optimizer and the scheduler say now, on one dummy weight, what they would say later."""
     import torch
 
-    weight = torch.zeros(1, device=experiment.device, requires_grad=True)
-    weight.grad = torch.zeros_like(weight)
-    with _naming("optimizer"):
-        optimizer = experiment.make_optimizer(params=[weight])
-        optimizer.step()
-    with _naming("scheduler"):
-        experiment.make_scheduler(optimizer=optimizer, steps=100)
+    first = experiment.config["trainer"].get("first_task") or {}
+    for prefix, own in (("", {}), ("trainer.first_task.", first)):
+        weight = torch.zeros(1, device=experiment.device, requires_grad=True)
+        weight.grad = torch.zeros_like(weight)
+        with _naming(f"{prefix}optimizer"):
+            optimizer = experiment.make_optimizer(params=[weight], **(own.get("optimizer") or {}))
+            optimizer.step()
+        with _naming(f"{prefix}scheduler"):
+            experiment.make_scheduler(optimizer=optimizer, steps=100, **(own.get("scheduler") or {}))
 
 
 def _check_output_root(output_root: str) -> None:

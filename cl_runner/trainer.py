@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -23,6 +23,18 @@ from cl_runner.streams.base import Examples, Seed, Task, number_of_batches
 __all__ = ["NonFiniteLossError", "Position", "Trainer", "Work"]
 
 Count = Annotated[int, Field(ge=1)]
+
+
+class FirstTask(BaseModel):
+    """What the first task has of its own, beside what all tasks share: its budget, and arguments of the optimizer and
+    the scheduler."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    epochs: Count | None = None
+    iterations: Count | None = None
+    optimizer: dict[str, Any] = Field(default_factory=dict)
+    scheduler: dict[str, Any] = Field(default_factory=dict)
 
 
 @dataclass
@@ -47,6 +59,7 @@ class Trainer:
         *,
         epochs: Count = 5,
         iterations: Count | None = None,
+        first_task: FirstTask | None = None,
         batch_size: Count = 32,
         accumulate: Count = 1,
         optimizer_state: Literal["reset", "keep"] = "reset",
@@ -64,6 +77,7 @@ class Trainer:
         seed: Seed = 0,
     ) -> None:
         """`epochs` or, if given, `iterations`: the budget a task; iterations drop the short last batch of a pass.
+        `first_task`: what the first task has of its own; null: nothing.
         `accumulate`: micro-batches that a batch is computed in, with the same gradient and less memory.
         `optimizer_state`: whether momentum and the like start empty in each task. `active_logits`: which outputs enter
         the loss: the task's own (current), those of all tasks so far (seen) or all; null for what the scenario says
@@ -73,6 +87,10 @@ class Trainer:
         the order of the batches, dropout and augmentation."""
         if accumulate > batch_size:
             raise ConfigError("trainer.accumulate", f"expected at most batch_size={batch_size}, got {accumulate}")
+        self.first_task = FirstTask.model_validate(first_task or {})
+        if self.first_task.optimizer and optimizer_state == "keep":
+            expected = "expected reset where the first task has an optimizer of its own"
+            raise ConfigError("trainer.optimizer_state", f"{expected}, got 'keep'")
         self.epochs, self.iterations, self.batch_size, self.accumulate = epochs, iterations, batch_size, accumulate
         self.optimizer_state, self.clip_norm, self.active_logits = optimizer_state, clip_norm, active_logits
         self.precision, self.compile, self.deterministic = precision, compile, deterministic
@@ -106,10 +124,12 @@ class Trainer:
         Raises NonFiniteLossError, which names the loss term.
         """
         work = self.work
-        budget = self.iterations and self.iterations * (len(work.strategy.stream) if work.strategy.offline else 1)
+        own = self.first_task if task.index == 0 else FirstTask()
+        iterations = own.iterations or (None if own.epochs else self.iterations)
+        budget = iterations and iterations * (len(work.strategy.stream) if work.strategy.offline else 1)
         steps_a_pass = number_of_batches(len(data), self.batch_size, drop_last=budget is not None)
-        steps = budget or self.epochs * steps_a_pass
-        self._prepare(steps)
+        steps = budget or (own.epochs or self.epochs) * steps_a_pass
+        self._prepare(steps, own)
         self.journal = journal = Journal(work.record, work.position, task, steps, steps_a_pass, self.log_every)
         if kept := self._kept.pop("task", None):
             self._go_on(kept)
@@ -163,19 +183,19 @@ class Trainer:
                 done += 1
                 yield batch
 
-    def _prepare(self, steps: int) -> None:
+    def _prepare(self, steps: int, own: FirstTask) -> None:
         """The task's optimizer and scheduler."""
         if self.optimizer is None or self.optimizer_state == "reset":
-            self.optimizer = self._new_optimizer()
+            self.optimizer = self._new_optimizer(own.optimizer)
         for group in self.optimizer.param_groups:  # a kept optimizer's rate is where the last task's schedule left it
             group["lr"] = group.get("initial_lr", group["lr"])
-        self.scheduler = self.work.make_scheduler(optimizer=self.optimizer, steps=steps)
+        self.scheduler = self.work.make_scheduler(optimizer=self.optimizer, steps=steps, **own.scheduler)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
 
-    def _new_optimizer(self) -> Optimizer:
+    def _new_optimizer(self, own: dict[str, Any]) -> Optimizer:
         named, head = dict(self.work.model.named_parameters()), self.work.model.head
         self.parameter_names = self._kept.get("parameters") or [name for name, p in named.items() if p.requires_grad]
-        optimizer = self.work.make_optimizer(params=[named[name] for name in self.parameter_names])
+        optimizer = self.work.make_optimizer(params=[named[name] for name in self.parameter_names], **own)
         if "optimizer" in self._kept and "task" not in self._kept:
             optimizer.load_state_dict(self._kept["optimizer"])
         self.reached = keep_unreached_rows(head, optimizer) if self.optimizer_state == "reset" else []

@@ -104,6 +104,11 @@ def test_every_choice_says_in_a_line_what_it_is(file):
         ("hydra.run.dir=elsewhere", "hydra.run.dir: expected output_root"),
         ("stream=split_mnist data_root=none stream.scenario=class strategy=independent", "strategy: expected stream.s"),
         ("optimizer.betas=3", "optimizer.betas: expected a list, got 3"),
+        ("trainer.first_task.epohcs=3", "trainer.first_task.epohcs: unknown key"),
+        ("trainer.first_task.epochs=0", "trainer.first_task: expected at least 1, got 0"),
+        ("trainer.first_task.optimizer.epss=1", "trainer.first_task.optimizer.epss: unknown key; did you mean eps?"),
+        ("trainer.first_task.optimizer.lr=-1", "trainer.first_task.optimizer: Invalid learning rate: -1"),
+        ("trainer.first_task.scheduler.milestones=[0.5]", "trainer.first_task.scheduler.milestones: unknown key"),
     ],
 )
 def test_what_cannot_work_is_said_in_one_line_that_names_the_field(override, message):
@@ -111,6 +116,13 @@ def test_what_cannot_work_is_said_in_one_line_that_names_the_field(override, mes
         checked(*override.split(" "))
     assert str(error.value).startswith(message)
     assert "\n" not in str(error.value)
+
+
+def test_values_of_the_first_task_are_held_to_their_types_and_hashed():
+    own = "trainer.first_task={epochs: 2, optimizer: {weight_decay: 1}}"
+    same = own.replace("1}", "1.0}")
+    assert config(own)["trainer"]["first_task"]["optimizer"] == {"weight_decay": 1.0}
+    assert digest(config(own)) == digest(config(same)) != digest(config())
 
 
 def test_a_plugin_may_be_named_once_it_is_listed(tmp_path, monkeypatch):

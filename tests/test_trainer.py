@@ -6,7 +6,7 @@ import torch
 from cl_runner.errors import ConfigError
 from cl_runner.models.heads import keep_unreached_rows
 from cl_runner.strategies import L2, Finetune
-from cl_runner.trainer import NonFiniteLossError, Trainer
+from cl_runner.trainer import FirstTask, NonFiniteLossError, Trainer
 from tests.toys import learn, toy_model, toy_stream, toy_trainer
 
 
@@ -52,6 +52,37 @@ def test_the_budget_in_iterations_wins_and_drops_it():
 
     learn(Watching(), stream, toy_model(stream), tasks=1, epochs=3, iterations=5)
     assert seen == [8] * 5
+
+
+def test_the_first_task_may_have_a_budget_an_optimizer_and_a_schedule_of_its_own():
+    from functools import partial
+
+    from cl_runner.schedulers import step
+
+    stream = toy_stream()
+    own = FirstTask(epochs=1, optimizer={"lr": 0.2, "weight_decay": 0.5}, scheduler={"milestones": [0.34]})
+    trainer, rows = toy_trainer(Finetune(), stream, toy_model(stream), epochs=2, first_task=own, log_every=1)
+    trainer.work.make_scheduler = partial(step, milestones=[0.5], gamma=0.1)
+    decays = []
+    for task in stream.tasks[:2]:
+        trainer.work.model.reveal(task)
+        trainer.learn(task, task.train)
+        decays.append(trainer.optimizer.param_groups[0]["weight_decay"])
+    rates = [[row["lr"] for row in rows if row["task"] == task] for task in range(2)]
+    assert rates[0] == pytest.approx([0.2, 0.02, 0.02])
+    assert rates[1] == pytest.approx([0.1] * 3 + [0.01] * 3)
+    assert decays == [0.5, 0.0]
+
+
+def test_the_first_tasks_own_epochs_win_over_everyones_iterations():
+    stream = toy_stream()
+    rows = learn(Finetune(), stream, toy_model(stream), iterations=5, first_task=FirstTask(epochs=1), tasks=2)
+    assert [row["task_steps"] for row in rows if row["task_step"] == row["task_steps"]] == [3, 5]
+
+
+def test_an_optimizer_of_its_own_cannot_be_kept():
+    with pytest.raises(ConfigError, match=r"trainer\.optimizer_state: expected reset where"):
+        Trainer(optimizer_state="keep", first_task=FirstTask(optimizer={"lr": 0.1}))
 
 
 def test_a_batch_larger_than_the_data_is_no_endless_loop():
