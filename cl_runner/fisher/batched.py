@@ -30,6 +30,7 @@ class Batched(Estimator):
             dropout. A last batch of one, which has no statistics, then joins the one before it.
         augment: images as the stream augments them for training (`stream.augment`).
         clip: the largest value, None for no bound; 1e-4 in PyCIL (`fishermax`).
+        reverse: take the loss of the reversed logits, as the code of "EWC done right" does (arXiv 2603.18596).
 
     What is random follows the seed.
     """
@@ -38,6 +39,7 @@ class Batched(Estimator):
     train_mode: bool = False
     augment: bool = False
     clip: Annotated[float, Field(gt=0)] | None = None
+    reverse: bool = False
 
     needs_labels = True
 
@@ -55,7 +57,8 @@ class Batched(Estimator):
         """Any model will do: no sample's own gradient is asked for."""
 
     def vectors(self, logits: Tensor, labels: Tensor, noise: Tensor) -> Tensor:
-        p = logits.softmax(1)[:, None]
+        turned = torch.where(logits == -torch.inf, logits, -logits) if self.reverse else logits
+        p = turned.softmax(1)[:, None]  # either way a gradient but for its sign, which the square does not know
         return (unit(labels[:, None], p) - p) / len(logits)
 
     def _mean(

@@ -37,13 +37,14 @@ class EWC(Strategy):
         strength: Annotated[float, Field(ge=0)] = 10_000.0,
         pretrained_strength: Annotated[float, Field(ge=0)] | None = None,
         anchor: Source = "auto",
-        accumulation: Literal["separate", "sum"] = "separate",
+        accumulation: Literal["separate", "sum", "average"] = "separate",
         decay: Annotated[float, Field(ge=0, le=1)] = 1.0,
         factor: float = 0.5,
         head: bool = True,
     ) -> None:
-        """`pretrained_strength`: null for the same as `strength`; `accumulation`: a term a task, or one sum of all
-        Fishers, each new task multiplying the old sum by `decay`, around the last weights; `head`: whether the new
+        """`pretrained_strength`: null for the same as `strength`; `accumulation`: a term a task, or one around the last
+        weights: of the sum of all Fishers, each new task multiplying the old sum by `decay`, or of their average, in
+        which each class counts once (PyCIL's); `head`: whether the new
         head is held too (the pretrained weights are the backbone's alone)."""
         if factor not in (0.5, 1.0):
             raise ConfigError("strategy.factor", f"expected 0.5 or 1.0, got {factor}")
@@ -82,9 +83,11 @@ class EWC(Strategy):
         if last or not anchor.weights or not wants_previous(self.anchor):
             return
         fisher = self._estimated(self.fisher, self.model, task.train).only(anchor.weights).only_rows(anchor.covered)
-        if self.accumulation == "sum":
+        if self.accumulation != "separate":
+            share = len(task.classes) / sum(len(each.classes) for each in self.stream.tasks[: task.index + 1])
+            old, new = (self.decay, 1.0) if self.accumulation == "sum" else (1 - share, share)
             for term in self.previous.terms:  # at most one
-                fisher = term.curvature.only(anchor.weights).scaled(self.decay).plus(fisher)
+                fisher = term.curvature.only(anchor.weights).scaled(old).plus(fisher, new)
             self.previous = Penalty()
         self.previous = self.previous.plus(fisher, anchor.weights)
 

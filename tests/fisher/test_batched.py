@@ -9,7 +9,7 @@ import torch
 from cl_runner.errors import ConfigError
 from cl_runner.fisher.batched import Batched
 from cl_runner.fisher.curvature import Diagonal
-from cl_runner.fisher.estimators import Empirical
+from cl_runner.fisher.estimators import Empirical, Reversed
 from cl_runner.models.model import Model
 from cl_runner.streams.base import Examples
 
@@ -52,6 +52,13 @@ def test_train_mode_and_augmentation_are_as_in_a_training_step(backbone: str, tr
     subject, data = model(backbone), examples(11)
     found = Batched(batch_size=4, train_mode=train_mode, augment=augment)(subject, data)
     assert distance(found, by_autograd(subject, [data[:4], data[4:8], data[8:]], train_mode, augment)) < 1e-10
+
+
+def test_reversed_batches_of_one_are_the_reversed_estimator() -> None:
+    subject, data = model(), examples(12)
+    found = Batched(batch_size=1, reverse=True)(subject, data)
+    assert distance(found, Reversed()(subject, data)) < 1e-10
+    assert distance(Batched(batch_size=4, reverse=True)(subject, data), found) > 0.01
 
 
 @pytest.mark.parametrize("switch", ["train_mode", "augment"])

@@ -335,3 +335,22 @@ def test_output_is_not_needed_for_the_penalty():
     learn(strategy, stream, toy_model(stream), tasks=1)
     nothing = torch.empty(0)
     assert strategy.penalties(stream.tasks[0].train[:0], Output(nothing, nothing, nothing))["ewc"] == 0
+
+
+def test_an_average_counts_each_class_once_and_is_around_the_last_weights():
+    stream = toy_stream()
+    model = toy_model(stream)
+    strategy = EWC(fisher=exact(), strength=0.0, accumulation="average")
+    fishers = []
+
+    class Kept(EWC):
+        def after_task(self, task):
+            super().after_task(task)
+            fishers.append(exact()(self.model, task.train).values)
+
+    strategy.__class__ = Kept
+    learn(strategy, stream, model, tasks=2)
+    term = held_term(strategy)
+    for name, values in term.curvature.values.items():
+        torch.testing.assert_close(values, (fishers[0][name] + fishers[1][name]) / 2)
+        assert torch.equal(term.anchor[name], model.state_dict()[name])
