@@ -42,9 +42,9 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
                 buffer.copy_(content)
 
 
-def wide(values: Tensor) -> Tensor:
-    """In float64, where the device has it."""
-    return values if values.device.type == "mps" else values.double()
+def wide(values: Tensor, copy: bool = False) -> Tensor:
+    """In float64, where the device has it; a tensor of its own if `copy`."""
+    return values.to(values.dtype if values.device.type == "mps" else torch.float64, copy=copy)
 
 
 def _uncompiled() -> AbstractContextManager:
@@ -89,8 +89,8 @@ class Sums:
         """Sixty thousand additions in float32 would cost the fifth digit."""
         self._batches = 0
         for name, values in self.partial.items():
-            sums = wide(values)
-            self._wide[name] = self._wide[name].add_(sums) if name in self._wide else sums.clone()
+            known = self._wide.get(name)
+            self._wide[name] = wide(values, copy=True) if known is None else known.add_(values)
             values.zero_()
 
 
@@ -139,7 +139,8 @@ class SquaredGradients:
     def curvature(self) -> Diagonal:
         """The sums over the number of samples, in the parameters' own precision and layout."""
         means = self._sums.over(self.samples)
-        return Diagonal({name: torch.empty_like(p).copy_(means[name]) for name, p in self._parameters.items()})
+        # Taken out one by one: all of them in both precisions would be the most that a call holds.
+        return Diagonal({name: torch.empty_like(p).copy_(means.pop(name)) for name, p in self._parameters.items()})
 
     def _add_some(self, inputs: Tensor, vectors: Vectors) -> None:
         assert self._add is not None

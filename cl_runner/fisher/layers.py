@@ -32,6 +32,8 @@ from cl_runner.fisher.products import (
 
 # Positions from which, on the CPU, a convolution's own backward of one sample beats a product over its patches.
 FEW = 128
+# Numbers in a weight up to which, on the CPU, its kernel is not taken apart.
+PART = 1 << 18
 
 
 class Uncovered(Exception):  # noqa: N818
@@ -77,6 +79,10 @@ class Use(ABC):
     def close(self, totals: Parameters) -> None:  # noqa: B027
         """All passes have come: add what was held back."""
 
+    def release(self) -> None:
+        """Let go of the inputs, as a plain backward pass does once it has passed a layer."""
+        self.inputs = self.inputs.new_empty(0)
+
 
 class Weighted(Use):
     """A layer whose weight's gradient is a sum of products over positions.
@@ -117,6 +123,10 @@ class Linear(Weighted):
     def __init__(self, names: dict[str, str], inputs: Tensor) -> None:
         super().__init__(names, inputs)
         self.rows = self.inputs.flatten(1, -2) if inputs.dim() > 2 else self.inputs[:, None]  # [B, T, K]
+
+    def release(self) -> None:
+        super().release()
+        self.rows = self.inputs
 
     def gradient_rows(self, gradient: Tensor) -> Tensor:
         """[B, T, N]."""
@@ -296,10 +306,39 @@ class Convolution(Weighted):
         elif self.call.groups > 1:
             for some in slices(len(gradient), total.numel()):
                 total += self._grouped(gradient[some], some).square_().sum(0).view_as(total)
+        elif cpu and total.numel() > PART:
+            self._add_by_parts(total, rounded(gradient, self.precision))
         else:
             rows = rounded(gradient.flatten(2).transpose(1, 2), self.precision)
             for some in slices(len(rows), self.call.weight[0].numel() * positions, room=ROOM):
                 add_product_squares(total, rows[some], self.patches(some))
+
+    def _add_by_parts(self, total: Tensor, gradient: Tensor) -> None:
+        """A row of the kernel at a time, or a tap where that is too large still: a part's products stay in the cache,
+        and what it sees is no larger than the image."""
+        outputs, channels, height, width = total.shape
+        rows = gradient.permute(0, 2, 3, 1).flatten(1, 2)  # [B, T, N]
+        padded, size = self._padded(), gradient.shape[2:]
+        taps = width if total[:, :, 0].numel() <= PART else 1
+        for row in range(height):
+            for first in range(0, width, taps):
+                seen = [self._window(padded, size, row, first + tap).permute(0, 2, 3, 1) for tap in range(taps)]
+                squares = total.new_zeros(outputs, taps * channels)
+                add_product_squares(squares, rows, rounded(torch.cat(seen, 3).flatten(1, 2), self.precision))
+                total[:, :, row, first : first + taps] += squares.view(outputs, taps, channels).transpose(1, 2)
+
+    def _padded(self) -> Tensor:
+        """The input of a convolution of images with zeros around it."""
+        vertical, horizontal = self.call.padding
+        return F.pad(self.inputs, (horizontal, horizontal, vertical, vertical))
+
+    def _window(self, padded: Tensor, size: Sequence[int], *tap: int) -> Tensor:
+        """What a tap of the kernel sees of `padded`, at every position of an output of this `size`."""
+        for axis, place in enumerate(tap):
+            stride, first = self.call.stride[axis], place * self.call.dilation[axis]
+            steps = slice(first, first + stride * (size[axis] - 1) + 1, stride)
+            padded = padded[(slice(None),) * (axis + 2) + (steps,)]
+        return padded
 
     def _grouped(self, gradient: Tensor, some: slice) -> Tensor:
         """Per-sample weight gradients, [b, groups, N / groups, K], of the samples in `some`."""
@@ -364,19 +403,13 @@ class Depthwise(Convolution):
 
     def _shifted(self, gradient: Tensor) -> Tensor:
         """[B, C, 1, h, w]."""
-        call, size = self.call, gradient.shape[2:]
         if gradient.device.type == "cpu" and not gradient.is_contiguous(memory_format=torch.channels_last):
             return self._as_one_image(gradient)
-        padded = F.pad(self.inputs, (call.padding[1], call.padding[1], call.padding[0], call.padding[0]))
-        found = gradient.new_empty(*call.weight.shape[2:], *gradient.shape[:2])
+        padded = self._padded()
+        found = gradient.new_empty(*self.call.weight.shape[2:], *gradient.shape[:2])
         for row, of_row in enumerate(found):
             for column, out in enumerate(of_row):
-                window = padded
-                for axis, place in enumerate((row, column)):
-                    first, reach = place * call.dilation[axis], call.stride[axis] * (size[axis] - 1) + 1
-                    window = window.narrow(axis + 2, first, reach)
-                window = window[:, :, :: call.stride[0], :: call.stride[1]]
-                torch.sum(gradient * window, (2, 3), out=out)
+                torch.sum(gradient * self._window(padded, gradient.shape[2:], row, column), (2, 3), out=out)
         return found.permute(2, 3, 0, 1)[:, :, None]
 
     def _as_one_image(self, gradient: Tensor) -> Tensor:
@@ -414,7 +447,7 @@ class Affine(Use):
     def _some(self, some: slice, gradient: Tensor) -> Parameters:
         g, found = gradient[some], {}
         if "weight" in self.names:
-            sums = self._summed(self.normalised(self.inputs[some]) * g)
+            sums = self._summed(self.normalised(self.inputs[some]).mul_(g))
             found[self.names["weight"]] = sums if self.scale is None else sums * self.scale
         if "bias" in self.names:
             found[self.names["bias"]] = self._summed(g)

@@ -68,12 +68,17 @@ def add_passes(
     """
     shared = shared_parameters(taps)
     summed: Parameters = {}
+    final = False  # whether no pass comes after this one
 
     def receive(use: Use, gradient: Tensor) -> None:
         if take(use, gradient):
             return
         if shared.isdisjoint(use.names.values()):
             use.add_squares(gradient, totals)
+            if final:
+                use.flush(totals)
+                use.close(totals)
+                use.release()
             return
         for name, values in use.per_sample(gradient).items():
             flat = values.flatten(1)
@@ -81,8 +86,10 @@ def add_passes(
 
     def block(some: Tensor, last: bool = False) -> None:
         """The passes of `some` vectors [B, v, K]."""
+        nonlocal final
         for index, vector in enumerate(some.unbind(1), start=1):
-            taps.backward(vector, receive, last and index == some.shape[1])
+            final = last and index == some.shape[1]
+            taps.backward(vector, receive, final)
             for name, values in summed.items():  # all of a parameter's calls have come: now they may be squared
                 totals[name] += values.square().sum(0).view_as(totals[name])
             summed.clear()
@@ -96,8 +103,6 @@ def add_passes(
     for some in repeated:
         run(some)
     block(last, last=True)
-    for use in taps.uses:
-        use.close(totals)
 
 
 def zeros(model: Model | PretrainedView) -> Parameters:

@@ -8,7 +8,6 @@ module does around them (an activation, a padding, in-place arithmetic, a second
 """
 
 from collections.abc import Callable, Sequence
-from inspect import signature
 from typing import Any
 
 import torch
@@ -39,7 +38,14 @@ VIEWS = {
 }
 BROADCAST = {f"{name}{end}" for name in ("add", "sub", "mul", "div") for end in ("", "_")}
 CONVOLUTIONS = {torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3}
-DROPOUTS = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout}
+DROPOUTS = {  # whether they are active where nothing is said
+    F.dropout: True,
+    F.dropout1d: True,
+    F.dropout2d: True,
+    F.dropout3d: True,
+    F.alpha_dropout: False,
+    F.feature_alpha_dropout: False,
+}
 RULES = {
     F.linear: "linear",
     F.batch_norm: "batch_norm",
@@ -313,10 +319,10 @@ class _Interception(TorchFunctionMode):
             output = F.linear(attended.transpose(1, 2).flatten(2), given["out_proj_weight"], given["out_proj_bias"])
         return output.transpose(0, 1).contiguous(), weights  # as the function's own, which may be viewed otherwise
 
-    def dropout(self, func: Any, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        given = signature(func).bind(input, *args, **kwargs)
-        given.apply_defaults()
-        if given.arguments["training"] and given.arguments["p"]:
+    def dropout(
+        self, func: Any, input: Tensor, p: float = 0.5, training: bool | None = None, inplace: bool = False
+    ) -> Tensor:
+        if p and (DROPOUTS[func] if training is None else training):
             raise _active_dropout()
         return input
 
