@@ -19,7 +19,7 @@ from cl_runner.errors import ConfigError
 from cl_runner.models import weights
 from cl_runner.models.heads import Init
 from cl_runner.models.model import ActiveLogits, Model
-from cl_runner.models.preprocess import Preprocess
+from cl_runner.models.preprocess import Interpolation, Preprocess
 from cl_runner.models.weights import Inputs, Net, Shape
 from cl_runner.streams.base import Scenario, Seed, Stream
 
@@ -38,7 +38,8 @@ class Architecture(ABC):
     parameters and buffers: they keep their values, and so do the statistics of normalisation layers in frozen parts.
     norm_stats: whether other normalisation layers' running statistics stay `frozen` or `adapt`; null: frozen for
     pretrained nets, adapt for fresh ones. image_size: side in pixels that images are resized to; null: the weights'
-    own, or for fresh nets the stream's. head_init, seed: how the new head's rows are drawn; the seed is the fresh
+    own, or for fresh nets the stream's. interpolation: how they are resized. normalize: false leaves them in [0, 1],
+    whatever the weights, or the stream, say of mean and standard deviation. head_init, seed: how the new head's rows are drawn; the seed is the fresh
     backbone's too.
     """
 
@@ -51,6 +52,8 @@ class Architecture(ABC):
     freeze: Sequence[str] = ()
     norm_stats: Literal["frozen", "adapt"] | None = None
     image_size: Positive | None = None
+    interpolation: Interpolation = "bilinear"
+    normalize: bool = True
     head_init: Init = "torch"
     seed: Seed = 0
 
@@ -213,12 +216,15 @@ class Architecture(ABC):
             )
         size = (self.image_size, self.image_size) if self.image_size else own.size or (height, width)
         mean, std = (own.mean, own.std) if own.mean is not None else (stream.mean, stream.std)
+        if not self.normalize:
+            mean, std = None, None
         return Inputs(channels, size, mean or (0.0,), std or (1.0,))
 
     def _preprocess(self, inputs: Inputs, stream: Stream) -> Preprocess:
         channels, *_ = inputs.shape
         look = inputs.size, inputs.mean, inputs.std
-        return Preprocess(channels, *look, stream.augment, stream.crop_padding, self.in_channels_last)
+        augment = stream.augment, stream.crop_padding
+        return Preprocess(channels, *look, *augment, self.in_channels_last, self.interpolation)
 
     def _num_features(self, net: Net, inputs: Inputs) -> int:
         """D of the backbone's features [B, D]; also the proof that it takes images of this size."""

@@ -1,10 +1,13 @@
 """A model's first layer: from the stream's uint8 images to what the backbone was made for."""
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+Interpolation = Literal["bilinear", "bicubic"]
 
 
 class Preprocess(nn.Module):
@@ -26,12 +29,14 @@ class Preprocess(nn.Module):
         augment: Sequence[str] = (),
         crop_padding: int = 4,
         channels_last: bool = False,
+        interpolation: Interpolation = "bilinear",
     ) -> None:
         """`channels`: what the backbone takes; `size`: H, W to resize to (None: as they come); `mean` and `std`: a
         value a channel, of images in [0, 1] (None: leave them there); `augment`: any of "crop" (a random window after
         padding with black), "flip" (left to right, one in two) and "brightness" (by up to a quarter)."""
         super().__init__()
         self.channels, self.size, self.augment, self.crop_padding = channels, size, tuple(augment), crop_padding
+        self.interpolation: Interpolation = interpolation
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         centre = torch.tensor(mean if mean is not None else [0.0]).view(1, -1, 1, 1)
         spread = torch.tensor(std if std is not None else [1.0]).view(1, -1, 1, 1)
@@ -50,7 +55,8 @@ class Preprocess(nn.Module):
         if self.training and "brightness" in self.augment:
             images = random_brightness(images)
         if self.size is not None and images.shape[-2:] != self.size:
-            images = F.interpolate(images, self.size, mode="bilinear", antialias=True, align_corners=False)
+            images = F.interpolate(images, self.size, mode=self.interpolation, antialias=True, align_corners=False)
+            images = images.clamp(0, 255) if self.interpolation == "bicubic" else images  # which overshoots at edges
         if images.shape[1] == 1 and self.channels > 1:
             images = images.expand(-1, self.channels, -1, -1)
         return torch.addcmul(self.shift, images, self.scale).contiguous(memory_format=self.memory_format)

@@ -1,5 +1,7 @@
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from cl_runner.models.preprocess import Preprocess, random_brightness, random_crop, random_flip
 from tests.models.samples import images
@@ -103,3 +105,12 @@ def test_each_image_gets_brighter_or_darker_by_up_to_a_quarter_and_no_brighter_t
     assert not torch.equal(Preprocess(3, augment=["brightness"])(images(count=4)), Preprocess(3)(images(count=4)))
     still = Preprocess(3, augment=["brightness"]).eval()
     assert torch.equal(still(images(count=4)), Preprocess(3)(images(count=4)))
+
+
+def test_bicubic_is_pillows_to_within_its_rounding():
+    raw = images((3, 9, 9), count=2) // 2 + 64  # nothing overshoots: Pillow cuts off between rows and columns
+    seen = Preprocess(3, (24, 24), interpolation="bicubic")(raw) * 255
+    for image, found in zip(raw, seen, strict=True):
+        resized = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((24, 24), Image.Resampling.BICUBIC)
+        expected = torch.from_numpy(np.array(resized)).permute(2, 0, 1).float()
+        torch.testing.assert_close(found, expected, atol=1.0, rtol=0)
