@@ -39,8 +39,8 @@ class Architecture(ABC):
     norm_stats: whether other normalisation layers' running statistics stay `frozen` or `adapt`; null: frozen for
     pretrained nets, adapt for fresh ones. image_size: side in pixels that images are resized to; null: the weights'
     own, or for fresh nets the stream's. interpolation: how they are resized. normalize: false leaves them in [0, 1],
-    whatever the weights, or the stream, say of mean and standard deviation. head_init, seed: how the new head's rows are drawn; the seed is the fresh
-    backbone's too.
+    whatever the weights, or the stream, say of mean and standard deviation. head_init, seed: how the new head's rows
+    are drawn; the seed is the fresh backbone's too.
     """
 
     kind: ClassVar[str]  # in errors and in files of weights

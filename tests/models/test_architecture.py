@@ -79,7 +79,9 @@ def test_a_fresh_net_uses_the_streams_mean_and_std():
 
 
 def test_images_can_be_left_between_zero_and_one_whatever_the_weights_say(tmp_path):
-    file = saved(CNN(widths=[4]).build(stream_of(mean=(0.1, 0.2, 0.3), std=(1.0, 2.0, 3.0))), tmp_path / "it.safetensors")
+    file = saved(
+        CNN(widths=[4]).build(stream_of(mean=(0.1, 0.2, 0.3), std=(1.0, 2.0, 3.0))), tmp_path / "it.safetensors"
+    )
     model = CNN(widths=[4], pretrained=file, normalize=False).build(stream_of())
     torch.testing.assert_close(model.eval()(images()).inputs, images() / 255)
 
