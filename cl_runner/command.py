@@ -58,7 +58,7 @@ def run_alone(experiment: Experiment) -> None:
         show(experiment)
         return
     try:
-        hydra_main()
+        _hydra_run()
     except ConfigError:  # what only building can tell: weights that cannot be fetched, say
         raise
     except KeyboardInterrupt as stopped:
@@ -141,6 +141,24 @@ def hydra_main(cfg: DictConfig) -> float | None:
     from cl_runner.job import carry_out
 
     return carry_out(check(cfg))
+
+
+def _hydra_run() -> None:
+    """Have Hydra carry out the one job. Raises what the run raises: Hydra would print a line of its own before."""
+    failed: list[Exception] = []
+
+    @hydra.main(config_path=str(CONF), config_name="config", version_base=VERSION_BASE)
+    def main(cfg: DictConfig) -> None:
+        from cl_runner.job import carry_out
+
+        try:
+            carry_out(check(cfg))
+        except Exception as error:
+            failed.append(error)
+
+    main()
+    for error in failed:
+        raise error
 
 
 def _check_sweep(request: Asked, jobs: list[Experiment]) -> None:
