@@ -8,7 +8,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from getpass import getuser
 from importlib import import_module
@@ -54,7 +54,7 @@ class Worker:
             with _printing_to(self.log):
                 run_submitted(self.argv, self.folder)
         except KeyboardInterrupt as stopped:  # the run is saved, and whoever stopped it knows
-            print(f"cl-runner: {stopped}", flush=True)
+            print(f"cl-runner: {str(stopped) or 'stopped before the run began'}", flush=True)
             raise SystemExit(130) from None
         except Exception as error:
             return said(error)
@@ -68,7 +68,12 @@ class Worker:
 
 
 class Pool(Protocol):
-    """Where workers run. What `submit` gives is asked for by the others."""
+    """Where workers run. What `submit` gives is asked for by the others.
+
+    outlives: whether the jobs go on when this process ends.
+    """
+
+    outlives: bool
 
     def submit(self, worker: Worker, slot: int) -> Any: ...
 
@@ -86,25 +91,27 @@ class Pool(Protocol):
 def carry_out(workers: Sequence[Worker], pool: Pool, at_once: int) -> list[str | None]:
     """Run all workers, at most `at_once` of them at any time. One that fails or dies does not stop the others.
 
-    Returns what each had to say. KeyboardInterrupt stops those that run, and comes through when they have ended.
+    Returns what each had to say. KeyboardInterrupt stops those that run, and comes through when they have ended. Where
+    nobody else would wait for them, SIGTERM is one too.
     """
     waiting, free = deque(enumerate(workers)), deque(range(at_once))
     running: dict[int, tuple[int, Any]] = {}  # slot -> number of the worker, its job
     results: list[str | None] = [None] * len(workers)
     try:
-        while waiting or running:
-            while waiting and free:
-                number, worker = waiting.popleft()
-                slot = free.popleft()
-                running[slot] = number, pool.submit(worker, slot)
-                _tell(number, workers, "submitted")
-            time.sleep(POLL)
-            for slot, (number, job) in list(running.items()):
-                if pool.over(job):
-                    results[number] = pool.result(job)
-                    del running[slot]
-                    free.append(slot)
-                    _tell(number, workers, _state(workers[number], results[number]))
+        with nullcontext() if pool.outlives else _sigterm_as_ctrl_c():
+            while waiting or running:
+                while waiting and free:
+                    number, worker = waiting.popleft()
+                    slot = free.popleft()
+                    running[slot] = number, pool.submit(worker, slot)
+                    _tell(number, workers, "submitted")
+                time.sleep(POLL)
+                for slot, (number, job) in list(running.items()):
+                    if pool.over(job):
+                        results[number] = pool.result(job)
+                        del running[slot]
+                        free.append(slot)
+                        _tell(number, workers, _state(workers[number], results[number]))
     except KeyboardInterrupt:
         _stop([job for _, job in running.values()], pool)
         raise
@@ -115,6 +122,15 @@ def said(error: BaseException) -> str:
     """An error in a line."""
     name = "" if isinstance(error, ConfigError) else f"{type(error).__name__}: "
     return f"{name}{error}".partition("\n")[0]
+
+
+@contextmanager
+def _sigterm_as_ctrl_c() -> Iterator[None]:
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _stop(jobs: list[Any], pool: Pool) -> None:
@@ -180,6 +196,8 @@ class Local:
     environments: of each slot, what its workers find in the environment beside what is there anyway.
     """
 
+    outlives = False
+
     def __init__(self, environments: Sequence[dict[str, str]], timeout_min: int | None, signal_delay_s: int) -> None:
         self._environments = environments
         self._limits = {"timeout_min": timeout_min or FOREVER, "signal_delay_s": signal_delay_s}
@@ -222,6 +240,8 @@ class Slurm:
     The queue itself tells which of them are over: accounting may be off, and a job that was killed says nothing.
     A job that is in the queue already, from an earlier time that the sweep was started, is waited for.
     """
+
+    outlives = True
 
     def __init__(self, max_num_timeout: int, poll_s: float, parameters: dict[str, Any]) -> None:
         self._max_num_timeout, self._poll_s, self._parameters = max_num_timeout, poll_s, parameters
@@ -269,6 +289,8 @@ class Slurm:
 
 class Ray:
     """Tasks on a Ray cluster, or on one that is started on this machine for the sweep's time."""
+
+    outlives = False  # Ray ends the tasks of a process that is gone
 
     def __init__(self, address: str | None, cpus: float, gpus: float, retries: int) -> None:
         self._ray = ray = import_module("ray")

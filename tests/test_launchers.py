@@ -30,8 +30,13 @@ def test_every_setting_stands_in_its_preset_with_its_default(file):
     assert file.read_text().startswith("# ")
 
 
+SIGNALS = {"ctrl-c": signal.SIGINT, "sigterm": signal.SIGTERM}  # what comes in the midst of a job of that name
+
+
 class Toy:
     """A pool whose jobs are over when they are told to be."""
+
+    outlives = False
 
     def __init__(self) -> None:
         self.submitted: list[tuple[str, int]] = []
@@ -45,8 +50,8 @@ class Toy:
         return worker
 
     def over(self, job):
-        if job.folder.name == "interrupts" and not self.stopped:
-            raise KeyboardInterrupt
+        if job.folder.name in SIGNALS and not self.stopped:
+            signal.raise_signal(SIGNALS[job.folder.name])
         self.running -= 1
         return True
 
@@ -70,12 +75,13 @@ def test_no_more_jobs_than_allowed_run_at_once_and_all_are_run(monkeypatch):
     assert pool.most == 2
 
 
-def test_ctrl_c_stops_the_jobs_that_run_and_begins_no_other(monkeypatch):
+@pytest.mark.parametrize("name", SIGNALS)
+def test_ctrl_c_and_sigterm_stop_the_jobs_that_run_and_begin_no_other(name, monkeypatch):
     monkeypatch.setattr("cl_runner.launchers.POLL", 0)
     pool = Toy()
     with pytest.raises(KeyboardInterrupt):
-        carry_out(workers("interrupts", "b", "c"), pool, at_once=2)
-    assert pool.stopped == ["interrupts", "b"]
+        carry_out(workers(name, "b", "c"), pool, at_once=2)
+    assert pool.stopped == [name, "b"]
     assert len(pool.submitted) == 2
 
 
