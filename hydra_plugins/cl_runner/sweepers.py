@@ -67,7 +67,8 @@ class Planned(Sweeper):
         try:
             now = self.loader.load_sweep_config(self.config, job.overrides).hydra.sweep.subdir
         except Exception as error:  # of whatever stands in a file by now
-            self._failed(job, error)
+            why = str(error).partition("\n")[0]
+            self._failed(job, ConfigError("conf", f"changed since submission, and cannot be read now: {why}"))
             return False
         if now != job.folder:
             self._failed(job, ConfigError("conf", f"changed since submission: {job.folder} would be {now}"))
