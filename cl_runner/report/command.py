@@ -136,11 +136,12 @@ def _write(
         contents["selection.md"] = markdown(*_selection(table.groups, picks, asked.tasks, table))
     for name, figure in pictures.draw(table.groups, curves):
         contents[name] = pictures.to_png(figure)
-    runs = sum(len(group.runs) for group in table.groups)
+    runs, groups = sum(len(group.runs) for group in table.groups), len(table.groups)
+    grouped = f"in {groups} group{'s' * (groups != 1)}"
     contents["index.html"] = page.make_page(
         table,
         title=asked.folder.resolve().name,
-        summary=f"{runs} runs in {len(table.groups)} groups · cl-runner report {shlex.join(asked.argv)}",
+        summary=f"{runs} run{'s' * (runs != 1)} {grouped} · cl-runner report {shlex.join(asked.argv)}",
         out=out,
         warnings=warnings,
         file_names=list(contents),
@@ -153,7 +154,7 @@ def _write(
             write_atomically(folder / name, content)
     except OSError as error:
         raise ConfigError("DIR", f"expected a folder that can be written, got {str(folder)!r} ({error})") from None
-    return f"{runs} of {runs + len(out)} runs in {len(table.groups)} groups: {folder / 'index.html'}"
+    return f"{runs} of {runs + len(out)} runs {grouped}: {folder / 'index.html'}"
 
 
 def _print(table: Table, spread: Sequence[str], picks: Sequence[Pick], tasks: int | None) -> None:
