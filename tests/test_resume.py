@@ -145,6 +145,7 @@ def test_what_an_optimizer_and_a_scheduler_have_gathered_is_there_again(optimize
         ["trainer.iterations=13", "trainer.batch_size=64"],  # passes of a few batches, without the short last one
         ["trainer.accumulate=3", "strategy=l2", "strategy.towards=previous"],
         ["model=cnn", "model.widths=[4,8]", "model.norm_stats=adapt", "stream.scenario=class", "stream.augment=[crop]"],
+        ["trainer.first_task={epochs: 2, optimizer: {lr: 0.002}, scheduler: {milestones: [0.3]}}", "scheduler=step"],
         ["strategy=ewc", "strategy.accumulation=sum", "strategy.strength=10", "stream.scenario=domain"],
     ],
     ids=lambda overrides: overrides[0],
