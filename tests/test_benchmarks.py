@@ -1,4 +1,4 @@
-"""The Fisher's benchmark, on a network of a few weights."""
+"""The benchmarks, on little."""
 
 import importlib
 from pathlib import Path
@@ -59,3 +59,11 @@ def test_the_quality_of_what_draws_is_that_of_every_seed(monkeypatch: pytest.Mon
     assert whole.errors == pytest.approx([0], abs=1e-6)
     assert whole.share == pytest.approx(1)
     assert whole.reported == []
+
+
+def test_lines_of_code_are_neither_blank_nor_comments_nor_docstrings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
+    lines = importlib.import_module("lines")
+    source = '"""What it is,\nat length."""\n\n# why\ndef f(x):  # here\n    """Doc."""\n    text = """two\nlines"""\n    return x, text\n'
+    assert lines.lines_of_code(source) == 4
+    assert all((lines.OURS / f"{name}.py").is_file() for name in lines.PEERS)
