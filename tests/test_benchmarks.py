@@ -64,6 +64,15 @@ def test_the_quality_of_what_draws_is_that_of_every_seed(monkeypatch: pytest.Mon
 def test_lines_of_code_are_neither_blank_nor_comments_nor_docstrings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
     lines = importlib.import_module("lines")
-    source = '"""What it is,\nat length."""\n\n# why\ndef f(x):  # here\n    """Doc."""\n    text = """two\nlines"""\n    return x, text\n'
+    source = """'''What it is,
+at length.'''
+
+# why
+def f(x):  # here
+    '''Doc.'''
+    text = '''two
+lines'''
+    return x, text
+"""
     assert lines.lines_of_code(source) == 4
     assert all((lines.OURS / f"{name}.py").is_file() for name in lines.PEERS)
