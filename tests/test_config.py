@@ -34,8 +34,24 @@ def test_every_argument_of_every_component_stands_in_its_yaml_with_its_default(f
         for entry in node.pop("defaults", [])
         if entry != "_self_"
         for key in entry
+        if not key.startswith("override ")
     }
     assert node.keys() | drawn_in == set(parameters) - PROVIDED.get(file.parent.name, set())
+
+
+@pytest.mark.parametrize(
+    ("words", "kind"),
+    [
+        (["strategy=er"], "Reservoir"),
+        (["strategy=icarl"], "Herding"),
+        (["strategy=gdumb"], "ClassBalanced"),
+        (["memory=reservoir", "strategy=icarl"], "Reservoir"),
+        (["strategy=combined", "strategy@strategy.parts.er=icarl"], "Herding"),
+    ],
+)
+def test_a_method_brings_its_papers_memory_unless_another_is_asked_for(words, kind):
+    (cfg,) = compose_jobs(words)
+    assert cfg.memory._target_ == f"cl_runner.memory.{kind}"
 
 
 @pytest.mark.parametrize("file", sorted(CONF.glob("[a-z]*/*.yaml")), ids=lambda file: f"{file.parent.name}/{file.stem}")
@@ -167,6 +183,14 @@ def test_an_experiment_and_its_protocol_can_be_overridden():
     (cfg,) = compose_jobs(["experiment=vandeven_fisher_mnist", "strategy.strength=7", "fisher=empirical"])
     assert cfg.strategy.strength == 7
     assert cfg.strategy.fisher._target_.endswith("Empirical")
+
+
+def test_a_protocol_may_set_switches_of_one_estimator_that_others_do_not_have():
+    paper = config("experiment=liu_split_cifar100", "model=resnet18")["fisher"]
+    assert (paper["train_mode"], paper["augment"], paper["clip"], paper["logits"]) == (True, True, 1e-4, "seen")
+    ours = config("experiment=liu_split_cifar100", "model=resnet18", "fisher=exact")["fisher"]
+    assert ours.keys().isdisjoint({"train_mode", "augment", "clip"})
+    assert ours["logits"] == "seen"
 
 
 @pytest.mark.parametrize(
