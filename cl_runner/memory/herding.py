@@ -27,10 +27,12 @@ class Herding(Memory):
         per: Per = "all",
         share: Share = "class",
         normalize: bool = True,
+        normalize_mean: bool = False,
     ) -> None:
-        """`normalize`: features to length one, as in iCaRL."""
+        """`normalize`: features to length one, as in iCaRL; `normalize_mean`: a class's mean too, before examples are
+        picked that come near it, as in van de Ven's code (and not in the authors')."""
         super().__init__(size, per, share)
-        self.normalize = normalize
+        self.normalize, self.normalize_mean = normalize, normalize_mean
 
     def rank(self, rows: Examples) -> Tensor:
         raise TypeError("herding chooses among all of a task's examples, by their features: call add_task")
@@ -43,15 +45,16 @@ class Herding(Memory):
         cells = torch.stack([examples.task_ids, examples.labels], 1).cpu()
         for cell in cells.unique(dim=0):
             rows = (cells == cell).all(1).nonzero()[:, 0]
-            picked = herd(found[rows.to(found.device)], min(len(rows), self.size)).cpu()
+            picked = herd(found[rows.to(found.device)], min(len(rows), self.size), self.normalize_mean).cpu()
             ranks[rows[picked]] = torch.arange(len(picked), dtype=torch.float64)
         self._admit(examples, ranks)
 
 
-def herd(features: Tensor, count: int) -> Tensor:
+def herd(features: Tensor, count: int, normalize_mean: bool = False) -> Tensor:
     """The rows, [`count`] int64 in the order in which they are picked, of features [N, D]: each brings the mean of
-    those picked as near as can be to the mean of all."""
+    those picked as near as can be to the mean of all, which may be brought to length one first."""
     mean, norms = features.mean(0), features.square().sum(1)
+    mean = F.normalize(mean, dim=0) if normalize_mean else mean
     total, left = torch.zeros_like(mean), torch.ones_like(norms, dtype=torch.bool)
     picked = []
     for number in range(1, count + 1):

@@ -9,6 +9,7 @@ from cl_runner.errors import ConfigError
 from cl_runner.models.architecture import Architecture
 from cl_runner.models.model import Model, Output
 from cl_runner.strategies.base import Strategy
+from cl_runner.strategies.dualprompt import DualPrompt
 from cl_runner.streams.base import Examples, Stream, Task
 from cl_runner.streams.recipe import Recipe
 
@@ -19,12 +20,12 @@ SINGLE = {"training_data": "what is learned", "task_loss": "the loss on the labe
 
 
 class Combined(Strategy):
-    """Do what each of the parts does, in their order: penalties add up, memories and edits of gradients follow one
-    another."""
+    """Do what each of the parts does, in their order: penalties add up, edits of gradients follow one another. What a
+    memory replays joins a batch last, and its method has the loss: only that knows what the replayed rows count."""
 
     def __init__(self, *, parts: dict[str, Strategy]) -> None:
         """`parts`: name -> method. What is learned in a task, the loss on the labels and the answers are those of the
-        first part that has its own."""
+        first part that has its own, one with a memory before all others."""
         if not parts:
             raise ConfigError("strategy.parts", "expected at least one method, got none")
         self.parts = parts
@@ -39,8 +40,13 @@ class Combined(Strategy):
         if len(with_memory) > 1:
             # The second would take what the first replays for fresh.
             raise ConfigError("strategy.parts", f"expected one method with a memory, got {', '.join(with_memory)}")
+        if with_memory and (experts := [name for name, part in self.parts.items() if isinstance(part, DualPrompt)]):
+            # What is replayed would be learned by the prompts of the task under way, and draw its key.
+            raise ConfigError(
+                "strategy.parts", f"expected no method with a memory beside {experts[0]}, got {with_memory[0]}"
+            )
         for hook, what in SINGLE.items():
-            names = [name for name, part in self.parts.items() if _own(part, hook)]
+            names = [name for name, part in self._by_memory if _own(part, hook)]
             if len(names) > 1:
                 log.warning("combined: %s as %s has it; %s has no say there", what, names[0], ", ".join(names[1:]))
 
@@ -57,7 +63,7 @@ class Combined(Strategy):
         return self._first("training_data").training_data(task)
 
     def before_batch(self, batch: Examples) -> Examples:
-        for part in self.parts.values():
+        for _, part in reversed(self._by_memory):
             batch = part.before_batch(batch)
         return batch
 
@@ -93,8 +99,13 @@ class Combined(Strategy):
         return self._first("predict").predict(images, task_ids)
 
     def _first(self, hook: str) -> Strategy:
-        parts = list(self.parts.values())
+        parts = [part for _, part in self._by_memory]
         return next((part for part in parts if _own(part, hook)), parts[0])
+
+    @property
+    def _by_memory(self) -> list[tuple[str, Strategy]]:
+        """The parts, the one with a memory first."""
+        return sorted(self.parts.items(), key=lambda named: not hasattr(named[1], "memory"))
 
     def _merged(self, named: dict[str, dict[str, Any]]) -> dict[str, Any]:
         """All in one; what an earlier part has called the same, gets its part's name in front."""

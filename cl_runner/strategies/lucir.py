@@ -1,5 +1,6 @@
 """LUCIR: learning a unified classifier incrementally via rebalancing (Hou et al., 2019, CVPR)."""
 
+from dataclasses import replace
 from typing import Annotated
 
 import torch
@@ -57,6 +58,12 @@ class LUCIR(Exemplars):
         self.new = torch.tensor(new, dtype=torch.int64, device=self.old.device)
         self.balance = (int(old.sum()) / max(1, len(new))) ** 0.5
 
+    def before_batch(self, batch: Examples) -> Examples:
+        old = self.old[batch.labels]
+        # The mean over all rows of weight * loss is that over old ones: also where they are learned a piece at a time.
+        weights = old * (len(batch) / old.sum().clamp(min=1))
+        return replace(batch, extras=batch.extras | {"margin": weights})
+
     def penalties(self, batch: Examples, output: Output) -> dict[str, Tensor]:
         if self.number == 1:
             return {}
@@ -77,5 +84,4 @@ class LUCIR(Exemplars):
         own = cosines.gather(1, batch.labels[:, None])
         hardest = cosines[:, self.new].topk(min(self.negatives, len(self.new)), dim=1).values
         losses = (self.margin - own + hardest).clamp(min=0).sum(1)
-        old = self.old[batch.labels]
-        return (losses * old).sum() / old.sum().clamp(min=1)
+        return (batch.extras["margin"] * losses).mean()

@@ -6,6 +6,7 @@ import torch
 from pydantic import Field
 from torch.func import functional_call
 
+from cl_runner.errors import ConfigError
 from cl_runner.memory.base import Memory
 from cl_runner.strategies.rehearsal import Count, Rehearsal, Store, evaluating
 from cl_runner.streams.base import Examples
@@ -26,9 +27,12 @@ class MIR(Rehearsal):
         candidates: Count = 50,
         virtual_lr: Annotated[float, Field(gt=0)] = 0.1,
     ) -> None:
-        """`candidates`: drawn from memory, of which `replay_batch_size` are replayed; `virtual_lr`: of the step that is
-        tried (to first order the choice does not depend on it)."""
+        """`candidates`: drawn from memory, of which `replay_batch_size` are replayed (all, where a batch is as large as
+        that); `virtual_lr`: of the step that is tried (to first order the choice does not depend on it)."""
         super().__init__(memory=memory, replay_batch_size=replay_batch_size, store=store)
+        if replay_batch_size is not None and replay_batch_size >= candidates:
+            given = f"expected more than replay_batch_size={replay_batch_size}, to choose from, got {candidates}"
+            raise ConfigError("strategy.candidates", given)
         self.candidates, self.virtual_lr = candidates, virtual_lr
 
     def replay(self, batch: Examples) -> Examples:

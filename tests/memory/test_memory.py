@@ -210,6 +210,18 @@ def test_herding_picks_what_brings_the_mean_nearest():
     assert herd(values, 4).tolist() == chosen[:4]
 
 
+def test_herding_may_aim_at_the_mean_brought_to_length_one():
+    values = torch.nn.functional.normalize(torch.rand(9, 4, generator=torch.Generator().manual_seed(0)))
+    aim = values.mean(0) / values.mean(0).norm()
+    chosen: list[int] = []
+    for _ in range(9):
+        rest = [row for row in range(9) if row not in chosen]
+        gaps = [(aim - values[[*chosen, row]].mean(0)).norm().item() for row in rest]
+        chosen.append(rest[gaps.index(min(gaps))])
+    assert herd(values, 9, normalize_mean=True).tolist() == chosen
+    assert herd(values, 9).tolist() != chosen
+
+
 def test_herded_rows_are_the_first_picks_of_their_class_however_many_classes_came_later():
     def encode(images):
         return features(images) + 1

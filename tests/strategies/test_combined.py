@@ -5,7 +5,9 @@ from cl_runner.errors import ConfigError
 from cl_runner.fisher.estimators import Probe
 from cl_runner.memory import Herding, Reservoir
 from cl_runner.models.mlp import MLP
-from cl_runner.strategies import DER, ER, EWC, SI, Combined, ICaRL, Joint, LwF
+from cl_runner.models.timm import Timm
+from cl_runner.strategies import DER, ER, EWC, SI, Combined, DualPrompt, ICaRL, Joint, LwF
+from cl_runner.strategies.base import Strategy
 from cl_runner.streams.split import Split
 from tests.strategies.midway import assert_resumes
 from tests.toys import learn, toy_model, toy_stream
@@ -96,6 +98,31 @@ def test_what_only_one_part_can_say_is_said_by_the_first_that_has_it(caplog):
     assert torch.equal(answers, icarl.predict(batch.images, batch.task_ids))
 
 
+@pytest.mark.parametrize("names", [("lwf", "der"), ("der", "lwf")])
+def test_replayed_rows_count_as_the_method_with_the_memory_has_it_wherever_it_stands(names):
+    stream = toy_stream("class")
+    model = toy_model(stream)
+    strategy = combined(*names)
+    learn(strategy, stream, model, tasks=2)
+    batch = strategy.before_batch(stream.tasks[1].train[:8])
+    output = model(batch.images)
+    assert torch.equal(strategy.task_loss(batch, output), strategy.parts["der"].task_loss(batch, output))
+
+
+def test_other_parts_see_a_batch_before_a_memory_joins_it():
+    stream = toy_stream("domain")
+    seen = []
+
+    class Watching(Strategy):
+        def before_batch(self, batch):
+            seen.append(len(batch))
+            return batch
+
+    parts = {"er": ER(memory=Reservoir(size=12)), "watching": Watching()}
+    learn(Combined(parts=parts), stream, toy_model(stream))
+    assert set(seen) == {8}
+
+
 def test_each_part_refuses_what_it_cannot_serve():
     combined("ewc", "er").check(digits("domain"), MLP(widths=[8]))
     with pytest.raises(ConfigError, match=r"strategy: expected stream\.scenario="):
@@ -106,12 +133,13 @@ def test_each_part_refuses_what_it_cannot_serve():
     ("parts", "reason"),
     [
         ({"er": PARTS["er"](), "der": PARTS["der"]()}, "expected one method with a memory, got er, der"),
+        ({"er": PARTS["er"](), "prompts": DualPrompt()}, "expected no method with a memory beside prompts, got er"),
         ({"ewc": PARTS["ewc"](), "joint": Joint()}, "expected methods that learn one model task by task, got joint"),
     ],
 )
 def test_parts_that_do_not_go_together_are_refused(parts, reason):
     with pytest.raises(ConfigError, match=rf"strategy\.parts: {reason}"):
-        Combined(parts=parts).check(digits(), MLP(widths=[8]))
+        Combined(parts=parts).check(digits(), Timm(name="test_vit", pretrained=False))
 
 
 def test_nothing_to_combine_is_refused():

@@ -33,7 +33,7 @@ def test_the_logits_are_those_of_the_model_when_the_rows_were_stored():
     strategy = DER(memory=Reservoir(size=100))
     trainer, _ = toy_trainer(strategy, stream, model)
     model.reveal(stream.tasks[0])
-    trainer.optimizer = trainer._new_optimizer()
+    trainer.optimizer = trainer._new_optimizer({})
     trainer.scheduler = trainer.work.make_scheduler(optimizer=trainer.optimizer, steps=9)
     answers = []
     for batch in stream.tasks[0].train.batches(8):

@@ -45,7 +45,7 @@ def test_the_terms_are_the_features_angle_and_a_margin_to_the_hardest_new_classe
     model = toy_model(stream)
     strategy = lucir(strength=2.0, margin=0.8, margin_strength=3.0, negatives=1)
     at_task(strategy, stream, model, 2)
-    batch = stream.tasks[2].train[:3] + strategy.memory.examples[:4]
+    batch = strategy.before_batch(stream.tasks[2].train[:3] + strategy.memory.examples[:4])
     model.eval()
     before = model(batch.images).features.detach()
     with torch.no_grad():

@@ -1,8 +1,10 @@
 from copy import deepcopy
 
+import pytest
 import torch
 import torch.nn.functional as F
 
+from cl_runner.errors import ConfigError
 from cl_runner.memory import Reservoir
 from cl_runner.strategies import MIR
 from tests.toys import learn, toy_model, toy_stream
@@ -39,8 +41,13 @@ def test_it_replays_the_rows_that_a_step_on_the_fresh_ones_would_harm_most():
 
 
 def test_it_chooses_among_the_candidates_drawn():
-    strategy, _, fresh = standing(candidates=5, replay_batch_size=9)
+    strategy, _, fresh = standing(candidates=5)
     assert len(strategy.before_batch(fresh)) == 8 + 5
+
+
+def test_no_choice_is_refused():
+    with pytest.raises(ConfigError, match=r"strategy\.candidates: expected more than replay_batch_size=5, .* got 5"):
+        MIR(memory=Reservoir(size=40), candidates=5, replay_batch_size=5)
 
 
 def test_trying_the_step_changes_neither_weights_nor_statistics_nor_gradients():

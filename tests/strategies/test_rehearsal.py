@@ -9,7 +9,7 @@ import torch
 from cl_runner.errors import ConfigError
 from cl_runner.evaluate import accuracies
 from cl_runner.memory import ClassBalanced, Herding, Reservoir
-from cl_runner.strategies import AGEM, DER, ER, ERACE, GEM, MIR, DERpp, Finetune, GDumb
+from cl_runner.strategies import AGEM, DER, ER, ERACE, GEM, LUCIR, MIR, BiC, DERpp, Finetune, GDumb, ICaRL
 from cl_runner.strategies.rehearsal import features_of, weighted
 from cl_runner.streams.base import Scenario, concatenate
 from tests.toys import learn, toy_model, toy_stream, toy_trainer
@@ -26,6 +26,11 @@ METHODS = {
     "er_ace": lambda: ERACE(memory=Reservoir(size=30)),
     "mir": lambda: MIR(memory=Reservoir(size=30)),
 }
+TAUGHT = {
+    "icarl": lambda: ICaRL(memory=Herding(size=4, per="class")),
+    "bic": lambda: BiC(memory=Herding(size=4, per="class")),
+    "lucir": lambda: LUCIR(memory=Herding(size=4, per="class")),
+}
 REPLAYING = {name: METHODS[name] for name in ("er", "er_weighted", "der", "derpp", "er_ace", "mir")}
 each_method = pytest.mark.parametrize("make", METHODS.values(), ids=METHODS)
 each_replaying = pytest.mark.parametrize("make", REPLAYING.values(), ids=REPLAYING)
@@ -37,7 +42,7 @@ def in_second_task(strategy, stream, model, **settings):
     trainer, _ = toy_trainer(strategy, stream, model, **settings)
     model.reveal(stream.tasks[1])
     strategy.before_task(stream.tasks[1])
-    trainer.optimizer = trainer._new_optimizer()
+    trainer.optimizer = trainer._new_optimizer({})
     trainer.parameters = list(model.parameters())
     trainer.scheduler = trainer.work.make_scheduler(optimizer=trainer.optimizer, steps=10)
     return trainer
@@ -121,7 +126,7 @@ def test_the_memory_stays_uint8(make):
     assert strategy.memory.examples.images.dtype == torch.uint8
 
 
-@each_method
+@pytest.mark.parametrize("make", [*METHODS.values(), *TAUGHT.values()], ids=[*METHODS, *TAUGHT])
 def test_a_batch_learned_in_pieces_gives_the_gradient_of_the_whole(make):
     found = []
     for accumulate in (1, 3):
@@ -130,7 +135,10 @@ def test_a_batch_learned_in_pieces_gives_the_gradient_of_the_whole(make):
         trainer = in_second_task(strategy, stream, model)
         trainer.accumulate = accumulate
         torch.manual_seed(5)
-        losses = trainer.step(stream.tasks[1].train[:8])
+        batch = stream.tasks[1].train[:8]
+        if make in TAUGHT.values():  # exemplars are part of the task's data
+            batch = batch[:5] + strategy.memory.examples[:3]
+        losses = trainer.step(batch)
         found.append([losses["total"], *(parameter.grad for parameter in model.parameters())])
     for whole, pieces in zip(*found, strict=True):
         torch.testing.assert_close(whole, pieces)
@@ -153,7 +161,7 @@ def test_a_run_that_is_resumed_in_the_middle_of_a_task_equals_an_uninterrupted_o
 
     other_model, other = toy_model(stream, norm=norm, seed=1), make()
     again, _ = toy_trainer(other, stream, other_model)
-    again.optimizer, again.parameters = again._new_optimizer(), []
+    again.optimizer, again.parameters = again._new_optimizer({}), []
     again.scheduler = again.work.make_scheduler(optimizer=again.optimizer, steps=10)
     file.seek(0)
     weights, state, random = torch.load(file, weights_only=True)
