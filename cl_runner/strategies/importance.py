@@ -47,12 +47,16 @@ class Importance(Strategy):
         share = len(task.classes) / sum(len(each.classes) for each in self.stream.tasks[: task.index + 1])
         return self.importance.scaled(1 - share).plus(importance, share)
 
+    def of_held(self, importance: Diagonal) -> Diagonal:
+        """Of `importance`, that of the weights and rows that can be held now."""
+        anchor = Anchor.at(self.model, head=self.head)
+        return importance.only(anchor.weights).only_rows(anchor.covered)
+
     def hold(self, importance: Diagonal) -> None:
         """Hold the weights as they are now, by `importance` alone."""
         anchor = Anchor.at(self.model, head=self.head)
         if anchor.weights:
-            held = importance.only(anchor.weights).only_rows(anchor.covered)
-            self.held = Penalty().plus(held, anchor.weights)
+            self.held = Penalty().plus(self.of_held(importance), anchor.weights)
 
 
 class PathIntegral(Importance):

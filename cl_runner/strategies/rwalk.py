@@ -20,12 +20,14 @@ class RWalk(PathIntegral):
     """Hold each weight by its Fisher, a moving average over training (EWC++), plus its score: how far it made the loss
     fall for each unit of KL divergence that it moved the outputs by; both scaled to [0, 1] (section 4.1).
 
+    As in the authors' code, the loss is that without the penalty, and what made it rise in an interval counts as none.
     Deviations: the Fisher is whatever estimator is given, of each fresh batch's own samples, where the authors' code
     squares the batch's mean gradient (fisher=batched); scaled by the largest value alone, the least being as good as 0.
     """
 
     saved = (*PathIntegral.saved, "average", "score", "past", "corner", "made")
     name = "rwalk"
+    unregularised = True
 
     def __init__(
         self,
@@ -73,9 +75,8 @@ class RWalk(PathIntegral):
 
     def after_task(self, task: Task) -> None:
         self._close()
-        score = Diagonal({name: values.clamp(min=0) for name, values in self.score.values.items()})
-        self.past = self.past.plus(score).scaled(0.5) if self.past.values else score
-        self.hold(_scaled(self.average).plus(_scaled(self.past)))
+        self.past = self.past.plus(self.score).scaled(0.5) if self.past.values else self.score
+        self.hold(_scaled(self.of_held(self.average)).plus(_scaled(self.of_held(self.past))))
 
     @torch.no_grad()
     def _close(self) -> None:
@@ -84,7 +85,7 @@ class RWalk(PathIntegral):
         for name, fisher in self.average.values.items():
             if name in self.path:
                 divergence = fisher * (trainable(self.model)[name] - self.corner[name]).square() / 2
-                gained[name] = self.path[name] / (divergence + self.epsilon)
+                gained[name] = self.path[name].clamp(min=0) / (divergence + self.epsilon)
         self.score = self.score.plus(Diagonal(gained))
         self._turn()
 

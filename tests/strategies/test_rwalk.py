@@ -64,8 +64,45 @@ def test_the_score_is_the_fall_of_the_loss_for_each_unit_of_divergence():
         by_hand = torch.zeros_like(found)
         for number, path in enumerate(strategy.paths):
             moved = corners[number + 1][name] - corners[number][name]
-            by_hand += path[name] / (strategy.averages[number][name] * moved**2 / 2 + 1e-5)
-        torch.testing.assert_close(found, by_hand.clamp(min=0), rtol=1e-3, atol=1e-4)
+            by_hand += path[name].clamp(min=0) / (strategy.averages[number][name] * moved**2 / 2 + 1e-5)
+        torch.testing.assert_close(found, by_hand, rtol=1e-3, atol=1e-4)
+
+
+def test_the_score_leaves_out_the_gradient_of_its_own_penalty():
+    stream = toy_stream("domain")
+    model = toy_model(stream)
+    strategy = RWalk(fisher=Exact(), strength=1.0, interval=100)
+    learn(strategy, stream, model, tasks=1)
+    strategy.before_task(stream.tasks[1])
+    batch = strategy.before_batch(stream.tasks[1].train)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1
+    output = model(batch.images)
+    loss = strategy.task_loss(batch, output)
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    slopes = dict(zip(names, torch.autograd.grad(loss, parameters, retain_graph=True), strict=True))
+    model.zero_grad()
+    (loss + strategy.penalties(batch, output)["rwalk"]).backward()
+    strategy.after_backward()
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter -= 0.5
+    strategy.after_step(batch, output)
+    for name, path in strategy.path.items():
+        torch.testing.assert_close(path, 0.5 * slopes[name], rtol=1e-4, atol=1e-6)
+
+
+def test_without_the_head_the_importances_of_the_rest_are_scaled_to_one_each():
+    stream = toy_stream("domain")
+    strategy = RWalk(fisher=Exact(), head=False)
+    learn(strategy, stream, toy_model(stream), tasks=1)
+    parts = [strategy.of_held(part) for part in (strategy.average, strategy.past)]
+    assert all("head.weight" not in part.values for part in parts)
+    for name, found in strategy.importance.values.items():
+        largest = [max(values.max() for values in part.values.values()) for part in parts]
+        by_hand = sum(part.values[name] / most for part, most in zip(parts, largest, strict=True))
+        torch.testing.assert_close(found, by_hand)
 
 
 def test_the_importance_is_the_fisher_plus_the_score_each_with_one_for_its_largest():
