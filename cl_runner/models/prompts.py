@@ -71,7 +71,8 @@ class Prompts(nn.Module):
                 query = backbone(*inputs)
         finally:
             self._asking = False
-        self.choose(query)
+        with torch.autocast(query.device.type, enabled=False):  # the same prompts, in whatever precision is trained
+            self.choose(query.float())
 
 
 class Pool(Prompts):
@@ -183,7 +184,8 @@ class Experts(Prompts):
 
     @torch.no_grad()
     def begin(self, task: int) -> None:
-        for parameter in (self.expert, self.key):
+        """A new key; the prompts go on from those of the task before."""
+        for parameter in (self.expert, self.key) if task == 0 else (self.key,):
             parameter.copy_(0.02 * torch.randn(parameter.shape))
 
     @torch.no_grad()
@@ -260,10 +262,11 @@ class Components(Prompts):
     def dependence(self) -> Tensor:
         """|B B' - I|^2 over all banks B, without the part that is fixed; a scalar, zero where rows are orthonormal."""
         total = torch.zeros((), device=self.get_parameter("keys").device)
-        for current, past in self.banks:
-            live, known = current.flatten(2), past.flatten(2)
-            own = live @ live.mT - torch.eye(self.components, device=live.device)
-            total = total + own.square().sum() + 2 * (live @ known.mT).square().sum()
+        with torch.autocast(total.device.type, enabled=False):
+            for current, past in self.banks:
+                live, known = current.flatten(2), past.flatten(2)
+                own = live @ live.mT - torch.eye(self.components, device=live.device)
+                total = total + own.square().sum() + 2 * (live @ known.mT).square().sum()
         return total
 
     def enter(self, backbone: VisionTransformer) -> None:

@@ -20,9 +20,10 @@ class CODAPrompt(Prompting):
     """Learn prompt components for each task, on top of those of earlier tasks, which stay; mix them by the query.
 
     A block's prompt is sum_m cos(q * A_m, K_m) P_m over all components so far; half of it are further keys, half
-    values of a frozen vision transformer's attention. The loss gains strength * |B B' - I|^2 for B = P, K and A in each
-    block; new components begin orthonormal, also to the earlier ones. The paper's loss sees the task's own outputs
-    alone: trainer.active_logits=current.
+    values of a frozen vision transformer's attention. New components begin orthonormal, also to the earlier ones; the
+    loss gains strength * |B B' - I|^2, a sum, for B = P, K and A in each block. Since they begin so, the authors' code
+    has a strength of 0; the 0.1 of the paper's runs went there with a mean over B B' and a further factor of 1e-6.
+    The paper's loss sees the task's own outputs alone: trainer.active_logits=current.
     """
 
     prompts: Components
@@ -33,7 +34,7 @@ class CODAPrompt(Prompting):
         blocks: Sequence[int] = (0, 1, 2, 3, 4),
         components: Annotated[int, Field(ge=1)] = 10,
         length: Annotated[int, Field(ge=2)] = 8,
-        strength: Annotated[float, Field(ge=0)] = 0.1,
+        strength: Annotated[float, Field(ge=0)] = 0.0,
     ) -> None:
         """`blocks`: of the transformer, from 0; `components`: a task; `length`: a prompt's keys and values together."""
         if length % 2:

@@ -17,8 +17,8 @@ class DualPrompt(Prompting):
 
     Prompts are further keys and values of a frozen vision transformer's attention (prefix tuning). The loss gains
     strength * the cosine distance from the task's key to the query; when asked, each image gets the prompts of the
-    learned task whose key is nearest, also where its task is told. The paper's loss sees the task's own outputs alone:
-    trainer.active_logits=current.
+    learned task whose key is nearest, also where its task is told. A task's prompts begin as the task before left its
+    own, as in the authors' code. The paper's loss sees the task's own outputs alone: trainer.active_logits=current.
     """
 
     def __init__(
@@ -30,7 +30,8 @@ class DualPrompt(Prompting):
         expert_length: Annotated[int, Field(ge=1)] = 20,
         strength: Annotated[float, Field(ge=0)] = 1.0,
     ) -> None:
-        """`…_blocks`: of the transformer, from 0; `…_length`: keys, and as many values, in each."""
+        """`…_blocks`: of the transformer, from 0; `…_length`: keys, and as many values, in each (the authors' code has
+        an `expert_length` of 20 for ImageNet-R and of 5 for CIFAR-100)."""
         self.general_blocks, self.expert_blocks = general_blocks, expert_blocks
         self.general_length, self.expert_length, self.strength = general_length, expert_length, strength
 

@@ -15,15 +15,19 @@ from cl_runner.streams.base import Examples, Scenario, Stream, Task
 
 
 class SLCA(Strategy):
-    """Let the backbone learn more slowly than the head; after each task, train the head again on all classes' features.
+    """Let the backbone learn more slowly than the head; after each task but the first, train the head again on all
+    classes' features.
 
     The features are drawn from a Gaussian for each class, of the mean and covariance that its features had when its
-    task was learned. The backbone's steps are `backbone_rate` times what the optimizer makes of them, which is a
-    learning rate of that ratio in every optimizer whose step is proportional to its rate. In the paper a task's loss
-    sees its own outputs alone: trainer.active_logits=current.
+    task was learned. The head so aligned answers; the next task goes on from the one before it was. The backbone's
+    steps are `backbone_rate` times what the optimizer makes of them, which is a learning rate of that ratio in every
+    optimizer whose step is proportional to its rate. In the paper a task's loss sees its own outputs alone:
+    trainer.active_logits=current. Other than in the authors' code, logits are brought to length one over all classes,
+    not with the mean length over tasks (which makes its temperature higher by the root of their number); old classes'
+    means are not shrunk as they are drawn from; and the alignment has no weight decay.
     """
 
-    saved = ("moments",)
+    saved = ("moments", "unaligned")
 
     def __init__(
         self,
@@ -43,6 +47,13 @@ class SLCA(Strategy):
     def setup(self, model: Model, stream: Stream) -> None:
         super().setup(model, stream)
         self.moments = Moments(stream.num_classes, model.head.in_features, shared=False, device=home(model.device))
+        self.unaligned: dict[str, Tensor] = {}  # the head's parameters as the last task left them
+
+    @torch.no_grad()
+    def before_task(self, task: Task) -> None:
+        rows = self.moments.seen  # those of new classes have been drawn since
+        for name, value in self.unaligned.items():
+            self.model.head.get_parameter(name)[rows] = value[rows]
 
     @torch.no_grad()
     def after_backward(self) -> None:
@@ -56,13 +67,17 @@ class SLCA(Strategy):
 
     def after_task(self, task: Task) -> None:
         self.moments.add(*gathered(self.model, task.train, self.batch_size))
-        if self.epochs:
+        if self.epochs and task.index:
+            self.unaligned = {name: value.detach().clone() for name, value in self.model.head.named_parameters()}
             self.align()
 
     def align(self) -> None:
         """Train the head on drawn features of all classes so far."""
         head, rivals = self.model.head, self._rivals()
-        optimizer = torch.optim.SGD(head.parameters(), self.lr, momentum=0.9)
+        learning = [parameter for parameter in head.parameters() if parameter.requires_grad]
+        if not learning:
+            return
+        optimizer = torch.optim.SGD(learning, self.lr, momentum=0.9)
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.epochs)
         for _ in range(self.epochs):
             features, labels = (drawn.to(self.model.device) for drawn in self.moments.drawn(self.samples))

@@ -118,15 +118,39 @@ def test_a_class_that_comes_back_adds_to_its_statistics():
     assert strategy.moments.counts.tolist() == [36, 36]
 
 
-@pytest.mark.parametrize("part", ["head", "layer"])
+@pytest.mark.parametrize("part", ["head", "backbone"])
 def test_frozen_parts_stay(part):
-    stream = toy_stream()
+    stream = toy_stream(num_tasks=2)
     model = toy_model(stream)
-    if part == "layer":
-        model.backbone.requires_grad_(False)
-    before = model.backbone[1].weight.clone()
+    for task in stream.tasks:
+        model.reveal(task)
+    model.get_submodule(part).requires_grad_(False)
+    before = {name: value.clone() for name, value in model.named_parameters()}
     learn(SLCA(), stream, model)
-    assert torch.equal(model.backbone[1].weight, before) == (part == "layer")
+    still = {name for name, value in model.named_parameters() if torch.equal(value, before[name])}
+    assert still == {name for name in before if name.startswith(part)}
+
+
+def test_the_head_is_not_aligned_after_the_first_task():
+    stream = toy_stream("class")
+    model, plain = toy_model(stream), toy_model(stream)
+    learn(SLCA(), stream, model, tasks=1)
+    learn(SLCA(epochs=0), stream, plain, tasks=1)
+    assert all(torch.equal(one, other) for one, other in zip(model.parameters(), plain.parameters(), strict=True))
+
+
+def test_the_next_task_goes_on_from_the_head_before_it_was_aligned():
+    stream = toy_stream("class", num_tasks=4)
+    model, plain = toy_model(stream), toy_model(stream)
+    strategy = SLCA()
+    learn(strategy, stream, model, tasks=2)
+    learn(SLCA(epochs=0), stream, plain, tasks=2)
+    assert not torch.equal(model.head.weight[:4], plain.head.weight[:4])
+    model.reveal(stream.tasks[2])
+    fresh = model.head.weight[4:6].clone()
+    strategy.before_task(stream.tasks[2])
+    assert torch.equal(model.head.weight[:4], plain.head.weight[:4])
+    assert torch.equal(model.head.weight[4:6], fresh)
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
