@@ -1,4 +1,4 @@
-"""Dark experience replay (Buzzega et al., 2020, arXiv 2004.07211, eq. 4)."""
+"""Dark experience replay (Buzzega et al., 2020, arXiv 2004.07211)."""
 
 from dataclasses import replace
 from typing import Annotated

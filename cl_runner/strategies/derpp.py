@@ -1,4 +1,4 @@
-"""DER++: dark experience replay that keeps the labels too (Buzzega et al., 2020, arXiv 2004.07211, eq. 6)."""
+"""DER++: dark experience replay that keeps the labels too (Buzzega et al., 2020, arXiv 2004.07211)."""
 
 from typing import Annotated
 

@@ -24,7 +24,12 @@ class EASE(Strategy):
     Each task's adapters are learned from scratch with the head, stand beside every block's MLP, and then stay: they
     span a subspace of their own. A class's score is the sum over subspaces of the cosine between features and its mean
     there, `alpha` times in those of other tasks. Means that old classes would have in a new subspace are made up from
-    those of the new classes they resemble. An answer takes a pass through the network for each task so far.
+    those of the new classes they resemble. An answer takes a pass through the network for each task so far, and what it
+    takes beside the backbone is not in a finished run's file of weights.
+
+    The paper's loss sees the task's own outputs alone: trainer.active_logits=current. Other than in the authors' code,
+    adapters are learned with a linear head, not one of cosines; they see what the MLP sees, the normed tokens; `alpha`
+    is not divided by the number of tasks; and old means are made up from the classes of the subspace's own task.
     """
 
     saved = ("learned", "subspaces")

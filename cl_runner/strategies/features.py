@@ -51,7 +51,8 @@ class Recalled:
 class ClosedForm(Strategy):
     """Gather what is kept of each class's features, without augmentation, and answer from that.
 
-    One pass over a task's images gathers them; those of an image that is asked about are computed once too.
+    One pass over a task's images gathers them; those of an image that is asked about are computed once too. A finished
+    run's file of weights holds the backbone as it came, and none of the statistics.
     """
 
     counts: Tensor  # [K] float64: examples of each class

@@ -17,9 +17,13 @@ from cl_runner.streams.base import Stream
 class FeCAM(ClosedForm):
     """Train nothing: name the class that is nearest by the Mahalanobis distance of its own covariance.
 
-    Features are taken to the power of `power` (Tukey's ladder of powers; negative ones keep their sign, of which the
-    paper's have none). Covariances are shrunk to C + g1 v1 I + g2 v2 (1 - I), v1 and v2 the means on and off their
-    diagonal, and then made correlations. Means and covariances are those of the transformed features.
+    Features are taken to the power of `power` (Tukey's ladder of powers; negative ones keep their sign). Covariances
+    are shrunk to C + g1 v1 I + g2 v2 (1 - I), v1 and v2 the means on and off their diagonal, and then made
+    correlations. Means and covariances are those of the transformed features.
+
+    The defaults are those for convolutional networks, which the authors' code shrinks twice: g1 = g2 = 3 here. For its
+    vision transformers: power=1 off_diagonal_shrinkage=0 unit_length=first. A shared covariance is that within classes,
+    where theirs is that of tasks.
     """
 
     saved = ("moments",)
@@ -31,12 +35,13 @@ class FeCAM(ClosedForm):
         diagonal_shrinkage: Annotated[float, Field(ge=0)] = 1.0,
         off_diagonal_shrinkage: Annotated[float, Field(ge=0)] = 1.0,
         normalize: bool = True,
-        unit_length: bool = True,
+        unit_length: Literal["compared", "first"] | None = "compared",
         covariance: Literal["class", "shared"] = "class",
         batch_size: Annotated[int, Field(ge=1)] = 256,
     ) -> None:
         """The shrinkages are g1 and g2 above; `normalize`: covariances into correlations; `unit_length`: of features
-        and means when they are compared; `covariance`: of each class (8 K D^2 bytes), or one of all."""
+        and means when they are compared, or of features before all else; `covariance`: of each class (8 K D^2 bytes,
+        and as many again once it has been asked), or one of all."""
         super().__init__(batch_size)
         self.power, self.normalize, self.unit_length = power, normalize, unit_length
         self.diagonal_shrinkage, self.off_diagonal_shrinkage = diagonal_shrinkage, off_diagonal_shrinkage
@@ -76,6 +81,8 @@ class FeCAM(ClosedForm):
         covariance = self.moments.covariance(label)
         eye = torch.eye(len(covariance)).to(covariance)
         diagonal = covariance.diagonal().mean()
+        if diagonal == 0:  # of a single example: nothing says which directions matter
+            return eye
         rest = (covariance * (1 - eye)).sum() / max(covariance.numel() - len(covariance), 1)
         shrunk = covariance + self.diagonal_shrinkage * diagonal * eye + self.off_diagonal_shrinkage * rest * (1 - eye)
         if self.normalize:
@@ -85,7 +92,8 @@ class FeCAM(ClosedForm):
         return vectors * torch.where(values > 1e-12 * values[-1], values, torch.inf).rsqrt()
 
     def _transformed(self, features: Tensor) -> Tensor:
+        features = F.normalize(features) if self.unit_length == "first" else features
         return features.sign() * features.abs() ** self.power
 
     def _scaled(self, features: Tensor) -> Tensor:
-        return F.normalize(features) if self.unit_length else features
+        return F.normalize(features) if self.unit_length == "compared" else features

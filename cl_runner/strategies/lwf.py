@@ -19,7 +19,8 @@ class LwF(Strategy):
     """On each new batch, keep answering for the old outputs as the model did before the task.
 
     With the pretrained model as a teacher, its own head's answers are kept as well, throughout (the paper's old task
-    is such a pretrained one; peers distil from the previous task alone).
+    is such a pretrained one; peers distil from the previous task alone). The paper first trains the new outputs by
+    themselves, which is left out here as it is there.
     """
 
     saved = ("teacher", "old_groups", "number")

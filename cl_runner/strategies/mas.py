@@ -13,7 +13,7 @@ from cl_runner.streams.base import Seed, Stream, Task
 
 class MAS(Importance):
     """Hold each weight as firmly as the model's outputs depend on it: by the mean over samples of |d||z||^2/dw|, summed
-    over tasks (eq. 3, 4); no labels are needed.
+    over tasks (eq. 2, 3); no labels are needed.
 
     z are the logits, where the paper leaves open which outputs; those of the task, unless `logits` says otherwise.
     """

@@ -48,7 +48,7 @@ class RanPAC(ClosedForm):
 
     def gather(self, features: Tensor, labels: Tensor) -> None:
         targets = torch.eye(len(self.counts)).to(features)[labels]  # [N, K]
-        if self.fixed_ridge is None:
+        if self.fixed_ridge is None and len(features) > 1:
             self.ridge = best_ridge(self.projected(features), targets)
         for rows, marks in zip(features.split(self.batch_size), targets.split(self.batch_size), strict=True):
             projected = self.projected(rows)

@@ -29,9 +29,10 @@ class SI(PathIntegral):
         head: bool = True,
     ) -> None:
         """`strength`: the paper's c; `epsilon`: its damping; `gradient`: that the path integral takes, of the whole
-        loss, or without SI's own penalty; `negative`: what becomes of a task's importance where a weight made the loss
-        rise (the paper keeps it; such a weight is pushed away); `accumulation`: over tasks, the paper's sum, or an
-        average in which each class counts once; `head`: whether the head is held too."""
+        loss (van de Ven's code), or without SI's own penalty (the paper's eq. 3); `negative`: what becomes of a task's
+        importance where a weight made the loss rise (the paper keeps it; such a weight is pushed away);
+        `accumulation`: over tasks, the paper's sum, or an average in which each class counts once; `head`: whether the
+        head is held too."""
         super().__init__(strength, head)
         self.epsilon, self.negative = epsilon, negative
         self.unregularised = gradient == "task"

@@ -19,7 +19,7 @@ def learned(strategy, size=24):
 
 
 def test_with_the_identity_for_covariance_it_is_the_nearest_mean():
-    identity = FeCAM(power=1.0, diagonal_shrinkage=1e9, off_diagonal_shrinkage=0.0, unit_length=False)
+    identity = FeCAM(power=1.0, diagonal_shrinkage=1e9, off_diagonal_shrinkage=0.0, unit_length=None)
     fecam, ncm = learned(identity)[0], learned(NCM(distance="euclidean"))[0]
     torch.testing.assert_close(-(-fecam).sqrt(), ncm, rtol=1e-4, atol=1e-4)
 
@@ -51,6 +51,29 @@ def test_each_class_has_a_covariance_of_its_own():
 def test_negative_features_keep_their_sign():
     strategy = FeCAM(power=0.5)
     torch.testing.assert_close(strategy._transformed(torch.tensor([-4.0, 0.0, 9.0])), torch.tensor([-2.0, 0.0, 3.0]))
+
+
+def test_features_may_be_brought_to_length_one_before_all_else():
+    strategy = FeCAM(power=1.0, unit_length="first")
+    _, train, _, labels = learned(strategy)
+    expected = torch.stack([F.normalize(train[labels == label]).mean(0) for label in range(6)])
+    torch.testing.assert_close(strategy.moments.means, expected)
+
+
+def test_a_class_of_one_image_is_not_the_answer_to_everything():
+    strategy = FeCAM()
+    learned(strategy)
+    images = strategy.stream.tasks[0].train.images
+    with torch.no_grad():
+        features = strategy.model(images).features.double()
+    before = strategy.predict(images, torch.zeros(len(images), dtype=torch.long))
+    strategy.counts[5] = 0.0
+    strategy.moments.means[5], strategy.moments.scatter[5] = 0.0, 0.0
+    strategy.gather(-features[:1], torch.tensor([5]))  # far from all
+    strategy.classifier = None
+    after = strategy.predict(images, torch.zeros(len(images), dtype=torch.long))
+    assert torch.equal(after[:, :5], before[:, :5])
+    assert (after.argmax(1) != 5).all()
 
 
 @pytest.mark.parametrize("normalize", [True, False])
