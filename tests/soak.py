@@ -15,6 +15,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,8 @@ def begun(cfg: DictConfig, log: Path) -> int:
         os.dup2(out, 2)
         carry_out(check(cfg))
         status = 0
+    except Exception:
+        traceback.print_exc()  # its last line is what `finished` says
     finally:
         os._exit(status)
 

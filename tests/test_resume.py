@@ -18,6 +18,7 @@ OFTEN = ["trainer.checkpoint_every=3", "trainer.log_every=4", "stream.validation
 VIT = ["model=timm", "model.name=test_vit", "model.pretrained=false", "model.image_size=32", "stream.max_per_class=24"]
 OWN = {
     **{name: ["stream.scenario=class"] for name in ("bic", "lucir")},
+    "combined": ["strategy.parts.ewc.strength=10"],
     "ewc": ["strategy.strength=10"],
     "ranpac": ["strategy.projection=64"],
     "slca": ["strategy.epochs=1"],
