@@ -1,3 +1,4 @@
+import signal
 import sys
 
 import pytest
@@ -6,6 +7,7 @@ import torch
 from cl_runner.__main__ import main
 
 torch.set_num_threads(1)  # the suite runs in several processes
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has what it starts in the background ignore Ctrl-C
 
 
 def pytest_collection_modifyitems(items):

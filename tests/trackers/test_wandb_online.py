@@ -280,17 +280,52 @@ def test_a_server_that_is_lost_on_the_way_gets_the_rest_later(
     assert job.received.state == "finished"
 
 
-def test_four_jobs_of_one_process_are_four_whole_runs_of_one_group(
-    server: Loopback, tmp_path: Path, cl_runner: Callable[..., tuple[int, str]]
-) -> None:
-    small = "stream=split_digits stream.num_tasks=2 model=mlp model.widths=[12] strategy=finetune trainer.epochs=1"
-    said = cl_runner(
-        "-m", *small.split(), "seed=0,1,2,3", "tracker=wandb", "tracker.project=four", "device=cpu", small=False
-    )
-    assert said[0] == 0, said
-    runs = [run for run in server.runs.values() if run.project == "four"]
-    journals = [[row["seq"] for row in read_journal(folder)] for folder in (tmp_path / "outputs").glob("*-s[0-3]-*")]
+FOUR = [
+    "-m",
+    "stream=split_digits",
+    "stream.num_tasks=2",
+    "model=mlp",
+    "model.widths=[12]",
+    "strategy=finetune",
+    "trainer.epochs=1",
+    "seed=0,1,2,3",
+    "tracker=wandb",
+    "device=cpu",
+]
+
+
+def assert_four_whole_runs(server: Loopback, project: str, outputs: Path) -> None:
+    runs = sorted((run for run in server.runs.values() if run.project == project), key=lambda run: run.name)
+    journals = [[row["seq"] for row in read_journal(folder)] for folder in sorted(outputs.glob("*-s[0-3]-*"))]
+    assert [run.name.rpartition(" · ")[2] for run in runs] == ["s0", "s1", "s2", "s3"]
     assert [run.state for run in runs] == ["finished"] * 4
     assert [run.steps[:-1] for run in runs] == journals
     assert len({run.group for run in runs}) == 1
-    assert {run.name.rpartition(" · ")[2] for run in runs} == {"s0", "s1", "s2", "s3"}
+
+
+def test_four_jobs_of_one_process_are_four_whole_runs_of_one_group(
+    server: Loopback, tmp_path: Path, cl_runner: Callable[..., tuple[int, str]]
+) -> None:
+    said = cl_runner(*FOUR, "tracker.project=four", small=False)
+    assert said[0] == 0, said
+    assert_four_whole_runs(server, "four", tmp_path / "outputs")
+
+
+def test_of_four_jobs_those_that_find_the_server_gone_are_sent_later(
+    server: Loopback, tmp_path: Path, cl_runner: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    close, closed = Wandb.close, []
+
+    def close_and_lose_the_server(self: Wandb, *how: bool) -> None:
+        close(self, *how)
+        closed.append(self)
+        server.gone = len(closed) >= 2
+
+    monkeypatch.setattr(Wandb, "close", close_and_lose_the_server)
+    said = cl_runner(*FOUR, "tracker.project=lost", small=False)
+    assert said[0] == 0, said
+    assert len([run for run in server.runs.values() if run.project == "lost"]) == 2
+    server.recover()
+    said = cl_runner("sync", "outputs", small=False)
+    assert said[0] == 0, said
+    assert_four_whole_runs(server, "lost", tmp_path / "outputs")
