@@ -19,12 +19,18 @@ COMMANDS = {
 
 
 def main() -> None:
-    """What the `cl-runner` script runs. Exit status: 0 done, 1 a run failed, 2 the configuration cannot work."""
+    """What the `cl-runner` script runs.
+
+    Exit status: 0 done, 1 a run failed, 2 the configuration cannot work, 128 + n stopped by signal n.
+    """
     try:
         _answer(sys.argv[1:])
     except ConfigError as error:
         print(f"cl-runner: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:  # before there is a run, which would say more
+        print("cl-runner: stopped", file=sys.stderr)
+        sys.exit(130)
 
 
 def _answer(argv: list[str]) -> None:

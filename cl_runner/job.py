@@ -8,6 +8,7 @@ import sys
 import traceback
 from typing import Any
 
+from cl_runner.checkpoint import FOLDER as CHECKPOINTS
 from cl_runner.clock import environment
 from cl_runner.config import Experiment
 from cl_runner.errors import ConfigError
@@ -39,6 +40,8 @@ def _carried_out(experiment: Experiment, folder: RunFolder, interrupt: Interrupt
     if folder.done:  # by another process, since it was asked
         return folder.results
     new = not folder.status
+    if (folder.path / CHECKPOINTS).exists():
+        interrupt.place = "goes on where it was saved"  # until it has been read, and the place is known
     folder.write_config(experiment.config)
     folder.start(
         hash=experiment.hash,

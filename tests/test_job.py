@@ -102,6 +102,21 @@ def test_a_signal_while_a_task_is_consolidated_ends_the_run_as_far_as_it_was_sav
     assert_equal_runs(whole, finished(make()))
 
 
+def test_a_signal_before_a_run_has_read_its_checkpoint_loses_nothing(tmp_path, whole, monkeypatch):
+    make = partial(experiment, tmp_path, "strategy=finetune", *OFTEN)
+    with monkeypatch.context() as patch:
+        patch.setattr("cl_runner.run.seed_all", lambda _: send(signal.SIGTERM))
+        with pytest.raises(Stopped, match="begins anew"):
+            carry_out(make())
+    with pytest.raises(Stopped, match="goes on at task 1, step 14"):
+        carry_out(at_step(make(), 14, partial(send, signal.SIGTERM)))
+    with monkeypatch.context() as patch:
+        patch.setattr("cl_runner.run.seed_all", lambda _: send(signal.SIGTERM))
+        with pytest.raises(Stopped, match="goes on where it was saved"):
+            carry_out(make())
+    assert_equal_runs(whole, finished(make()))
+
+
 def test_a_launcher_is_handed_the_signal_when_the_folder_is_free(tmp_path, whole):
     make = partial(experiment, tmp_path, "strategy=finetune", *OFTEN)
     seen = []

@@ -1,6 +1,7 @@
 import csv
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -188,6 +189,11 @@ def test_a_run_that_fails_says_why_in_one_line_and_leaves_the_traceback(cl_runne
     assert state["state"] == "failed"
     assert "NonFiniteLossError" in state["traceback"]
     assert "Traceback" in (the_run() / "run.log").read_text()
+
+
+def test_ctrl_c_before_there_is_a_run_shows_no_traceback(cl_runner, monkeypatch):
+    monkeypatch.setattr("cl_runner.compose.compose", lambda *_, **__: signal.raise_signal(signal.SIGINT))
+    assert cl_runner() == (130, "cl-runner: stopped\n")
 
 
 def test_list_names_every_choice(cl_runner):
