@@ -137,7 +137,7 @@ class Console(Null):
         self._stop_bars()
         if self._run is not None:
             if failed or preempted:
-                stopped = ("saved and stopped", "bold") if preempted else ("stopped", "bold red")
+                stopped = ("saved and stopped", "bold") if preempted else ("failed", "bold red")
                 self.console.print(Text.assemble(stopped, "; go on with: ", self._run.command), soft_wrap=True)
             show_whereabouts(self._run.folder, self._wandb_line(), self.console)
             self._run = None
