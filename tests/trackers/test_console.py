@@ -61,7 +61,7 @@ def test_the_last_lines_can_be_copied_whatever_the_width(tmp_path: Path) -> None
     ]
 
 
-def test_a_run_that_stops_tells_how_to_go_on(tmp_path: Path) -> None:
+def test_a_run_that_fails_tells_how_to_go_on(tmp_path: Path) -> None:
     terminal, text = pipe()
     shown(tmp_path, terminal, failed=True)
     assert "failed; go on with: cl-runner strategy=ewc\n" in text.getvalue()
