@@ -115,5 +115,14 @@ class Diagonal:
         return torch.stack([values.sum() for values in self.values.values()]).sum() if self.values else torch.zeros(())
 
 
+def finite(fisher: Curvature) -> Curvature:
+    """`fisher`. Raises ValueError, which names a parameter, where it is not finite."""
+    if not torch.isfinite(fisher.trace()):  # waits for the device
+        for name, values in fisher.diagonal().values.items():
+            if not values.isfinite().all():
+                raise ValueError(f"the Fisher of {name} is not finite: the model has diverged, or nearly so")
+    return fisher
+
+
 # Checkpoints are read with `weights_only=True`, which builds no class that is not named here.
 torch.serialization.add_safe_globals([Diagonal])

@@ -15,7 +15,7 @@ from cl_runner.fisher.passes import AddsSquares, SlicedVectors, Vectors, zeros
 from cl_runner.fisher.trial import refuse_batch_dependence, way_for
 from cl_runner.models.model import Model, PretrainedView
 
-VECTORS = 1 << 24  # numbers in the output vectors that are held at a time
+OUTPUT_NUMBERS = 1 << 24  # numbers in the output vectors that are held at a time
 FOLD = 32  # batches that are summed in the parameters' precision before they join the wide sum
 
 
@@ -130,7 +130,7 @@ class SquaredGradients:
             return
         if self._add is None:
             self._add = way_for(self.model, inputs, self.precision)
-        most = max(1, VECTORS // max(1, passes * self.model.head.out_features))
+        most = max(1, OUTPUT_NUMBERS // max(1, passes * self.model.head.out_features))
         for start in range(0, len(inputs), most):
             rows = slice(start, min(start + most, len(inputs)))
             self._add_some(inputs[rows], partial(vectors, rows))
@@ -146,6 +146,8 @@ class SquaredGradients:
         assert self._add is not None
         try:
             self._add(self.model, self._sums.partial, inputs, vectors)
-        except Uncovered:  # raised in the forward pass, before anything was added: this batch takes another path
-            self._add = way_for(self.model, inputs, self.precision)
+        # Raised in the forward pass, before anything was added: this batch takes another path, which its first and last
+        # image alone need not.
+        except Uncovered as uncovered:
+            self._add = way_for(self.model, inputs, self.precision, str(uncovered))
             self._add(self.model, self._sums.partial, inputs, vectors)

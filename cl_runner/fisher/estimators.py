@@ -20,7 +20,7 @@ from pydantic import Field
 from torch import Tensor
 
 from cl_runner.errors import ConfigError
-from cl_runner.fisher.curvature import Curvature, Diagonal
+from cl_runner.fisher.curvature import Curvature, Diagonal, finite
 from cl_runner.fisher.engine import undisturbed, wide
 from cl_runner.fisher.kernels import Precision
 from cl_runner.fisher.passes import SlicedVectors
@@ -137,18 +137,18 @@ class Estimator(ABC):
     def __call__(self, model: Model | PretrainedView, examples: Examples) -> Curvature:
         """The Fisher of every trainable parameter, by the model's own names.
 
-        Raises ValueError where there are no examples, no outputs enter for an example, its label is not among them, or
-        the model's answer to a sample depends on the others or on chance.
+        Raises ValueError where there are no examples, no outputs enter for an example, its label is not among them, the
+        model's answer to a sample depends on the others or on chance, or the Fisher is not finite.
         """
         with self._begun(model, examples) as (prepared, generator):
-            return self._mean(model, prepared, generator)[0]
+            return finite(self._mean(model, prepared, generator)[0])
 
     def estimate(self, model: Model | PretrainedView, examples: Examples) -> tuple[Curvature, Report]:
         """What a call gives, and how it came about; raises what a call raises."""
         start = time.perf_counter()
         with self._begun(model, examples) as (prepared, generator):
             fisher, passes = self._mean(model, prepared, generator)
-            trace = float(fisher.trace())  # waits for the device
+            trace = float(finite(fisher).trace())
             seconds = time.perf_counter() - start
             error = None
             if self.by_chance(prepared) and self.representation != "kronecker":

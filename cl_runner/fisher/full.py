@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cl_runner.errors import ConfigError
 from cl_runner.fisher.curvature import Curvature, Diagonal, Parameters
-from cl_runner.fisher.engine import VECTORS, wide
+from cl_runner.fisher.engine import OUTPUT_NUMBERS, wide
 from cl_runner.fisher.passes import SlicedVectors
 from cl_runner.fisher.per_sample import add_vmapped_squares, even_slices, looped_gradients, vmapped_gradients
 from cl_runner.fisher.trial import objection, refuse_batch_dependence, refuse_dependence
@@ -142,7 +142,7 @@ class OuterProducts:
         self.samples += len(inputs)
         if not self._parameters:
             return
-        most = max(1, VECTORS // max(1, passes * self.model.head.out_features))
+        most = max(1, OUTPUT_NUMBERS // max(1, passes * self.model.head.out_features))
         for rows in even_slices(len(inputs), most):
             self._gradients(self.model, inputs[rows], partial(vectors, rows), self._receive)
 

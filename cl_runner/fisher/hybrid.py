@@ -90,9 +90,10 @@ class Hybrid(Estimator):
 
     Args:
         budget: backward passes a sample, the mean over samples, on average. Exact where that suffices for it.
-        tolerance: the relative error to aim at, instead of a budget. As the error cannot be known beforehand, it is
-            that of the Fisher of the output biases, which the probabilities give in closed form: J = 1. Other
-            parameters' errors are of its order, as their Fisher is a mixture of the same vectors.
+        tolerance: the expected relative error of the output biases' Fisher, instead of a budget: the only one that is
+            known beforehand, since the probabilities give it in closed form (J = 1). Other parameters' Fishers are
+            mixtures of the same vectors, so that their errors are of its order, and may be larger: with 0.05 that of
+            the whole diagonal was 0.089 on an MLP and 0.022 and 0.029 on a CNN. Which it is, the report estimates.
     """
 
     budget: Annotated[float, Field(gt=0)] = 1.0

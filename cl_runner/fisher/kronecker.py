@@ -29,10 +29,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cl_runner.errors import ConfigError
-from cl_runner.fisher.curvature import Curvature, Diagonal, Parameters
-from cl_runner.fisher.engine import VECTORS, Sums
+from cl_runner.fisher.curvature import Curvature, Diagonal, Parameters, finite
+from cl_runner.fisher.engine import OUTPUT_NUMBERS, Sums
 from cl_runner.fisher.graphs import side_stream
-from cl_runner.fisher.layers import Convolution, Linear, Use
+from cl_runner.fisher.layers import Convolution, Linear, Uncovered, Use
 from cl_runner.fisher.passes import SlicedVectors, Vectors, add_passes
 from cl_runner.fisher.per_sample import even_slices
 from cl_runner.fisher.products import CACHE, ROOM, slices
@@ -258,7 +258,7 @@ class KroneckerFactors:
 
     def at_a_time(self, passes: int) -> int:
         """How many samples fit into memory."""
-        return max(1, min(VECTORS // max(1, passes * self.model.head.out_features), HELD // self.numbers))
+        return max(1, min(OUTPUT_NUMBERS // max(1, passes * self.model.head.out_features), HELD // self.numbers))
 
     def layer(self, use: Use) -> Layer | None:
         return self.layers.get(use.names.get("weight", ""))
@@ -285,7 +285,7 @@ class KroneckerFactors:
         """Find out which layers have factors."""
         reason = objection(self.model, inputs[[0, -1]]) if self.parameters else None
         if reason is not None:
-            raise ConfigError("fisher.representation", f"expected diagonal or full for this model, since {reason}")
+            raise _not_held(reason)
         uses = Taps(self.model, inputs[:1]).uses
         calls = Counter(name for use in uses for name in use.names.values())
         for use in uses:
@@ -310,8 +310,11 @@ class KroneckerFactors:
         return Layer(shapes, outputs, columns + len(names) - 1, positions)
 
     def _add(self, inputs: Tensor, vectors: Vectors) -> None:
-        with side_stream(inputs.device):  # where passes may be captured as a CUDA graph
-            self._add_passes(inputs, vectors)
+        try:
+            with side_stream(inputs.device):  # where passes may be captured as a CUDA graph
+                self._add_passes(inputs, vectors)
+        except Uncovered as uncovered:  # a batch for which the model does something else than for the first
+            raise _not_held(str(uncovered)) from None
 
     def _add_passes(self, inputs: Tensor, vectors: Vectors) -> None:
         taps = Taps(self.model, inputs)
@@ -338,6 +341,8 @@ class RotatedSquares:
     """
 
     def __init__(self, factors: KroneckerFactors) -> None:
+        """Raises ValueError where the factors are not finite, and so have no eigenvectors."""
+        finite(factors.curvature())
         self.factors = factors
         self.samples = 0
         self._bases: dict[str, Factors] = {}
@@ -388,6 +393,10 @@ class RotatedSquares:
                 use.flush(totals)
         for use in rotated.values():
             use.close(totals)
+
+
+def _not_held(reason: str) -> ConfigError:
+    return ConfigError("fisher.representation", f"expected diagonal or full for this model, since {reason}")
 
 
 def _has_factors(use: Use) -> bool:

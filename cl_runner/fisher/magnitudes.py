@@ -12,7 +12,7 @@ from cl_runner.errors import ConfigError
 from cl_runner.fisher.curvature import Diagonal, Parameters
 from cl_runner.fisher.engine import Sums
 from cl_runner.fisher.estimators import Estimator
-from cl_runner.fisher.layers import Linear, Use
+from cl_runner.fisher.layers import Linear, Uncovered, Use
 from cl_runner.fisher.passes import Vectors, shared_parameters, zeros
 from cl_runner.fisher.per_sample import even_slices, looped_gradients, vmapped_gradients
 from cl_runner.fisher.products import ROOM
@@ -61,7 +61,14 @@ class Magnitudes(Estimator):
                 inputs = model.preprocess(batch.images)
             add = add or _way_for(model, inputs[[0, -1]])
             for rows in even_slices(len(inputs), max(1, ROOM // largest)):
-                add(model, sums.partial, inputs[rows], partial(vectors, rows), measure=torch.abs)
+                some = inputs[rows], partial(vectors, rows)
+                try:
+                    add(model, sums.partial, *some, measure=torch.abs)
+                except (
+                    Uncovered
+                ):  # raised before anything was added: this batch takes part in another way than the first
+                    add = add_looped
+                    add(model, sums.partial, *some, measure=torch.abs)
             sums.close_batch()
         means = sums.over(len(prepared))
         return Diagonal({name: torch.empty_like(p).copy_(means[name]) for name, p in parameters.items()}), len(prepared)

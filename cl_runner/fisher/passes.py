@@ -15,7 +15,7 @@ from cl_runner.fisher.taps import Taps
 from cl_runner.models.model import Model, PretrainedView
 
 SHARED = 1 << 26  # numbers in the gradients that are held at a time, where a parameter is used twice
-BLOCK = 4  # passes that a kernel takes together, and a CUDA graph
+TOGETHER = 4  # passes that a kernel takes together, and a CUDA graph
 
 Vectors = Callable[[Tensor], Tensor]  # logits [B, K] -> output vectors [B, V, K]
 SlicedVectors = Callable[[slice, Tensor], Tensor]  # a slice of a batch, its logits [b, K] -> its vectors [b, V, K]
@@ -98,8 +98,8 @@ def add_passes(
 
     for use in taps.uses:
         use.passes, use.precision = outputs.shape[1], precision
-    *repeated, last = outputs.split(BLOCK, dim=1)
-    run = block if any(use.waits for use in taps.uses) else Replayed(block, outputs[:, :BLOCK])
+    *repeated, last = outputs.split(TOGETHER, dim=1)
+    run = block if any(use.waits for use in taps.uses) else Replayed(block, outputs[:, :TOGETHER])
     for some in repeated:
         run(some)
     block(last, last=True)

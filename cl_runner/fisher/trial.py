@@ -22,10 +22,15 @@ NOISE = 1e-6  # ... and in relation to the largest norm in the same module
 SAME = 1e-2  # how far logits of the same image may be from each other
 
 
-def way_for(model: Model | PretrainedView, inputs: Tensor, precision: Precision) -> AddsSquares:
-    """How this model's squares are computed: the fastest way that agrees with plain autograd on two images."""
+def way_for(
+    model: Model | PretrainedView, inputs: Tensor, precision: Precision, reason: str | None = None
+) -> AddsSquares:
+    """How this model's squares are computed: the fastest way that agrees with plain autograd on two images.
+
+    `reason`: why it is not to be by taps, where that is known already.
+    """
     pair = inputs[[0, -1]]
-    reason = objection(model, pair)
+    reason = reason or objection(model, pair)
     if reason is None:
         return partial(add_tapped_squares, precision=precision)
     refuse_dependence(model, pair)

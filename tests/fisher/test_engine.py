@@ -16,6 +16,7 @@ from cl_runner.fisher import engine, layers, passes, reference, trial
 from cl_runner.fisher.curvature import Diagonal
 from cl_runner.fisher.engine import undisturbed
 from cl_runner.fisher.estimators import Empirical, Estimator, Exact, Probe
+from cl_runner.fisher.magnitudes import Magnitudes
 from cl_runner.fisher.passes import add_tapped_squares
 from cl_runner.fisher.per_sample import add_looped_squares, add_vmapped_squares
 from cl_runner.fisher.taps import Taps
@@ -159,7 +160,7 @@ def test_few_vectors_at_a_time_change_nothing(
 ) -> None:
     subject, data = model("conv"), examples()
     expected = estimator(subject, data)
-    monkeypatch.setattr(engine, "VECTORS", numbers)
+    monkeypatch.setattr(engine, "OUTPUT_NUMBERS", numbers)
     assert distance(estimator(subject, data), expected) < 1e-12
 
 
@@ -261,13 +262,53 @@ class Undecided(nn.Module):
         return F.linear(rows, self.weight)
 
 
-def test_a_model_that_leaves_the_rules_in_a_later_batch_is_computed_in_another_way_from_there_on() -> None:
-    subject, data = model(Undecided()), examples(12)
+def darkened(bright: int) -> Examples:
+    """Twelve, of which one is bright."""
+    data = examples(12)
     data.images.clamp_(max=200)
-    data.images[7] = 255
+    data.images[bright] = 255
+    return data
+
+
+@pytest.mark.parametrize("bright", [6, 7])  # within a batch, and at its end, where two images of it are tried
+def test_a_model_that_leaves_the_rules_in_a_later_batch_is_computed_in_another_way_from_there_on(bright: int) -> None:
+    subject, data = model(Undecided()), darkened(bright)
     with untouched(subject):
         found = Exact(batch_size=4)(subject, data)
     assert distance(found, reference.exact(subject, data)) < 1e-10
+
+
+@pytest.mark.parametrize("bright", [6, 7])
+def test_magnitudes_of_a_model_that_leaves_the_rules_in_a_later_batch_do_not_depend_on_the_batches(bright: int) -> None:
+    subject, data = model(Undecided()), darkened(bright)
+    found, alone = (Magnitudes(batch_size=size)(subject, data) for size in (4, 1))
+    assert isinstance(found, Diagonal)
+    assert isinstance(alone, Diagonal)
+    assert distance(found, alone) < 1e-10
+
+
+def test_kronecker_refuses_a_model_that_leaves_the_rules_in_a_later_batch() -> None:
+    with pytest.raises(ConfigError, match=r"fisher\.representation: expected diagonal or full for this model, since"):
+        Probe(batch_size=4, representation="kronecker")(model(Undecided()), darkened(6))
+
+
+class Overflowing(nn.Module):
+    """A linear layer that does not bear a bright image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(PIXELS, FEATURES)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        rows = inputs.flatten(1)
+        return self.layer(rows.masked_fill(rows > 1.9, torch.nan))
+
+
+@pytest.mark.parametrize("representation", ["diagonal", "kronecker", "full"])
+def test_a_fisher_that_is_not_finite_is_named(representation: Any) -> None:
+    estimator = Probe(batch_size=4, representation=representation)
+    with pytest.raises(ValueError, match=r"the Fisher of [a-z.]+ is not finite: the model has diverged"):
+        estimator.estimate(model(Overflowing()), darkened(6))
 
 
 def test_a_model_that_has_diverged_is_said_so() -> None:

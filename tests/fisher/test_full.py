@@ -279,6 +279,6 @@ def test_a_penalty_comes_back_to_the_last_bit_from_a_file_that_may_hold_no_code(
 
 def test_as_many_vectors_as_can_be_are_held_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = whole(Exact(), model(), examples())
-    monkeypatch.setattr("cl_runner.fisher.full.VECTORS", 1)
+    monkeypatch.setattr("cl_runner.fisher.full.OUTPUT_NUMBERS", 1)
     found = whole(replace(Exact(), batch_size=5), model(), examples())
     torch.testing.assert_close(found.matrix, expected.matrix)
