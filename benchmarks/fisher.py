@@ -1,19 +1,21 @@
 """The diagonal Fisher: is it right, and what does it cost.
 
     python benchmarks/fisher.py correctness [--models mlp vit_tiny ...]
+    python benchmarks/fisher.py sizes [--models ...]
     python benchmarks/fisher.py speed [--models ...] [--classes 10 100] [--rounds 3] [--rows exact loop ...]
 
 correctness: every estimator on every network against a float64 loop; the same with other sizes of batch; and whether
-the model is left as it was.
+the model is left as it was. sizes: the sizes of batch alone.
 
-speed: the time of every estimator and of what else does the same (`pip install -e '.[bench]'`; what is not installed is
-shown to fail) in U, an ordinary forward and backward of the same model and batch with every parameter training, in eval
-mode. U and a row take turns, in one process; a round is many turns of what is soon done, and their median ratio; the
-table has the median of the rounds, and their least and greatest. Memory is the most that a call on one batch holds
-beyond what was held before, over the same of a step. Errors are relative, of the whole diagonal in float32 against
-float64 on a few samples; `random`: of the mean of a few calls against `exact`, so that it is noise for the most part.
-Of several --classes the first gets all rows, the others `exact` alone. --rows takes parts of names (`estimates: by`). A
-row that would take longer than --limit seconds a batch is measured on fewer samples, marked ≈, and has no memory.
+speed: the time, of the processor where one thread does all, of every estimator and of what else does the same
+(`pip install -e '.[bench]'`; what is not installed is shown to fail) in U, an ordinary forward and backward of the same
+model and batch with every parameter training, in eval mode. U and a row take turns, in one process; a round is many
+turns of what is soon done, and their median ratio; the table has the median of the rounds, and their least and
+greatest. Memory is the most that a call on one batch holds beyond what was held before, over the same of a step. Errors
+are relative, of the whole diagonal in float32 against float64 on a few samples; `random`: of the mean of a few calls
+against `exact`, so that it is noise for the most part. Of several --classes the first gets all rows, the others `exact`
+alone. --rows takes parts of names (`estimates: by`). A row that would take longer than --limit seconds a batch is
+measured on fewer samples, marked ≈, and has no memory.
 
 Weights are fresh and pixels random: nothing is downloaded.
 Tables go to the standard output; --write puts them into RESULTS.md, between the comments that enclose them there.
@@ -25,6 +27,7 @@ import re
 import sys
 import time
 import warnings
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,6 +45,7 @@ RESULTS = Path(__file__).parent / "RESULTS.md"
 OUTPUTS, SAMPLES, BATCH = 7, 5, 2  # of the correctness tables: the last batch is a single sample
 SIZES, MANY = (1, 7, 64), 500  # of batches
 CHEAP = ("mlp", "bias_free", "partly_frozen", "vit_torchvision")  # those that see a batch of `MANY`
+EVERY = ("mlp", "partly_frozen")  # those whose batches differ in size for every estimator, not for `probe` alone
 
 
 def main() -> None:
@@ -57,6 +61,8 @@ def main() -> None:
     names: list[str] = arguments.models or list(TIMED if arguments.mode == "speed" else SUBJECTS)
     if arguments.mode == "correctness":
         _show("fisher correctness", [described(device), "", *correctness(names, device)], said, arguments.write)
+    elif arguments.mode == "sizes":
+        _show("fisher sizes", [described(device), "", *sizes(names, device)], said, arguments.write)
     else:
         settings = Settings(device, arguments.rounds, arguments.batches, arguments.limit, arguments.rows)
         for number, num_classes in enumerate(arguments.classes):
@@ -69,7 +75,7 @@ def main() -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("mode", choices=("correctness", "speed"))
+    parser.add_argument("mode", choices=("correctness", "sizes", "speed"))
     parser.add_argument("--models", nargs="*", choices=list(SUBJECTS), metavar="NAME", help=", ".join(SUBJECTS))
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
@@ -94,9 +100,16 @@ def correctness(names: list[str], device: torch.device) -> list[str]:
         "|---" * (len(heads) + 4) + "|",
     ]
     lines += [f"| {SUBJECTS[name].title} | {' | '.join(_errors(SUBJECTS[name], device))} |" for name in names]
-    lines += ["", "Largest relative difference between the Fishers of different sizes of batch:", ""]
+    return [*lines, "", *sizes(names, device)]
+
+
+def sizes(names: list[str], device: torch.device) -> list[str]:
+    """A table: Fishers of different sizes of batch."""
+    lines = ["Largest relative difference between the Fishers of different sizes of batch:", ""]
     lines += ["| model | estimator | sizes | samples | float32 | float64 |", "|---|---|---|---|---|---|"]
-    return lines + [f"| {SUBJECTS[name].title} | {' | '.join(_differences(name, device))} |" for name in names]
+    for name in names:
+        lines += [f"| {SUBJECTS[name].title} | {' | '.join(cells)} |" for cells in _differences(name, device)]
+    return lines
 
 
 def _errors(subject: Subject, device: torch.device) -> list[str]:
@@ -121,15 +134,17 @@ def _errors(subject: Subject, device: torch.device) -> list[str]:
     return [*cells, f"{max(in_double):.1e}", f"{floor:.1e}", "yes" if _same(before, _state(model)) else "**no**"]
 
 
-def _differences(name: str, device: torch.device) -> list[str]:
-    subject, sizes = SUBJECTS[name], (*SIZES, MANY) if name in CHEAP else SIZES
-    model, examples = _unsettled(subject, device), subject.examples(max(sizes) + 1, OUTPUTS, device)
-    cells = []
-    for subject_model in (model, in_float64(model)):
-        first, *others = (ESTIMATORS["probe"](batch_size=size)(subject_model, examples) for size in sizes)
-        cells.append(f"{max(error(other, first) for other in others):.1e}")
-    print(f"{subject.title}: sizes of batch {cells}", file=sys.stderr, flush=True)
-    return ["probe", ", ".join(map(str, sizes)), str(len(examples)), *cells]
+def _differences(name: str, device: torch.device) -> Iterator[list[str]]:
+    subject, batches = SUBJECTS[name], (*SIZES, MANY) if name in CHEAP else SIZES
+    model, examples = _unsettled(subject, device), subject.examples(max(batches) + 1, OUTPUTS, device)
+    models = model, in_float64(model)
+    for kind in [kind for kind in ESTIMATORS if kind != "batched"] if name in EVERY else ["probe"]:
+        cells = []
+        for each in models:
+            first, *others = (ESTIMATORS[kind](batch_size=size)(each, examples) for size in batches)
+            cells.append(f"{max(error(other, first) for other in others):.1e}")
+        print(f"{subject.title}: sizes of batch, {kind} {cells}", file=sys.stderr, flush=True)
+        yield [kind, ", ".join(map(str, batches)), str(len(examples)), *cells]
 
 
 def _unsettled(subject: Subject, device: torch.device) -> Model:
