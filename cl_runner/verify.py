@@ -57,20 +57,19 @@ def parser() -> argparse.ArgumentParser:
 
 def _values(row: Row, arguments: argparse.Namespace, failed: list[str]) -> Iterator[float]:
     """A value a seed, in percent; a run that fails is named in `failed` and has none."""
-    from cl_runner.config import check
+    from cl_runner.config import check, run_folder, validated
     from cl_runner.job import carry_out
 
     for seed in row.seeds:
         overrides = ["tracker=local", "output_root=outputs/published", *row.command(seed), *arguments.overrides]
         (cfg,) = compose_jobs(in_order(overrides))
-        experiment = check(cfg)
-        folder = RunFolder(experiment.folder)
+        folder = RunFolder(run_folder(validated(cfg)))
         if not folder.done:
             if arguments.only_done:
                 return
             try:
-                carry_out(experiment)
-            except Exception as error:
+                carry_out(check(cfg))
+            except Exception as error:  # weights that are not there, say: the other rows do without
                 failed.append(f"{row.name} seed={seed}: {type(error).__name__}: {error}")
                 continue
         yield 100 * folder.results["metrics"][row.metric]

@@ -107,3 +107,15 @@ def test_a_row_is_run_once_and_its_verdict_written(folder, tmp_path, monkeypatch
     assert line.split("|")[-2].strip() in ("pass", "miss")
     assert "a paper" in table.read_text()
     assert "study/one" in capsys.readouterr().out
+
+
+def test_a_row_that_cannot_be_run_is_named_and_stops_no_other(folder, tmp_path, monkeypatch, capsys):
+    (folder / "study.yaml").write_text(FILE.replace("[strategy=finetune]", "[model.pretrained=nowhere.safetensors]"))
+    monkeypatch.setattr(verify, "published", lambda: published(folder))
+    monkeypatch.setattr(Row, "command", lambda row, seed: [*row.overrides, f"seed={seed}"])
+    small = ["stream=split_digits", "stream.max_per_class=5", "model=mlp", "model.widths=[4]", "trainer.epochs=1"]
+    assert main(["study", *small, "device=cpu", f"output_root={tmp_path / 'runs'}"]) == 1
+    said = capsys.readouterr().out
+    assert "study/one seed=1: ConfigError: model.pretrained: " in said
+    assert "study/other" in said
+    assert len(list((tmp_path / "runs").glob("*/results.json"))) == 3
