@@ -32,7 +32,7 @@ from cl_runner.fisher.products import (
 
 # Positions from which, on the CPU, a convolution's own backward of one sample beats a product over its patches.
 FEW = 128
-# Numbers in a weight up to which, on the CPU, its kernel is not taken apart.
+# Numbers in a weight from which, on the CPU, its kernel is taken apart by rows, and most in such a row.
 PART = 1 << 18
 
 
@@ -306,26 +306,23 @@ class Convolution(Weighted):
         elif self.call.groups > 1:
             for some in slices(len(gradient), total.numel()):
                 total += self._grouped(gradient[some], some).square_().sum(0).view_as(total)
-        elif cpu and total.numel() > PART:
-            self._add_by_parts(total, rounded(gradient, self.precision))
+        elif cpu and total.numel() // self.call.weight.shape[2] <= PART < total.numel():
+            self._add_by_rows(total.view(self.call.weight.shape), rounded(gradient, self.precision))
         else:
             rows = rounded(gradient.flatten(2).transpose(1, 2), self.precision)
             for some in slices(len(rows), self.call.weight[0].numel() * positions, room=ROOM):
                 add_product_squares(total, rows[some], self.patches(some))
 
-    def _add_by_parts(self, total: Tensor, gradient: Tensor) -> None:
-        """A row of the kernel at a time, or a tap where that is too large still: a part's products stay in the cache,
-        and what it sees is no larger than the image."""
+    def _add_by_rows(self, total: Tensor, gradient: Tensor) -> None:
+        """A row of the kernel at a time: its products stay in the cache, and few of all patches are held."""
         outputs, channels, height, width = total.shape
         rows = gradient.permute(0, 2, 3, 1).flatten(1, 2)  # [B, T, N]
         padded, size = self._padded(), gradient.shape[2:]
-        taps = width if total[:, :, 0].numel() <= PART else 1
         for row in range(height):
-            for first in range(0, width, taps):
-                seen = [self._window(padded, size, row, first + tap).permute(0, 2, 3, 1) for tap in range(taps)]
-                squares = total.new_zeros(outputs, taps * channels)
-                add_product_squares(squares, rows, rounded(torch.cat(seen, 3).flatten(1, 2), self.precision))
-                total[:, :, row, first : first + taps] += squares.view(outputs, taps, channels).transpose(1, 2)
+            taps = [self._window(padded, size, row, column).permute(0, 2, 3, 1) for column in range(width)]
+            squares = total.new_zeros(outputs, width * channels)
+            add_product_squares(squares, rows, rounded(torch.cat(taps, 3).flatten(1, 2), self.precision))
+            total[:, :, row] += squares.view(outputs, width, channels).transpose(1, 2)
 
     def _padded(self) -> Tensor:
         """The input of a convolution of images with zeros around it."""

@@ -1,12 +1,13 @@
 """Every layer's rules, held to autograd, one sample at a time."""
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from cl_runner.fisher import products
+from cl_runner.fisher import layers, products
 from cl_runner.fisher.curvature import Parameters
 from cl_runner.fisher.layers import Affine, Convolution, Depthwise, Direct, Embedding, Linear, Pointwise, Uncovered, Use
 from cl_runner.fisher.taps import Taps
@@ -288,3 +289,20 @@ def test_a_convolution_that_pads_one_side_more_is_not_covered() -> None:
     model, inputs = trial((Convolution, lambda: nn.Conv2d(4, 6, 2, padding="same"), (4, 5, 5)))
     with pytest.raises(Uncovered, match="pads one side more than the other"):
         Taps(model, inputs)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(("stride", "padding", "dilation"), [(1, 1, 1), (2, 1, 1), (1, (2, 1), (2, 1))])
+def test_a_large_kernel_is_taken_apart_by_rows_which_changes_nothing(
+    stride: int, padding: Any, dilation: Any, layout: torch.memory_format
+) -> None:
+    weight = torch.randn(256, 256, 3, 3, dtype=torch.float64)
+    assert weight[:, :, 0].numel() <= layers.PART < weight.numel()
+    inputs = torch.randn(3, 256, 9, 9, dtype=torch.float64).contiguous(memory_format=layout)
+    use = layers.Convolution({"weight": "w"}, inputs, layers.strided(weight, 2, stride, padding, dilation, 1))
+    gradient = torch.randn_like(torch.conv2d(inputs, weight, None, stride, padding, dilation))
+    stored = torch.zeros(256, 256 * 9, dtype=torch.float64)  # maybe in another shape than it is used in
+    use.add_squares(gradient, {"w": stored})
+    found = stored.view_as(weight)
+    expected = use.per_sample(gradient)["w"].square().sum(0)
+    assert float((found - expected).norm() / expected.norm()) < 1e-14
