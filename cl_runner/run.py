@@ -2,7 +2,6 @@
 
 import os
 import secrets
-import shlex
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,7 +19,7 @@ from cl_runner.state import State
 from cl_runner.streams.base import Stream, Task
 from cl_runner.trackers.base import Many, RunInfo, Tracker
 from cl_runner.trackers.local import Local
-from cl_runner.trackers.names import overrides_of, run_name
+from cl_runner.trackers.names import command_of, overrides_of, run_name
 from cl_runner.trainer import Trainer, Work
 
 BEAT = 10.0  # seconds at most between two signs of life
@@ -125,7 +124,7 @@ def _start(tracker: Tracker, experiment: Experiment, folder: RunFolder, stream: 
             num_tasks=len(stream),
             scenario=str(stream.scenario),
             resumed=resumed,
-            command=shlex.join(["cl-runner", *sys.argv[1:]]),
+            command=command_of(folder.path, sys.argv[1:]),
         )
     )
 

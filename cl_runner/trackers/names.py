@@ -1,5 +1,6 @@
 """What people call a run."""
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,15 @@ def overrides_of(run: Path) -> list[str]:
     """What was set on the command line for this run, as Hydra left it in the run's folder."""
     path = run / ".hydra" / "overrides.yaml"
     return yaml.safe_load(path.read_text(encoding="utf-8")) or [] if path.exists() else []
+
+
+def command_of(run: Path, argv: Sequence[str]) -> str:
+    """What makes this run alone: the command line `argv` of the process, of a sweep its own job's."""
+    words = list(argv)
+    if "--multirun" in words:
+        place = words.index("--config-dir") if "--config-dir" in words else len(words)
+        words = [*words[place : place + 2], *overrides_of(run)]
+    return shlex.join(["cl-runner", *words])
 
 
 def _kind(node: dict[str, Any]) -> str:

@@ -3,7 +3,7 @@ from typing import Any
 
 import pytest
 
-from cl_runner.trackers.names import overrides_of, parts, run_name
+from cl_runner.trackers.names import command_of, overrides_of, parts, run_name
 
 
 def config(**changes: Any) -> dict[str, Any]:
@@ -67,3 +67,17 @@ def test_a_run_that_nothing_was_set_for_has_no_overrides(tmp_path: Path, content
         (tmp_path / ".hydra").mkdir()
         (tmp_path / ".hydra" / "overrides.yaml").write_text(content)
     assert overrides_of(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("argv", "command"),
+    [
+        (["strategy=ewc", "seed=1"], "cl-runner strategy=ewc seed=1"),
+        (["--multirun", "strategy=ewc,lwf", "seed=1,2"], "cl-runner strategy=lwf seed=2"),
+        (["--multirun", "--config-dir", "my conf", "seed=1,2"], "cl-runner --config-dir 'my conf' strategy=lwf seed=2"),
+    ],
+)
+def test_the_command_is_that_of_the_run_alone(argv, command, tmp_path):
+    (tmp_path / ".hydra").mkdir()
+    (tmp_path / ".hydra" / "overrides.yaml").write_text("- strategy=lwf\n- seed=2\n")
+    assert command_of(tmp_path, argv) == command
