@@ -114,7 +114,7 @@ def test_every_choice_says_in_a_line_what_it_is(file):
         ("trainer.seed=-1", "trainer.seed: expected at least 0, got -1"),
         ("model.seed=99999999999999999999", "model.seed: expected less than 4294967296"),
         ("seed=10000000000", "seed: expected less than 4294967296"),
-        ("optimizer.capturable=true", "optimizer: "),
+        ("optimizer.foreach=true", "optimizer: "),
         ("strategy=ncm strategy.batch_size=0", "strategy.batch_size: expected at least 1"),
         ("output_root=/dev/null/runs", "output_root: expected a folder that can be written"),
         ("hydra.run.dir=elsewhere", "hydra.run.dir: expected output_root"),
