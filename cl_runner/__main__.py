@@ -62,10 +62,11 @@ def list_choices(groups: list[str]) -> None:
     unknown = [group for group in groups if group not in found]
     if unknown:
         raise ConfigError("list", f"expected groups among {', '.join(found)}, got {unknown[0]!r}")
+    longest = max(len(choice) for group in groups or found for choice in found[group])
     for group in groups or found:
         print(f"{group}=")
         for choice, says in found[group].items():
-            print(f"  {choice:<24}{says}")
+            print(f"  {choice:<{longest}}  {says}")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
 """From a configuration to checked components: check, build. The only place that builds a `_target_`."""
 
 import hashlib
-import importlib
+import importlib.util
 import inspect
 import json
 import os
 import re
+import sys
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -154,7 +155,7 @@ def validated(cfg: DictConfig) -> dict[str, Any]:
         Settings.model_validate(plain)
     except ValidationError as error:
         raise _config_error("", error) from None
-    allowed = (*ALLOWED, *plain["plugins"])
+    allowed = (*ALLOWED, *_found(plain["plugins"]))
     for name in ("fisher", "memory", *COMPONENTS):
         plain[name] = _checked_node(name, plain[name], allowed, PROVIDED.get(name, set()))
     own = plain["trainer"].get("first_task") or {}
@@ -164,6 +165,19 @@ def validated(cfg: DictConfig) -> dict[str, Any]:
             checked = _checked_node(path, {**plain[name], **given}, allowed, PROVIDED[name])
             own[name] = {key: checked[key] for key in given}
     return plain
+
+
+def _found(plugins: list[str]) -> list[str]:
+    """`plugins`, which may lie where the command is given: a console script, unlike `python -m`, does not look there.
+
+    Raises ConfigError for one that is not there.
+    """
+    if plugins and (here := os.getcwd()) not in sys.path:
+        sys.path.append(here)
+    for name in plugins:
+        if importlib.util.find_spec(name.partition(".")[0]) is None:
+            raise ConfigError("plugins", f"expected packages that can be imported, or lie here, got {name!r}")
+    return plugins
 
 
 def check_plugin(path: str, node: dict[str, Any], package: str) -> None:

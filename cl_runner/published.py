@@ -8,6 +8,7 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -161,6 +162,8 @@ def chosen(rows: Sequence[Row], names: Sequence[str], tier: Tier | None) -> list
     for name in names:
         named = [row for row in rows if name in (row.name, row.name.partition("/")[0])]
         if not named:
-            raise ConfigError("verify", f"expected rows among {', '.join(row.name for row in rows)}, got {name!r}")
+            known = [row.name for row in rows] + list(dict.fromkeys(row.name.partition("/")[0] for row in rows))
+            near = " or ".join(get_close_matches(name, known, n=3)) or "one of cl-runner verify --list"
+            raise ConfigError("verify", f"expected a row or an experiment ({near}), got {name!r}")
         found += named
     return list(dict.fromkeys(found))

@@ -11,20 +11,33 @@ from rich.console import Console
 from rich.table import Table
 
 from cl_runner.compose import compose_jobs, in_order
+from cl_runner.errors import ConfigError
 from cl_runner.folder import RunFolder, write_atomically
 from cl_runner.published import TIERS, Measured, Row, chosen, published
 
+ELSEWHERE = {"device", "data_root", "output_root", "tracker"}  # overrides that leave a protocol what it is
+WIDTH = 110  # columns, at least: a row on a line
+
 
 def main(argv: list[str]) -> int:
-    """Exit status: 0 all that was measured passes, 1 something misses or a run failed."""
+    """Exit status: 0 all that was measured passes, 1 something misses or a run failed.
+
+    Raises ConfigError.
+    """
     arguments = parser().parse_args(argv)
     names = [word for word in arguments.words if "=" not in word]
     arguments.overrides = [word for word in arguments.words if "=" in word]
     rows = published()
     console = Console()
+    console.width = max(console.width, WIDTH)
+    if any(word.startswith("seed=") for word in arguments.overrides):
+        raise ConfigError("seed", "expected none: every row runs over seeds of its own")
+    if other := [word for word in arguments.overrides if word.partition("=")[0].partition(".")[0] not in ELSEWHERE]:
+        console.print(f"not the published protocol: {' '.join(other)}", style="yellow", highlight=False)
     if arguments.list:
+        longest = max(len(row.name) for row in rows)
         for row in rows:
-            says = f"{row.name:<44} {row.tier:<5} {row.value:>6.2f}  {' '.join(row.overrides)}"
+            says = f"{row.name:<{longest}} {row.tier:<5} {row.value:>6.2f}  {' '.join(row.overrides)}"
             console.print(says, highlight=False, soft_wrap=True)
         return 0
     failed: list[str] = []

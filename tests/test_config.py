@@ -1,4 +1,5 @@
 import inspect
+import sys
 from pathlib import Path
 
 import pytest
@@ -252,3 +253,18 @@ def test_a_config_folder_of_the_users_own_is_searched(tmp_path):
     (tmp_path / "strategy" / "mine.yaml").write_text("_target_: cl_runner.strategies.Finetune\n")
     (cfg,) = compose_jobs(["--config-dir", str(tmp_path), *MLP, "strategy=mine"])
     assert cfg.strategy._target_.endswith("Finetune")
+
+
+def test_a_plugin_may_lie_where_the_command_is_given(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [entry for entry in sys.path if entry])
+    (tmp_path / "lying_here.py").write_text(
+        "from cl_runner.strategies import Finetune\nclass Mine(Finetune):\n    '''Mine.'''\n"
+    )
+    overrides = ["strategy=finetune", "strategy._target_=lying_here.Mine", "plugins=[lying_here]"]
+    assert type(checked(*overrides).strategy).__name__ == "Mine"
+
+
+def test_a_plugin_that_is_nowhere_is_refused():
+    with pytest.raises(ConfigError, match="plugins: expected packages that can be imported, or lie here, got 'nowh"):
+        checked("plugins=[nowhere_]")

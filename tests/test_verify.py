@@ -71,8 +71,16 @@ def test_rows_are_chosen_by_name_by_experiment_or_by_tier(folder):
     assert chosen(rows, ["study"], None) == rows
     assert chosen(rows, [], None) == [one]
     assert chosen(rows, [], "gpu") == rows
-    with pytest.raises(ConfigError, match="expected rows among study/one, study/other, got 'studdy'"):
+    with pytest.raises(ConfigError, match=r"expected a row or an experiment \(study.*\), got 'studdy'"):
         chosen(rows, ["studdy"], None)
+    with pytest.raises(ConfigError, match=r"\(one of cl-runner verify --list\), got 'zzz'"):
+        chosen(rows, ["zzz"], None)
+
+
+def test_seeds_are_the_rows_own(folder, monkeypatch):
+    monkeypatch.setattr(verify, "published", lambda: published(folder))
+    with pytest.raises(ConfigError, match="seed: expected none: every row runs over seeds of its own"):
+        main(["study/one", "seed=0"])
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
@@ -96,6 +104,7 @@ def test_a_row_is_run_once_and_its_verdict_written(folder, tmp_path, monkeypatch
     words = ["study/one", *small, "device=cpu", f"output_root={tmp_path / 'runs'}"]
     table = tmp_path / "PUBLISHED.md"
     main([*words, "--write", str(table)])
+    assert "not the published protocol: stream=split_digits" in capsys.readouterr().out
     runs = sorted((tmp_path / "runs").glob("*/results.json"))
     times = [run.stat().st_mtime_ns for run in runs]
     main([*words, "--only-done"])

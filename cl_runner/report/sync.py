@@ -49,7 +49,9 @@ def kept_runs(root: Path) -> list[Path]:
 
 def _send(runs: list[Path]) -> int:
     if reason := out_of_reach():
-        raise ConfigError("sync", f"expected a W&B server to send {len(runs)} runs to, but {reason}")
+        raise ConfigError(
+            "sync", f"expected a W&B server to send {len(runs)} run{'s' * (len(runs) != 1)} to, but {reason}"
+        )
     failed = 0
     with ThreadPoolExecutor(AT_ONCE) as pool:
         for run, error in zip(runs, pool.map(sending.send, runs), strict=True):

@@ -1,5 +1,6 @@
 """The hooks that make a method. The base class is plain fine-tuning; a method overrides the few that it needs."""
 
+import re
 from typing import Any, ClassVar
 
 import torch
@@ -42,7 +43,7 @@ class Strategy:
             raise ConfigError(
                 "strategy",
                 f"expected stream.scenario={' or '.join(sorted(self.scenarios))} for {type(self).__name__} "
-                f"({_first_line(type(self))}), got {stream.scenario}",
+                f"({_in_short(type(self))}), got {stream.scenario}",
             )
 
     def setup(self, model: Model, stream: Stream) -> None:
@@ -108,5 +109,6 @@ def _state_of(value: Any) -> Any:
     return value.state_dict() if hasattr(value, "state_dict") else value
 
 
-def _first_line(kind: type) -> str:
-    return (kind.__doc__ or "").strip().splitlines()[0].rstrip(".").lower()
+def _in_short(kind: type) -> str:
+    """The first clause of its docstring."""
+    return re.split(r"[.;:]\s", f"{' '.join((kind.__doc__ or '').split())} ")[0].lower()
