@@ -6,6 +6,7 @@ it as it came.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -39,7 +40,7 @@ def _plain(block: nn.Module) -> bool:
     return isinstance(projection, nn.Linear) and isinstance(getattr(block, "mlp", None), nn.Module)
 
 
-class Prompts(nn.Module):
+class Prompts(nn.Module, ABC):
     """Every pass through the transformer is led by one without prompts, whose features are the query [B, D]."""
 
     def __init__(self) -> None:
@@ -48,9 +49,9 @@ class Prompts(nn.Module):
         self._asking = False
         self.loss: Tensor | None = None  # of the last pass, where the method has one: a scalar
 
+    @abstractmethod
     def choose(self, query: Tensor) -> None:
         """Set what the pass that follows is prompted with, given the query [B, D]."""
-        raise NotImplementedError
 
     def begin(self, task: int) -> None:
         """`task` is about to be learned."""
