@@ -1,5 +1,4 @@
 import json
-import os
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -8,7 +7,7 @@ import pytest
 
 from cl_runner.errors import ConfigError
 from cl_runner.report import dashboard
-from tests.trackers.loopback import ENTITY, Loopback, loopback
+from tests.trackers.loopback import ENTITY, Loopback, reached
 from tests.trackers.samples import results
 
 pytest.importorskip("wandb_workspaces", reason="the extra `dashboard` is not installed")
@@ -16,16 +15,8 @@ pytest.importorskip("wandb_workspaces", reason="the extra `dashboard` is not ins
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Loopback]:
-    import wandb
-
-    with loopback() as server, pytest.MonkeyPatch.context() as patch:
-        for name in [name for name in os.environ if name.startswith("WANDB_")]:
-            patch.delenv(name)
-        for name, value in server.environment.items():
-            patch.setenv(name, value)
-        wandb.teardown()  # it reads the environment once a process
+    with reached() as server:
         yield server
-        wandb.teardown()
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 import base64
 import gzip
 import json
+import os
 import re
 import time
 from collections import defaultdict
@@ -12,6 +13,8 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import RLock, Thread
 from typing import Any, ClassVar
+
+import pytest
 
 ENTITY = "somebody"
 HISTORY, EVENTS, LOGS, SUMMARY = "wandb-history.jsonl", "wandb-events.jsonl", "output.log", "wandb-summary.json"
@@ -270,3 +273,18 @@ def loopback() -> Iterator[Loopback]:
         server.http.shutdown()
         server.http.server_close()
         thread.join()
+
+
+@contextmanager
+def reached(**settings: str) -> Iterator[Loopback]:
+    """A server that this process's client, and those of its children, talk to; `settings`: more of the environment."""
+    import wandb
+
+    with loopback() as server, pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith("WANDB_")]:
+            patch.delenv(name)
+        for name, value in (server.environment | settings).items():
+            patch.setenv(name, value)
+        wandb.teardown()  # it reads the environment once a process
+        yield server
+        wandb.teardown()

@@ -17,7 +17,7 @@ from cl_runner.trackers import wandb as wandb_tracker
 from cl_runner.trackers.base import Many
 from cl_runner.trackers.local import JOURNAL, Local, read_journal
 from cl_runner.trackers.wandb import Wandb
-from tests.trackers.loopback import Loopback, Received, loopback
+from tests.trackers.loopback import Loopback, Received, reached
 from tests.trackers.samples import journal_rows, results, run_info, tell
 
 ROWS = journal_rows()
@@ -26,17 +26,8 @@ ALL_STEPS = list(range(len(ROWS) + 1))  # the last row holds the table
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Loopback]:
-    import wandb
-
-    with loopback() as server, pytest.MonkeyPatch.context() as patch:
-        for name in [name for name in os.environ if name.startswith("WANDB_")]:
-            patch.delenv(name)
-        for name, value in server.environment.items():
-            patch.setenv(name, value)
-        patch.setenv("WANDB__FILE_STREAM_TRANSMIT_INTERVAL", "1")  # seconds, not fifteen
-        wandb.teardown()  # it reads the environment once a process
+    with reached(WANDB__FILE_STREAM_TRANSMIT_INTERVAL="1") as server:  # seconds, not fifteen
         yield server
-        wandb.teardown()
 
 
 @pytest.fixture(autouse=True)
