@@ -3,10 +3,11 @@
 import sys
 from importlib import import_module
 
+from cl_runner import __version__
 from cl_runner.errors import ConfigError
 
 # These only print something about the configuration: Hydra answers them, and torch is never imported.
-ASKS_HYDRA = {"--help", "-h", "--hydra-help", "--version", "--cfg", "-c", "--info", "-i", "--shell-completion", "-sc"}
+ASKS_HYDRA = {"--help", "-h", "--hydra-help", "--cfg", "-c", "--info", "-i", "--shell-completion", "-sc"}
 
 # Commands of their own: main(argv) -> exit status, and parser(). Torch is imported only where something is to be run.
 COMMANDS = {
@@ -39,6 +40,8 @@ def _answer(argv: list[str]) -> None:
         list_choices(argv[1:])
     elif argv and argv[0] in COMMANDS:
         sys.exit(import_module(COMMANDS[argv[0]]).main(argv[1:]))
+    elif "--version" in argv:
+        print(f"cl-runner {__version__}")
     else:
         from cl_runner.command import hydra_main, run, try_composing
 

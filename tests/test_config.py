@@ -6,7 +6,7 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from cl_runner.compose import CONF, compose_jobs, in_order
+from cl_runner.compose import CONF, choices, compose_jobs, in_order
 from cl_runner.config import PROVIDED, _import, build, check, digest, run_folder, validated
 from cl_runner.errors import ConfigError
 
@@ -241,6 +241,12 @@ def test_the_folders_name_can_be_read():
     folder = run_folder(config("seed=3", "output_root=here"))
     assert folder.parent == Path("here")
     assert folder.name.startswith("ewc-split_digits-mlp-s3-")
+
+
+@pytest.mark.parametrize("strategy", choices()["strategy"])
+def test_the_folders_name_begins_with_the_strategy(strategy):
+    presets = {"online_ewc": "ewc", "simplecil": "ncm"}  # of another method
+    assert run_folder(config(f"strategy={strategy}")).name.startswith(f"{presets.get(strategy, strategy)}-")
 
 
 def test_build_builds_nodes_inside_nodes():

@@ -13,6 +13,7 @@ import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from cl_runner import __version__
 from cl_runner.__main__ import COMMANDS
 from cl_runner.folder import RunFolder
 
@@ -245,6 +246,10 @@ def test_asking_about_the_configuration_imports_no_torch(words, tmp_path):
     command = [sys.executable, "-c", script, *words]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=QUIET)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_version_is_the_projects_own(cl_runner):
+    assert cl_runner("--version") == (0, f"cl-runner {__version__}\n")
 
 
 def test_shell_completion_imports_no_torch(tmp_path):
