@@ -76,6 +76,10 @@ class Row:
     cause: str
 
     @property
+    def experiment(self) -> str:
+        return self.name.partition("/")[0]
+
+    @property
     def sem(self) -> float | None:
         return None if self.sd is None else self.sd / math.sqrt(self.n)
 
@@ -87,7 +91,7 @@ class Row:
         return max(LEAST, 2 * math.sqrt(self.sd**2 / self.n + self.sd**2 / runs))
 
     def command(self, seed: int) -> list[str]:
-        return [f"experiment={self.name.partition('/')[0]}", *self.overrides, f"seed={seed}"]
+        return [f"experiment={self.experiment}", *self.overrides, f"seed={seed}"]
 
 
 @dataclass(frozen=True)
@@ -160,9 +164,9 @@ def chosen(rows: Sequence[Row], names: Sequence[str], tier: Tier | None) -> list
         return [row for row in rows if row.tier in within]
     found = []
     for name in names:
-        named = [row for row in rows if name in (row.name, row.name.partition("/")[0])]
+        named = [row for row in rows if name in (row.name, row.experiment)]
         if not named:
-            known = [row.name for row in rows] + list(dict.fromkeys(row.name.partition("/")[0] for row in rows))
+            known = [row.name for row in rows] + list(dict.fromkeys(row.experiment for row in rows))
             near = " or ".join(get_close_matches(name, known, n=3)) or "one of cl-runner verify --list"
             raise ConfigError("verify", f"expected a row or an experiment ({near}), got {name!r}")
         found += named

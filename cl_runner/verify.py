@@ -48,7 +48,7 @@ def main(argv: list[str]) -> int:
             measured.append(Measured(row, tuple(values)))
             _print(measured[-1:], console)
     if arguments.write is not None:
-        write(arguments.write, measured)
+        write(arguments.write, measured, rows)
     for line in failed:
         console.print(line, style="red", highlight=False)
     return int(bool(failed) or any(each.verdict == "miss" for each in measured))
@@ -64,7 +64,12 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--tier", choices=TIERS, help="all rows that need no more than this (default: cpu)")
     parser.add_argument("--list", action="store_true", help="say what there is, and run nothing")
     parser.add_argument("--only-done", action="store_true", help="run nothing: look at the rows that are done")
-    parser.add_argument("--write", type=Path, metavar="FILE", help="also write the table to FILE, as Markdown")
+    parser.add_argument(
+        "--write",
+        type=Path,
+        metavar="FILE",
+        help="also write the table to FILE, as Markdown; rows that are in it already stay",
+    )
     return parser
 
 
@@ -91,17 +96,19 @@ def _values(row: Row, arguments: argparse.Namespace, failed: list[str]) -> Itera
 def cells(measured: Measured) -> list[str]:
     """A line of the table."""
     row = measured.row
-    error = "" if row.sem is None else f" ± {row.sem:.2f}"
     return [
-        row.name,
-        f"{row.value:.2f}{error}",
-        str(row.n),
+        *_target(row),
         f"{measured.mean:.2f} ± {measured.sem:.2f}",
         str(len(measured.values)),
         f"{measured.mean - row.value:+.2f}",
         f"{row.allowed(len(measured.values)):.2f}",
         measured.verdict,
     ]
+
+
+def _target(row: Row) -> list[str]:
+    """The cells that say what was published."""
+    return [row.name, f"{row.value:.2f}{'' if row.sem is None else f' ± {row.sem:.2f}'}", str(row.n)]
 
 
 HEADER = """# Published results, reproduced
@@ -120,23 +127,45 @@ def _print(measured: Sequence[Measured], console: Console) -> None:
     console.print(table)
 
 
-def write(path: Path, measured: Sequence[Measured]) -> None:
-    """The table in Markdown, what each row was run by, and why what misses does."""
+def write(path: Path, measured: Sequence[Measured], rows: Sequence[Row]) -> None:
+    """The table in Markdown, what its rows are run by, and why what misses does.
+
+    Rows of an earlier table in that file that are not measured anew stay, unless what was published is put otherwise
+    by now: what takes days can be run in parts, and on several machines.
+    """
+    table = _written(path, rows) | {each.row.name: cells(each) for each in measured}
+    there = [row for row in rows if row.name in table]
     lines = [
         HEADER,
         f"| {' | '.join(HEADS)} |",
         "|---" * len(HEADS) + "|",
-        *(f"| {' | '.join(cells(each))} |" for each in measured),
+        *(f"| {' | '.join(table[row.name])} |" for row in there),
         "",
         "```sh",
-        f"cl-runner verify {' '.join(each.row.name for each in measured)} --write benchmarks/PUBLISHED.md",
+        f"cl-runner verify {' '.join(_named(there, rows))} --write benchmarks/PUBLISHED.md",
         "```",
         "",
     ]
-    missed = [each.row for each in measured if each.verdict == "miss" and each.row.cause]
+    missed = [row for row in there if table[row.name][-1] == "miss" and row.cause]
     if missed:
         lines += ["## What misses, and why", "", *(f"- `{row.name}`: {row.cause}" for row in missed), ""]
     lines += ["## Sources", ""]
-    sources = dict.fromkeys((each.row.name.partition("/")[0], each.row.source) for each in measured)
-    lines += [f"- `{experiment}`: {source}" for experiment, source in sources]
+    lines += [
+        f"- `{experiment}`: {source}" for experiment, source in {row.experiment: row.source for row in there}.items()
+    ]
     write_atomically(path, "\n".join(lines) + "\n")
+
+
+def _written(path: Path, rows: Sequence[Row]) -> dict[str, list[str]]:
+    """The cells of what a table holds, by row."""
+    if not path.exists():
+        return {}
+    lines = [line for line in path.read_text().splitlines() if line.startswith("| ")]
+    found = {cells[0]: cells for line in lines if (cells := line.strip("| ").split(" | "))}
+    return {row.name: found[row.name] for row in rows if found.get(row.name, [])[:3] == _target(row)}
+
+
+def _named(there: Sequence[Row], rows: Sequence[Row]) -> list[str]:
+    """Words by which `verify` chooses just those: an experiment, where all of its rows are there."""
+    whole = {row.experiment for row in rows} - {row.experiment for row in rows if row not in there}
+    return list(dict.fromkeys(row.experiment if row.experiment in whole else row.name for row in there))

@@ -1,5 +1,6 @@
 import json
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -116,6 +117,25 @@ def test_a_row_is_run_once_and_its_verdict_written(folder, tmp_path, monkeypatch
     assert line.split("|")[-2].strip() in ("pass", "miss")
     assert "a paper" in table.read_text()
     assert "study/one" in capsys.readouterr().out
+
+
+def test_rows_that_a_table_holds_stay_while_what_was_published_does(folder, tmp_path):
+    table, (one, other) = tmp_path / "PUBLISHED.md", published(folder)
+
+    def rows():
+        return [line.split(" | ")[0] for line in table.read_text().splitlines() if line.startswith("| study")]
+
+    verify.write(table, [Measured(other, (90.0, 91.0))], [one, other])
+    assert rows() == ["| study/other"]
+    assert "cl-runner verify study/other --write" in table.read_text()
+    verify.write(table, [Measured(one, (50.0, 50.0))], [one, other])
+    assert rows() == ["| study/one", "| study/other"]
+    assert "90.50 ± 0.50 | 2 | +30.50 | 3.00 | miss |" in table.read_text()
+    assert "cl-runner verify study --write" in table.read_text()
+    moved = replace(other, value=61.0)
+    verify.write(table, [Measured(one, (51.0, 51.0))], [one, moved])
+    assert rows() == ["| study/one"]
+    assert "51.00" in table.read_text()
 
 
 def test_a_row_that_cannot_be_run_is_named_and_stops_no_other(folder, tmp_path, monkeypatch, capsys):
