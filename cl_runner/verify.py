@@ -24,7 +24,7 @@ def main(argv: list[str]) -> int:
 
     Raises ConfigError.
     """
-    arguments = parser().parse_args(argv)
+    arguments = parser().parse_intermixed_args(argv)  # overrides may stand behind options
     names = [word for word in arguments.words if "=" not in word]
     arguments.overrides = [word for word in arguments.words if "=" in word]
     rows = published()
