@@ -1,5 +1,6 @@
 import pytest
 import torch
+import torch.nn.functional as F
 
 from cl_runner.strategies import SI, Finetune
 from tests.strategies.midway import assert_resumes
@@ -56,6 +57,41 @@ def test_the_importance_is_the_path_over_the_squared_distance_and_damping_summed
     for name, values in strategy.importance.values.items():
         torch.testing.assert_close(values, by_hand[name])
     assert all(torch.equal(strategy.held.terms[0].anchor[name], value) for name, value in model.named_parameters())
+
+
+def by_the_papers_algorithm(stream, model, strength, epsilon, steps):
+    """SI in a bare loop of whole batches, its penalty by autograd."""
+    weights = dict(model.named_parameters())
+    importance = {name: torch.zeros_like(value) for name, value in weights.items()}
+    optimizer = torch.optim.SGD(weights.values(), lr=0.1)
+    model.reveal(stream.tasks[0])
+    for task in stream.tasks:
+        start = {name: value.detach().clone() for name, value in weights.items()}
+        path = {name: torch.zeros_like(value) for name, value in weights.items()}
+        for _ in range(steps):
+            before = {name: value.detach().clone() for name, value in weights.items()}
+            pulls = [(importance[name] * (value - start[name]) ** 2).sum() for name, value in weights.items()]
+            loss = F.cross_entropy(model(task.train.images).logits, task.train.labels) + strength * sum(pulls)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            for name, value in weights.items():
+                path[name] -= value.grad * (value.detach() - before[name])
+        for name, value in weights.items():
+            importance[name] += path[name] / ((value.detach() - start[name]) ** 2 + epsilon)
+    return weights
+
+
+@pytest.mark.parametrize("scenario", ["domain", "class"])
+def test_a_run_goes_as_a_bare_loop_of_the_algorithm_does(scenario):
+    stream = toy_stream(scenario)
+    ran, expected = (toy_model(stream, active_logits="all").double() for _ in range(2))
+    learn(SI(strength=2.0, epsilon=0.1), stream, ran, epochs=20, batch_size=len(stream.tasks[0].train))
+    free = toy_model(stream, active_logits="all").double()
+    learn(Finetune(), stream, free, epochs=20, batch_size=len(stream.tasks[0].train))
+    for name, values in by_the_papers_algorithm(stream, expected, strength=2.0, epsilon=0.1, steps=20).items():
+        torch.testing.assert_close(ran.get_parameter(name), values)
+    assert not torch.allclose(ran.head.weight, free.head.weight, rtol=0.01)  # the penalty tells
 
 
 def test_the_average_counts_each_class_once():
