@@ -130,8 +130,8 @@ def _print(measured: Sequence[Measured], console: Console) -> None:
 def write(path: Path, measured: Sequence[Measured], rows: Sequence[Row]) -> None:
     """The table in Markdown, what its rows are run by, and why what misses does.
 
-    Rows of an earlier table in that file that are not measured anew stay, unless what was published is put otherwise
-    by now: what takes days can be run in parts, and on several machines.
+    Rows of an earlier table in that file that are not measured anew stay, unless what was published, or how far off we
+    may be, is put otherwise by now: what takes days can be run in parts, and on several machines.
     """
     table = _written(path, rows) | {each.row.name: cells(each) for each in measured}
     there = [row for row in rows if row.name in table]
@@ -157,12 +157,18 @@ def write(path: Path, measured: Sequence[Measured], rows: Sequence[Row]) -> None
 
 
 def _written(path: Path, rows: Sequence[Row]) -> dict[str, list[str]]:
-    """The cells of what a table holds, by row."""
+    """The cells of a table that still hold, by row."""
     if not path.exists():
         return {}
-    lines = [line for line in path.read_text().splitlines() if line.startswith("| ")]
-    found = {cells[0]: cells for line in lines if (cells := line.strip("| ").split(" | "))}
-    return {row.name: found[row.name] for row in rows if found.get(row.name, [])[:3] == _target(row)}
+    lines = [line.strip("| ").split(" | ") for line in path.read_text().splitlines() if line.startswith("| ")]
+    found = {line[0]: line for line in lines if len(line) == len(HEADS)}
+    return {row.name: found[row.name] for row in rows if row.name in found and _holds(found[row.name], row)}
+
+
+def _holds(line: list[str], row: Row) -> bool:
+    """Whether a line's verdict is what the row would give today."""
+    *target, _, runs, _, tolerance, _ = line
+    return target == _target(row) and tolerance == f"{row.allowed(int(runs)):.2f}"
 
 
 def _named(there: Sequence[Row], rows: Sequence[Row]) -> list[str]:
