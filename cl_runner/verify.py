@@ -10,6 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from cl_runner.arguments import Parser
 from cl_runner.compose import compose_jobs, in_order
 from cl_runner.errors import ConfigError
 from cl_runner.folder import RunFolder, write_atomically
@@ -54,10 +55,8 @@ def main(argv: list[str]) -> int:
     return int(bool(failed) or any(each.verdict == "miss" for each in measured))
 
 
-def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="cl-runner verify", description="Run what papers report, and put what we measure beside it."
-    )
+def parser() -> Parser:
+    parser = Parser(prog="cl-runner verify", description="Run what papers report, and put what we measure beside it.")
     parser.add_argument(
         "words", nargs="*", metavar="ROW|KEY=VALUE", help="EXPERIMENT/ROW, or EXPERIMENT; and overrides for every run"
     )

@@ -231,6 +231,15 @@ def test_a_run_that_another_process_is_at_is_refused(cl_runner, the_run):
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+def test_what_a_command_does_not_know_is_said_in_one_line(command, cl_runner):
+    status, said = cl_runner(command, "DIR", "--unheard-of", small=False)
+    assert status == 2
+    (line,) = said.splitlines()
+    assert line.startswith(f"cl-runner: {command}: unrecognized arguments: ")
+    assert line.endswith("--unheard-of")
+
+
 @pytest.mark.parametrize(
     "words",
     [["--help"], ["--cfg", "job"], ["list"], ["--version"], *([command, "--help"] for command in COMMANDS)],

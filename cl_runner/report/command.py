@@ -6,10 +6,10 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from rich.console import Console
 
+from cl_runner.arguments import Parser
 from cl_runner.errors import ConfigError
 from cl_runner.folder import write_atomically
 from cl_runner.report.groups import Groups, group_runs, resolve, shown
@@ -30,13 +30,6 @@ from cl_runner.report.table import (
 
 MOST_NAMED = 12  # runs that are not in the table, on the terminal; the page names all
 VALIDATION = "validation_accuracy"
-
-
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong as everything else here does."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError("report", message)
 
 
 def main(argv: list[str]) -> int:

@@ -1,17 +1,17 @@
 """`cl-runner dashboard`: save a workspace to Weights & Biases in which runs are compared."""
 
-import argparse
 from functools import partial
 from typing import Any
 
+from cl_runner.arguments import Parser
 from cl_runner.errors import ConfigError
 from cl_runner.trackers.wandb import default_entity, out_of_reach
 
 SUMMARY = ("average_accuracy", "average_forgetting", "backward_transfer", "forward_transfer", "learning_accuracy")
 
 
-def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="cl-runner dashboard", description=__doc__)
+def parser() -> Parser:
+    parser = Parser(prog="cl-runner dashboard", description=__doc__)
     parser.add_argument("--project", default="cl_runner", help="as tracker.project; cl_runner if not given")
     parser.add_argument("--entity", help="as tracker.entity; your own if not given")
     parser.add_argument("--name", default="Continual learning", help="of the workspace")

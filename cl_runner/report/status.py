@@ -1,6 +1,5 @@
 """`cl-runner status DIR`: every run below a folder, and what has become of it."""
 
-import argparse
 import json
 import os
 import time
@@ -16,6 +15,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from cl_runner.arguments import Parser
 from cl_runner.errors import ConfigError
 from cl_runner.folder import RunFolder
 from cl_runner.sweep import FILE, STATES, Sweep, reason, sweeps
@@ -45,8 +45,8 @@ class Row:
     differs: str = ""
 
 
-def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="cl-runner status", description="Every run below a folder, and how it goes.")
+def parser() -> Parser:
+    parser = Parser(prog="cl-runner status", description="Every run below a folder, and how it goes.")
     parser.add_argument("folder", nargs="?", default="outputs", help="where the runs lie (default: %(default)s)")
     parser.add_argument("--watch", action="store_true", help="go on showing it until nothing runs or waits any more")
     return parser

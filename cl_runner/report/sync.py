@@ -1,9 +1,9 @@
 """`cl-runner sync DIR`: send to Weights & Biases the runs that it does not have whole."""
 
-import argparse
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from cl_runner.arguments import Parser
 from cl_runner.errors import ConfigError
 from cl_runner.folder import RunFolder
 from cl_runner.trackers import sending
@@ -12,8 +12,8 @@ from cl_runner.trackers.wandb import out_of_reach
 AT_ONCE = 4  # runs
 
 
-def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="cl-runner sync", description=__doc__)
+def parser() -> Parser:
+    parser = Parser(prog="cl-runner sync", description=__doc__)
     parser.add_argument("dir", metavar="DIR", type=Path, help="a run's folder, or one with runs below it")
     parser.add_argument("--dry-run", action="store_true", help="only say what would be sent")
     return parser
