@@ -8,8 +8,9 @@ from typing import Any
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
+from cl_runner.components import check_plugin
 from cl_runner.compose import CONF, GRID, VERSION_BASE, Asked, asked, compose_jobs, in_order
-from cl_runner.config import Experiment, check, check_plugin
+from cl_runner.config import Experiment, check
 from cl_runner.errors import ConfigError
 
 PLUGINS = "hydra_plugins.cl_runner"  # the launchers and sweepers of this project

@@ -74,7 +74,8 @@ def parser() -> Parser:
 
 def _values(row: Row, arguments: argparse.Namespace, failed: list[str]) -> Iterator[float]:
     """A value a seed, in percent; a run that fails is named in `failed` and has none."""
-    from cl_runner.config import check, run_folder, validated
+    from cl_runner.config import check, validated
+    from cl_runner.identity import run_folder
     from cl_runner.job import carry_out
 
     for seed in row.seeds:

@@ -6,9 +6,11 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
+from cl_runner.components import PROVIDED, build, imported
 from cl_runner.compose import CONF, choices, compose_jobs, in_order
-from cl_runner.config import PROVIDED, _import, build, check, digest, run_folder, validated
+from cl_runner.config import check, validated
 from cl_runner.errors import ConfigError
+from cl_runner.identity import digest, run_folder
 
 MLP = ["model=mlp"]
 COMPONENT_FILES = sorted(
@@ -29,7 +31,7 @@ def config(*overrides):
 @pytest.mark.parametrize("file", COMPONENT_FILES, ids=lambda file: f"{file.parent.name}/{file.stem}")
 def test_every_argument_of_every_component_stands_in_its_yaml_with_its_default(file):
     node = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
-    parameters = inspect.signature(_import(node.pop("_target_"))).parameters
+    parameters = inspect.signature(imported(node.pop("_target_"))).parameters
     drawn_in = {
         key.partition("@")[2].partition(".")[0]
         for entry in node.pop("defaults", [])

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from cl_runner.components import imported
 from cl_runner.compose import CONF
-from cl_runner.config import _import
 from cl_runner.launchers import Slurm, Worker, carry_out, slots
 from cl_runner.report import status
 
@@ -23,7 +23,7 @@ PRESETS = sorted(CONF.glob("hydra/*/*.yaml"))
 @pytest.mark.parametrize("file", PRESETS, ids=lambda file: f"{file.parent.name}/{file.stem}")
 def test_every_setting_stands_in_its_preset_with_its_default(file):
     node = yaml.safe_load(file.read_text())
-    parameters = inspect.signature(_import(node.pop("_target_"))).parameters
+    parameters = inspect.signature(imported(node.pop("_target_"))).parameters
     assert {key: value or None for key, value in node.items()} == {
         name: parameter.default or None for name, parameter in parameters.items()
     }
@@ -124,7 +124,7 @@ def queue(tmp_path, monkeypatch):
 
 def test_what_slurm_is_given_has_it_requeue_the_job(queue, tmp_path):
     settings = yaml.safe_load((CONF / "hydra/launcher/slurm.yaml").read_text())
-    launcher = _import(settings.pop("_target_"))(**{**settings, "partition": "gpu"})
+    launcher = imported(settings.pop("_target_"))(**{**settings, "partition": "gpu"})
     (pool, at_once) = launcher.pool(3)
     pool.submit(Worker([], tmp_path / "runs" / "a-run"), 0)
     script = (tmp_path / "script").read_text()

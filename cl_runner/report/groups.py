@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from cl_runner.config import NOT_HASHED
 from cl_runner.errors import ConfigError
+from cl_runner.identity import NOT_HASHED
 from cl_runner.report.runs import LeftOut, Run
 from cl_runner.report.statistics import Summary, forgetting_matrix, mean_of_matrices, summarise
 

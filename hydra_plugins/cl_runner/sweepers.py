@@ -132,7 +132,8 @@ class Optuna(Planned):
 
     def _planned(self, overrides: list[str]) -> "Job":
         """The job of a trial, added to the plan."""
-        from cl_runner.config import digest, run_folder, validated
+        from cl_runner.config import validated
+        from cl_runner.identity import digest, run_folder
         from cl_runner.sweep import Job
 
         config = validated(self.loader.load_sweep_config(self.config, overrides))

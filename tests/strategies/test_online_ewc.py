@@ -1,7 +1,8 @@
 import torch
 
+from cl_runner.components import build
 from cl_runner.compose import compose_jobs
-from cl_runner.config import build, validated
+from cl_runner.config import validated
 from tests.toys import learn, toy_model, toy_stream
 
 

@@ -1,0 +1,200 @@
+"""From a node of the configuration to a component: held to what its `_target_` takes, then built.
+
+The only place that builds a `_target_`.
+"""
+
+import importlib
+import inspect
+import json
+import re
+from collections.abc import Callable, Iterable
+from contextlib import contextmanager
+from difflib import get_close_matches
+from typing import Any, get_args, get_origin
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from cl_runner.errors import ConfigError
+
+# A config is not a program: only these may be named by a `_target_`, beside what `plugins` lists.
+ALLOWED = ("cl_runner", "torch.optim", "torchvision", "timm")
+
+# What each component must be. The scheduler is any callable that takes what a run provides.
+KINDS = {
+    "stream": "cl_runner.streams.recipe.Recipe",
+    "model": "cl_runner.models.architecture.Architecture",
+    "strategy": "cl_runner.strategies.base.Strategy",
+    "fisher": "cl_runner.fisher.estimators.Estimator",
+    "memory": "cl_runner.memory.base.Memory",
+    "optimizer": "torch.optim.Optimizer",
+    "trainer": "cl_runner.trainer.Trainer",
+    "tracker": "cl_runner.trackers.base.Null",
+}
+PROVIDED = {"optimizer": {"params"}, "scheduler": {"optimizer", "steps"}}  # arguments that come when a run builds them
+
+_STRICT = ConfigDict(strict=True, arbitrary_types_allowed=True, allow_inf_nan=False)
+
+
+def checked_node(
+    path: str, node: dict[str, Any], allowed: Iterable[str], provided: set[str], kind: str | None = None
+) -> dict[str, Any]:
+    """The node with its values validated against its target's signature; `kind`: what it must be, if its name does
+    not say so."""
+    if "_target_" not in node:
+        raise ConfigError(f"{path}._target_", "expected the name of a class or function, got nothing")
+    target = imported(node["_target_"], path, tuple(allowed))
+    kind = kind or KINDS.get(path.rpartition(".")[2])
+    if kind and not (inspect.isclass(target) and issubclass(target, imported(kind))):
+        raise ConfigError(f"{path}._target_", f"expected a {kind.rpartition('.')[2]}, got {node['_target_']!r}")
+    parameters = inspect.signature(target).parameters
+    refuse_unknown(path, {key: None for key in node if key != "_target_"}, parameters.keys() - provided)
+    missing = [
+        name
+        for name, parameter in parameters.items()
+        if parameter.default is parameter.empty and name not in node and name not in provided
+    ]
+    if missing:
+        raise ConfigError(f"{path}.{missing[0]}", "expected a value, got nothing")
+    hints = inspect.get_annotations(target if inspect.isfunction(target) else target.__init__, eval_str=True)
+    checked = {
+        key: _checked_value(f"{path}.{key}", value, hints.get(key, Any), allowed) if key != "_target_" else value
+        for key, value in node.items()
+    }
+    # What a YAML leaves out has its default all the same: the work, and so its hash, are those of the whole YAML.
+    left_out = {
+        name: parameters[name].default
+        for name in parameters.keys() - checked.keys() - provided
+        if type(parameters[name].default) in (int, float, bool, str, type(None))
+    }
+    return {**checked, **left_out}
+
+
+def build(node: dict[str, Any], **provided: Any) -> Any:
+    """Call a checked node's `_target_` with its arguments, nodes among them (and in mappings of them) built first;
+    `provided` ones count before the node's."""
+
+    def built(value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return build(value) if "_target_" in value else {key: built(inner) for key, inner in value.items()}
+
+    arguments = {key: built(value) for key, value in node.items() if key != "_target_"}
+    return imported(node["_target_"])(**{**arguments, **provided})
+
+
+def check_plugin(path: str, node: dict[str, Any], package: str) -> None:
+    """Hold a launcher's or sweeper's values to its arguments, and hear what it would refuse itself.
+
+    Raises ConfigError.
+    """
+    build(checked_node(path, node, (package,), set()))
+
+
+def imported(target: Any, path: str = "_target_", allowed: tuple[str, ...] | None = None) -> Any:
+    def permitted(name: str) -> bool:
+        return allowed is None or any(name == prefix or name.startswith(prefix + ".") for prefix in allowed)
+
+    if not isinstance(target, str):
+        raise ConfigError(f"{path}._target_", f"expected the name of a class or function, got {target!r}")
+    module_name, _, name = target.rpartition(".")
+    if not permitted(target):
+        raise ConfigError(
+            f"{path}._target_",
+            f"expected a name in {', '.join(allowed or ())} (or a package in plugins), got {target!r}",
+        )
+    try:
+        found = getattr(importlib.import_module(module_name), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"{path}._target_", f"expected something importable, got {target!r} ({error})") from None
+    # A permitted module's own imports are not permitted with it.
+    if not callable(found) or not permitted(getattr(found, "__module__", "") or ""):
+        raise ConfigError(
+            f"{path}._target_", f"expected a class or function of {', '.join(allowed or ())}, got {target!r}"
+        )
+    return found
+
+
+def refuse_unknown(path: str, given: Iterable[str], known: Iterable[str]) -> None:
+    for key in given:
+        if key not in known:
+            field = f"{path}.{key}" if path else key
+            near = get_close_matches(key, list(known), n=1)
+            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(sorted(known))}"
+            raise ConfigError(field, f"unknown key; {hint}")
+
+
+def one_line(path: str, error: ValidationError) -> ConfigError:
+    """One line for pydantic's list: where, what was expected (of every branch of a union), and what came."""
+    problems = error.errors()
+    inner = [str(part) for part in problems[0]["loc"] if isinstance(part, int) or (not path and part)]
+    field = ".".join([part for part in [path] if part] + inner)
+    if problems[0]["type"] == "extra_forbidden":
+        return ConfigError(".".join([path, *map(str, problems[0]["loc"])]), "unknown key")
+    if problems[0]["type"] == "missing":
+        return ConfigError(field, "expected a value, got nothing")
+    wanted = dict.fromkeys(_expected(p["msg"]) for p in problems if "isinstance" not in p["msg"])
+    return ConfigError(field or path, f"expected {' or '.join(wanted)}, got {problems[0]['input']!r}")
+
+
+def _expected(message: str) -> str:
+    message = (
+        message.removeprefix("Input should be ")
+        .removeprefix("Value should have ")
+        .removeprefix("a valid ")
+        .removeprefix("an instance of ")
+    )
+    plain = {
+        "number": "float",
+        "integer": "int",
+        "string": "str",
+        "boolean": "bool",
+        "dictionary": "a mapping",
+        "array": "a list",
+    }
+    message = re.sub(r"^String should match pattern .*", "auto, cpu, mps, cuda or cuda:N", message)
+    return plain.get(message, message.replace("None", "null").replace("greater than or equal to", "at least"))
+
+
+@contextmanager
+def naming(field: str):
+    """What a component says against its arguments becomes an error that names it."""
+    try:
+        yield
+    except (ValueError, TypeError, AssertionError, RuntimeError) as error:
+        raise ConfigError(field, str(error).splitlines()[0]) from error
+
+
+def named(field: str, make: Callable[[], Any]) -> Any:
+    with naming(field):
+        return make()
+
+
+def _checked_value(path: str, value: Any, hint: Any, allowed: Iterable[str]) -> Any:
+    if isinstance(value, dict) and "_target_" in value:
+        return checked_node(path, value, allowed, set())
+    if path.rpartition(".")[2] in KINDS:
+        raise ConfigError(path, f"expected a component (a mapping with a _target_), got {value!r}")
+    if get_origin(hint) is dict and (kind := _kind_of(get_args(hint)[1])):
+        return _checked_nodes(path, value, allowed, kind)
+    try:
+        adapter = TypeAdapter(hint, config=_STRICT)
+        # As JSON a list may stand for a tuple and a string for an enum, and nothing else is converted.
+        return adapter.dump_python(adapter.validate_json(json.dumps(value)), mode="json", warnings=False)
+    except ValidationError as error:
+        raise one_line(path, error) from None
+
+
+def _checked_nodes(path: str, nodes: Any, allowed: Iterable[str], kind: str) -> dict[str, Any]:
+    """Components of one kind by names of their own."""
+    if not isinstance(nodes, dict):
+        raise ConfigError(path, f"expected components by name, got {nodes!r}")
+    for name, node in nodes.items():
+        if not isinstance(node, dict):
+            raise ConfigError(f"{path}.{name}", f"expected a component (a mapping with a _target_), got {node!r}")
+    return {name: checked_node(f"{path}.{name}", node, allowed, set(), kind) for name, node in nodes.items()}
+
+
+def _kind_of(hint: Any) -> str | None:
+    """The entry of KINDS that a type is."""
+    name = f"{getattr(hint, '__module__', '')}.{getattr(hint, '__qualname__', '')}"
+    return name if name in KINDS.values() else None

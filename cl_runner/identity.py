@@ -1,0 +1,53 @@
+"""What a run is called: the hash of what it computes, and its folder."""
+
+import hashlib
+import json
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from cl_runner.components import imported
+
+# These change where and how a run is carried out and watched, not what it computes.
+NOT_HASHED = ("device", "data_root", "output_root", "rerun", "fisher", "memory", "tracker", "trainer.log_every")
+NOT_HASHED += ("trainer.checkpoint_every", "trainer.checkpoint_seconds", "trainer.keep_checkpoint")
+NOT_HASHED += ("stream.download", "stream.max_device_gb")
+ANY_SEED = 2**31 - 1  # stands for the seed where runs that differ in nothing else are one group
+
+
+def run_folder(config: dict[str, Any]) -> Path:
+    """Where a validated configuration's run lies: the same for the same work, whenever it is asked for."""
+    return Path(config["output_root"]) / f"{label(config)}-s{config['seed']}-{digest(config)}"
+
+
+def label(config: dict[str, Any]) -> str:
+    """Strategy, stream and model, readable."""
+
+    def short(node: dict[str, Any]) -> str:
+        target = imported(node["_target_"])
+        return getattr(target, "kind", target.__name__.lower())
+
+    stream = f"{short(config['stream'])}_{config['stream']['name']}"
+    return f"{short(config['strategy'])}-{stream}-{config['model'].get('name') or short(config['model'])}"
+
+
+def digest(config: dict[str, Any]) -> str:
+    """Eight hex digits of what a run computes."""
+    plain = json.loads(json.dumps(config))
+    for path in (*NOT_HASHED, "trainer.epochs" if config["trainer"].get("iterations") else "trainer.iterations"):
+        *parents, key = path.split(".")
+        node = plain
+        for parent in parents:
+            node = node[parent]
+        node.pop(key, None)
+    weights = Path(str(plain["model"].get("pretrained"))).expanduser()
+    if weights.is_file():  # what is in the file counts, not where it lies
+        plain["model"]["pretrained"] = _file_digest(weights, weights.stat().st_mtime_ns)
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:8]
+
+
+@lru_cache
+def _file_digest(path: Path, changed: int) -> str:
+    """`changed` is only there so that a file is read again when it is another."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
