@@ -33,17 +33,20 @@ def main(argv: list[str]) -> int:
     console.width = max(console.width, WIDTH)
     if any(word.startswith("seed=") for word in arguments.overrides):
         raise ConfigError("seed", "expected none: every row runs over seeds of its own")
-    if other := [word for word in arguments.overrides if word.partition("=")[0].partition(".")[0] not in ELSEWHERE]:
-        console.print(f"not the published protocol: {' '.join(other)}", style="yellow", highlight=False)
     if arguments.list:
         longest = max(len(row.name) for row in rows)
         for row in rows:
             says = f"{row.name:<{longest}} {row.tier:<5} {row.value:>6.2f}  {' '.join(row.overrides)}"
             console.print(says, highlight=False, soft_wrap=True)
         return 0
+    asked = chosen(rows, names, arguments.tier)
+    if changes := _changes(arguments.overrides, asked):
+        if arguments.write is not None:
+            raise ConfigError("--write", f"expected no change of the published protocol, got {' '.join(changes)}")
+        console.print(f"not the published protocol: {' '.join(changes)}", style="yellow", highlight=False)
     failed: list[str] = []
     measured = []
-    for row in chosen(rows, names, arguments.tier):
+    for row in asked:
         values = list(_values(row, arguments, failed))
         if len(values) == len(row.seeds):
             measured.append(Measured(row, tuple(values)))
@@ -51,7 +54,7 @@ def main(argv: list[str]) -> int:
     if arguments.write is not None:
         write(arguments.write, measured, rows)
     for line in failed:
-        console.print(line, style="red", highlight=False)
+        console.print(line, style="red", highlight=False, soft_wrap=True)
     return int(bool(failed) or any(each.verdict == "miss" for each in measured))
 
 
@@ -72,6 +75,20 @@ def parser() -> Parser:
     return parser
 
 
+def _changes(overrides: Sequence[str], rows: Sequence[Row]) -> list[str]:
+    """Those of the overrides that make another protocol of what was published."""
+
+    def users_to_bring(key: str) -> bool:
+        """A file of weights, wherever it lies."""
+        from cl_runner.models.weights import file_of
+
+        configurations = (cfg for row in rows for cfg in compose_jobs(row.command(seed=0)))
+        return key == "model.pretrained" and all(file_of(cfg.model.pretrained) for cfg in configurations)
+
+    keys = {word: word.partition("=")[0].lstrip("+") for word in overrides}
+    return [word for word, key in keys.items() if key.partition(".")[0] not in ELSEWHERE and not users_to_bring(key)]
+
+
 def _values(row: Row, arguments: argparse.Namespace, failed: list[str]) -> Iterator[float]:
     """A value a seed, in percent; a run that fails is named in `failed` and has none."""
     from cl_runner.config import check, validated
@@ -87,7 +104,10 @@ def _values(row: Row, arguments: argparse.Namespace, failed: list[str]) -> Itera
                 return
             try:
                 carry_out(check(cfg))
-            except Exception as error:  # weights that are not there, say: the other rows do without
+            except ConfigError as error:  # weights that are not there, say: no seed of the row has them
+                failed.append(f"{row.name}: {error}")
+                return
+            except Exception as error:
                 failed.append(f"{row.name} seed={seed}: {type(error).__name__}: {error}")
                 continue
         yield 100 * folder.results["metrics"][row.metric]

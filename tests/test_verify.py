@@ -12,6 +12,7 @@ from cl_runner.published import Measured, Row, chosen, published
 from cl_runner.verify import main
 
 ROWS = published()
+SMALL = ["stream=split_digits", "stream.max_per_class=5", "model=mlp", "model.widths=[4]", "trainer.epochs=1"]
 FILE = """
 published:
   source: a paper
@@ -100,12 +101,11 @@ def test_what_is_published_changes_no_run(tmp_path):
 
 def test_a_row_is_run_once_and_its_verdict_written(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(verify, "published", lambda: published(folder))
-    monkeypatch.setattr(Row, "command", lambda row, seed: [*row.overrides, f"seed={seed}"])
-    small = ["stream=split_digits", "stream.max_per_class=5", "model=mlp", "model.widths=[4]", "trainer.epochs=1"]
-    words = ["study/one", *small, "device=cpu", f"output_root={tmp_path / 'runs'}"]
+    monkeypatch.setattr(Row, "command", lambda row, seed: [*SMALL, *row.overrides, f"seed={seed}"])
+    words = ["study/one", "device=cpu", f"output_root={tmp_path / 'runs'}"]
     table = tmp_path / "PUBLISHED.md"
     main([*words, "--write", str(table)])
-    assert "not the published protocol: stream=split_digits" in capsys.readouterr().out
+    assert "not the published protocol" not in capsys.readouterr().out
     runs = sorted((tmp_path / "runs").glob("*/results.json"))
     times = [run.stat().st_mtime_ns for run in runs]
     main([words[0], "--only-done", *words[1:]])
@@ -117,6 +117,33 @@ def test_a_row_is_run_once_and_its_verdict_written(folder, tmp_path, monkeypatch
     assert line.split("|")[-2].strip() in ("pass", "miss")
     assert "a paper" in table.read_text()
     assert "study/one" in capsys.readouterr().out
+
+
+def test_another_protocol_is_said_and_never_written(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(verify, "published", lambda: published(folder))
+    monkeypatch.setattr(Row, "command", lambda row, seed: [*SMALL, *row.overrides, f"seed={seed}"])
+    words = ["study/one", "trainer.batch_size=4", f"output_root={tmp_path / 'runs'}"]
+    with pytest.raises(ConfigError, match=r"--write: expected no change .* got trainer.batch_size=4$"):
+        main([*words, "--write", str(tmp_path / "PUBLISHED.md")])
+    assert not (tmp_path / "runs").exists()
+    assert main([*words, "--only-done"]) == 0
+    assert "not the published protocol: trainer.batch_size=4" in capsys.readouterr().out
+
+
+def test_weights_that_are_the_users_to_bring_change_no_protocol(tmp_path, capsys):
+    brought = ["model.pretrained=conv5.pt", "--only-done", f"output_root={tmp_path}"]
+    assert main(["vandeven_split_cifar100/none", *brought]) == 0
+    assert "not the published protocol" not in capsys.readouterr().out
+    assert main(["vandeven_split_mnist_class/none", *brought]) == 0
+    assert "not the published protocol: model.pretrained=conv5.pt" in capsys.readouterr().out
+
+
+def test_no_row_runs_without_the_weights_that_are_the_users_to_bring(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["vandeven_split_cifar100/none", "device=cpu"]) == 1
+    (line,) = capsys.readouterr().out.splitlines()
+    why = "model.pretrained: expected a file of weights, got 'conv5-cifar10.pt', which is not there"
+    assert line == f"vandeven_split_cifar100/none: {why}"
 
 
 def test_rows_that_a_table_holds_stay_while_what_was_published_does(folder, tmp_path):
@@ -144,9 +171,8 @@ def test_a_row_that_cannot_be_run_is_named_and_stops_no_other(folder, tmp_path, 
     (folder / "study.yaml").write_text(FILE.replace("[strategy=finetune]", "[model.pretrained=nowhere.safetensors]"))
     monkeypatch.setattr(verify, "published", lambda: published(folder))
     monkeypatch.setattr(Row, "command", lambda row, seed: [*row.overrides, f"seed={seed}"])
-    small = ["stream=split_digits", "stream.max_per_class=5", "model=mlp", "model.widths=[4]", "trainer.epochs=1"]
-    assert main(["study", *small, "device=cpu", f"output_root={tmp_path / 'runs'}"]) == 1
+    assert main(["study", *SMALL, "device=cpu", f"output_root={tmp_path / 'runs'}"]) == 1
     said = capsys.readouterr().out
-    assert "study/one seed=1: ConfigError: model.pretrained: " in said
+    assert said.count("study/one: model.pretrained: expected a file") == 1
     assert "study/other" in said
     assert len(list((tmp_path / "runs").glob("*/results.json"))) == 3
