@@ -31,7 +31,7 @@ def main(argv: list[str]) -> int:
     rows = published()
     console = Console()
     console.width = max(console.width, WIDTH)
-    if any(word.startswith("seed=") for word in arguments.overrides):
+    if any(word.lstrip("+~").startswith("seed=") for word in arguments.overrides):
         raise ConfigError("seed", "expected none: every row runs over seeds of its own")
     if arguments.list:
         longest = max(len(row.name) for row in rows)
@@ -40,6 +40,8 @@ def main(argv: list[str]) -> int:
             console.print(says, highlight=False, soft_wrap=True)
         return 0
     asked = chosen(rows, names, arguments.tier)
+    if arguments.write is not None:
+        _check_table(arguments.write)
     if changes := _changes(arguments.overrides, asked):
         if arguments.write is not None:
             raise ConfigError("--write", f"expected no change of the published protocol, got {' '.join(changes)}")
@@ -174,6 +176,17 @@ def write(path: Path, measured: Sequence[Measured], rows: Sequence[Row]) -> None
         f"- `{experiment}`: {source}" for experiment, source in {row.experiment: row.source for row in there}.items()
     ]
     write_atomically(path, "\n".join(lines) + "\n")
+
+
+def _check_table(path: Path) -> None:
+    """Refuse, before anything is run, to write over what is no table of this command's.
+
+    Raises ConfigError.
+    """
+    if not path.parent.is_dir():
+        raise ConfigError("--write", f"expected a file in a folder that is there, got {str(path)!r}")
+    if path.exists() and not (path.is_file() and path.read_text().startswith(HEADER.partition("\n")[0])):
+        raise ConfigError("--write", f"expected a new file, or a table that verify wrote, got {str(path)!r}")
 
 
 def _written(path: Path, rows: Sequence[Row]) -> dict[str, list[str]]:

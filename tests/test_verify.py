@@ -83,6 +83,17 @@ def test_seeds_are_the_rows_own(folder, monkeypatch):
     monkeypatch.setattr(verify, "published", lambda: published(folder))
     with pytest.raises(ConfigError, match="seed: expected none: every row runs over seeds of its own"):
         main(["study/one", "seed=0"])
+    with pytest.raises(ConfigError, match="seed: expected none"):
+        main(["study/one", "++seed=0"])
+
+
+@pytest.mark.parametrize("name", ["notes.md", "nowhere/PUBLISHED.md"])
+def test_nothing_that_is_no_table_is_written_over(folder, name, tmp_path, monkeypatch):
+    monkeypatch.setattr(verify, "published", lambda: published(folder))
+    (tmp_path / "notes.md").write_text("mine")
+    with pytest.raises(ConfigError, match="--write: expected a"):
+        main(["study/one", "--only-done", "--write", str(tmp_path / name)])
+    assert (tmp_path / "notes.md").read_text() == "mine"
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
