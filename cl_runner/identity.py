@@ -8,10 +8,10 @@ from typing import Any
 
 from cl_runner.components import imported
 
-# These change where and how a run is carried out and watched, not what it computes.
-NOT_HASHED = ("device", "data_root", "output_root", "rerun", "fisher", "memory", "tracker", "trainer.log_every")
-NOT_HASHED += ("trainer.checkpoint_every", "trainer.checkpoint_seconds", "trainer.keep_checkpoint")
-NOT_HASHED += ("stream.download", "stream.max_device_gb")
+# Where and how a run is carried out and watched, not what it computes.
+CONDUCT = ("device", "data_root", "output_root", "rerun", "tracker", "trainer.log_every", "trainer.checkpoint_every")
+CONDUCT += ("trainer.checkpoint_seconds", "trainer.keep_checkpoint", "stream.download", "stream.max_device_gb")
+NOT_HASHED = (*CONDUCT, "fisher", "memory")  # these two count in the strategy that takes them
 ANY_SEED = 2**31 - 1  # stands for the seed where runs that differ in nothing else are one group
 
 

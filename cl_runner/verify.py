@@ -14,9 +14,9 @@ from cl_runner.arguments import Parser
 from cl_runner.compose import compose_jobs, in_order
 from cl_runner.errors import ConfigError
 from cl_runner.folder import RunFolder, write_atomically
+from cl_runner.identity import CONDUCT, run_folder
 from cl_runner.published import TIERS, Measured, Row, chosen, published
 
-ELSEWHERE = {"device", "data_root", "output_root", "tracker"}  # overrides that leave a protocol what it is
 WIDTH = 110  # columns, at least: a row on a line
 
 
@@ -31,7 +31,7 @@ def main(argv: list[str]) -> int:
     rows = published()
     console = Console()
     console.width = max(console.width, WIDTH)
-    if any(word.lstrip("+~").startswith("seed=") for word in arguments.overrides):
+    if any(_key(word) == "seed" for word in arguments.overrides):
         raise ConfigError("seed", "expected none: every row runs over seeds of its own")
     if arguments.list:
         longest = max(len(row.name) for row in rows)
@@ -53,8 +53,8 @@ def main(argv: list[str]) -> int:
         if len(values) == len(row.seeds):
             measured.append(Measured(row, tuple(values)))
             _print(measured[-1:], console)
-    if arguments.write is not None:
-        write(arguments.write, measured, rows)
+            if arguments.write is not None:  # now: the next row may take hours, and be stopped
+                write(arguments.write, measured, rows)
     for line in failed:
         console.print(line, style="red", highlight=False, soft_wrap=True)
     return int(bool(failed) or any(each.verdict == "miss" for each in measured))
@@ -77,8 +77,16 @@ def parser() -> Parser:
     return parser
 
 
+def _key(override: str) -> str:
+    """What an override sets: `trainer.epochs` of `++trainer.epochs=3`."""
+    return override.partition("=")[0].lstrip("+~")
+
+
 def _changes(overrides: Sequence[str], rows: Sequence[Row]) -> list[str]:
     """Those of the overrides that make another protocol of what was published."""
+
+    def of_conduct(key: str) -> bool:
+        return any(key == path or key.startswith(f"{path}.") for path in CONDUCT)
 
     def users_to_bring(key: str) -> bool:
         """A file of weights, wherever it lies."""
@@ -87,25 +95,26 @@ def _changes(overrides: Sequence[str], rows: Sequence[Row]) -> list[str]:
         configurations = (cfg for row in rows for cfg in compose_jobs(row.command(seed=0)))
         return key == "model.pretrained" and all(file_of(cfg.model.pretrained) for cfg in configurations)
 
-    keys = {word: word.partition("=")[0].lstrip("+") for word in overrides}
-    return [word for word, key in keys.items() if key.partition(".")[0] not in ELSEWHERE and not users_to_bring(key)]
+    return [word for word in overrides if not of_conduct(_key(word)) and not users_to_bring(_key(word))]
 
 
 def _values(row: Row, arguments: argparse.Namespace, failed: list[str]) -> Iterator[float]:
     """A value a seed, in percent; a run that fails is named in `failed` and has none."""
     from cl_runner.config import check, validated
-    from cl_runner.identity import run_folder
-    from cl_runner.job import carry_out
+    from cl_runner.job import carry_out, move_aside
 
     for seed in row.seeds:
         overrides = ["tracker=local", "output_root=outputs/published", *row.command(seed), *arguments.overrides]
         (cfg,) = compose_jobs(in_order(overrides))
-        folder = RunFolder(run_folder(validated(cfg)))
-        if not folder.done:
+        config = validated(cfg)
+        folder = RunFolder(run_folder(config))
+        if config["rerun"] or not folder.done:
             if arguments.only_done:
                 return
             try:
-                carry_out(check(cfg))
+                experiment = check(cfg)
+                move_aside(experiment)
+                carry_out(experiment)
             except ConfigError as error:  # weights that are not there, say: no seed of the row has them
                 failed.append(f"{row.name}: {error}")
                 return

@@ -119,7 +119,8 @@ def test_a_row_is_run_once_and_its_verdict_written(folder, tmp_path, monkeypatch
     assert "not the published protocol" not in capsys.readouterr().out
     runs = sorted((tmp_path / "runs").glob("*/results.json"))
     times = [run.stat().st_mtime_ns for run in runs]
-    main([words[0], "--only-done", *words[1:]])
+    main([words[0], "--only-done", *words[1:], "trainer.log_every=7"])
+    assert "not the published protocol" not in capsys.readouterr().out
     assert [run.stat().st_mtime_ns for run in runs] == times
     assert len(times) == 2
     accuracies = [100 * json.loads(run.read_text())["metrics"]["average_accuracy"] for run in runs]
@@ -127,7 +128,24 @@ def test_a_row_is_run_once_and_its_verdict_written(folder, tmp_path, monkeypatch
     assert f"| {sum(accuracies) / 2:.2f} ± " in line
     assert line.split("|")[-2].strip() in ("pass", "miss")
     assert "a paper" in table.read_text()
+    main([*words, "rerun=true"])
     assert "study/one" in capsys.readouterr().out
+    assert [run.stat().st_mtime_ns for run in runs] != times
+
+
+def test_a_row_is_in_the_table_before_the_next_is_run(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(verify, "published", lambda: published(folder))
+
+    def stopped_at_the_second(row, *_):
+        if row.name == "study/other":
+            raise KeyboardInterrupt
+        return [50.0, 51.0]
+
+    monkeypatch.setattr(verify, "_values", stopped_at_the_second)
+    table = tmp_path / "PUBLISHED.md"
+    with pytest.raises(KeyboardInterrupt):
+        main(["study", "--write", str(table)])
+    assert "| study/one | 50.00 ± 1.00 | 4 | 50.50 ± 0.50 | 2 |" in table.read_text()
 
 
 def test_another_protocol_is_said_and_never_written(folder, tmp_path, monkeypatch, capsys):
