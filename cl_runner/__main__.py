@@ -29,9 +29,9 @@ def main() -> None:
     except ConfigError as error:
         print(f"cl-runner: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:  # before there is a run, which would say more
-        print("cl-runner: stopped", file=sys.stderr)
-        sys.exit(130)
+    except KeyboardInterrupt as stopped:  # a run says where it goes on, and which signal it was
+        print(f"cl-runner: {str(stopped) or 'stopped'}", file=sys.stderr)
+        sys.exit(getattr(stopped, "status", 130))
 
 
 def _answer(argv: list[str]) -> None:

@@ -62,8 +62,6 @@ def run_alone(experiment: Experiment) -> None:
         _hydra_run()
     except ConfigError:  # what only building can tell: weights that cannot be fetched, say
         raise
-    except KeyboardInterrupt as stopped:
-        sys.exit(_say_stopped(stopped, str(stopped)))
     except Exception as error:
         sys.exit(_say_failed(error))
 
@@ -113,7 +111,8 @@ def run_sweep(request: Asked, experiments: list[Experiment]) -> int:
     for line in sweep.summary(done_before):
         print(line)
     if stopped is not None:
-        return _say_stopped(stopped, "stopped; the same command goes on")
+        print("cl-runner: stopped; the same command goes on", file=sys.stderr)
+        return getattr(stopped, "status", 130)
     return 0 if sweep.jobs and sweep.counts()["done"] == len(sweep.jobs) else 1
 
 
@@ -181,9 +180,3 @@ def _say_failed(error: Exception) -> int:
     """In a line. Returns the exit status."""
     print(f"cl-runner: {type(error).__name__}: {error}".partition("\n")[0], file=sys.stderr)
     return 1
-
-
-def _say_stopped(stopped: KeyboardInterrupt, how: str) -> int:
-    """Ctrl-C, or a signal that means the same. Returns the exit status."""
-    print(f"cl-runner: {how or 'stopped'}", file=sys.stderr)
-    return getattr(stopped, "status", 130)
