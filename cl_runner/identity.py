@@ -6,13 +6,14 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from cl_runner.components import imported
-
 # Where and how a run is carried out and watched, not what it computes.
 CONDUCT = ("device", "data_root", "output_root", "rerun", "tracker", "trainer.log_every", "trainer.checkpoint_every")
 CONDUCT += ("trainer.checkpoint_seconds", "trainer.keep_checkpoint", "stream.download", "stream.max_device_gb")
 NOT_HASHED = (*CONDUCT, "fisher", "memory")  # these two count in the strategy that takes them
 ANY_SEED = 2**31 - 1  # stands for the seed where runs that differ in nothing else are one group
+
+# Classes whose name in lower case is not what their choice in conf/ is called.
+CHOICES = {"ERACE": "er_ace", "CODAPrompt": "coda_prompt", "EfficientNetLite0": "efficientnet_lite0"}
 
 
 def run_folder(config: dict[str, Any]) -> Path:
@@ -22,13 +23,22 @@ def run_folder(config: dict[str, Any]) -> Path:
 
 def label(config: dict[str, Any]) -> str:
     """Strategy, stream and model, readable."""
+    return "-".join(parts(config))
 
-    def short(node: dict[str, Any]) -> str:
-        target = imported(node["_target_"])
-        return getattr(target, "kind", target.__name__.lower())
 
-    stream = f"{short(config['stream'])}_{config['stream']['name']}"
-    return f"{short(config['strategy'])}-{stream}-{config['model'].get('name') or short(config['model'])}"
+def parts(config: dict[str, Any]) -> tuple[str, str, str]:
+    """Strategy, stream and model, e.g. ("ewc", "split_cifar100", "resnet18")."""
+    strategy, stream, model = (called(key, config[key]) for key in ("strategy", "stream", "model"))
+    return strategy, stream, model
+
+
+def called(key: str, component: dict[str, Any]) -> str:
+    """What a component of the configuration goes by: as its choice in conf/ is called, or by its own name."""
+    target = component["_target_"].rpartition(".")[2]
+    kind, name = CHOICES.get(target) or target.lower(), str(component.get("name") or "")
+    if key == "stream":
+        return f"{kind}_{name}" if name else kind
+    return name or kind
 
 
 def digest(config: dict[str, Any]) -> str:

@@ -10,7 +10,7 @@ from cl_runner.components import PROVIDED, build, imported
 from cl_runner.compose import CONF, choices, compose_jobs, in_order
 from cl_runner.config import check, validated
 from cl_runner.errors import ConfigError
-from cl_runner.identity import digest, run_folder
+from cl_runner.identity import called, digest, run_folder
 
 MLP = ["model=mlp"]
 COMPONENT_FILES = sorted(
@@ -40,6 +40,17 @@ def test_every_argument_of_every_component_stands_in_its_yaml_with_its_default(f
         if not key.startswith("override ")
     }
     assert node.keys() | drawn_in == set(parameters) - PROVIDED.get(file.parent.name, set())
+
+
+PRESETS = {"online_ewc": "ewc", "simplecil": "ncm"}  # another name for a class with values of its own
+
+
+@pytest.mark.parametrize("group", ["strategy", "model", "fisher"])
+def test_a_component_goes_by_what_its_choice_is_called(group):
+    for file in (file for file in COMPONENT_FILES if file.parent.name == group):
+        node = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
+        node.pop("name", None)  # torchvision's and timm's models go by their own
+        assert called(group, node) == PRESETS.get(file.stem, file.stem)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from cl_runner.errors import ConfigError
-from cl_runner.identity import NOT_HASHED
+from cl_runner.identity import NOT_HASHED, called
 from cl_runner.report.runs import LeftOut, Run
 from cl_runner.report.statistics import Summary, forgetting_matrix, mean_of_matrices, summarise
 
@@ -274,15 +274,7 @@ def _flat(node: dict[str, Any], path: str = "") -> Iterator[tuple[str, Value]]:
         name = f"{path}.{key}" if path else key
         if isinstance(value, dict):
             if "_target_" in value:
-                yield name, _component(name, value)
+                yield name, called(name, value)
             yield from _flat(value, name)
         elif key != "_target_":
             yield name, value if isinstance(value, str | int | float | bool | None) else json.dumps(value)
-
-
-def _component(key: str, node: dict[str, Any]) -> str:
-    """A component's name, as a run's folder has it: ewc, split_mnist, efficientnet_b0."""
-    kind = node["_target_"].rpartition(".")[2].lower()
-    if key == "stream":
-        return f"{kind}_{node['name']}" if node.get("name") else kind
-    return node.get("name") or kind

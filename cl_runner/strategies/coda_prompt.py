@@ -26,7 +26,6 @@ class CODAPrompt(Prompting):
     The paper's loss sees the task's own outputs alone: trainer.active_logits=current.
     """
 
-    kind = "coda_prompt"
     prompts: Components
 
     def __init__(

@@ -14,8 +14,6 @@ class ERACE(Rehearsal):
     """Fresh rows are told apart by the classes of their batch only, so that they do not push old classes away; replayed
     rows by all. Both mean losses are added."""
 
-    kind = "er_ace"
-
     def before_batch(self, batch: Examples) -> Examples:
         self.fresh = len(batch)
         every = torch.ones(self.stream.num_classes, dtype=torch.bool, device=batch.labels.device)

@@ -7,21 +7,10 @@ from typing import Any
 
 import yaml
 
-# These say where and how a run is carried out, not what it is.
-LEFT_OUT = {"seed", "device", "data_root", "output_root", "rerun", "plugins", "tracker", "hydra"}
-LEFT_OUT |= {"trainer.log_every", "trainer.checkpoint_every", "trainer.checkpoint_seconds", "trainer.keep_checkpoint"}
-LEFT_OUT |= {"stream.download", "stream.max_device_gb"}
+from cl_runner.identity import CONDUCT, parts
+
+LEFT_OUT = {"seed", "plugins", "hydra", *CONDUCT}  # not what a run is
 IN_THE_NAME = {"strategy", "stream"}  # the choices; their values are for the name to say
-
-
-def parts(config: dict[str, Any]) -> tuple[str, str, str]:
-    """Strategy, stream and model, e.g. ("ewc", "split_cifar100", "resnet18")."""
-    strategy, stream, model = (config[part] for part in ("strategy", "stream", "model"))
-    return (
-        _kind(strategy),
-        "_".join(filter(None, [_kind(stream), stream.get("name")])),
-        str(model.get("name") or _kind(model)),
-    )
 
 
 def run_name(config: dict[str, Any], overrides: Sequence[str]) -> str:
@@ -46,10 +35,6 @@ def command_of(run: Path, argv: Sequence[str]) -> str:
         place = words.index("--config-dir") if "--config-dir" in words else len(words)
         words = [*words[place : place + 2], *overrides_of(run)]
     return shlex.join(["cl-runner", *words])
-
-
-def _kind(node: dict[str, Any]) -> str:
-    return node["_target_"].rpartition(".")[2].lower()
 
 
 def _shown(override: str) -> str:

@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any, Concatenate, Literal, ParamSpec
 from urllib.parse import urlsplit
 
+from cl_runner.identity import parts
 from cl_runner.trackers import sending
 from cl_runner.trackers.base import Null, RunInfo
 from cl_runner.trackers.local import entries, read_journal
-from cl_runner.trackers.names import parts
 
 log = logging.getLogger(__name__)
 
