@@ -137,7 +137,7 @@ def published(folder: Path = CONF / "experiment") -> list[Row]:
 def _row(experiment: str, name: str, study: Study, value: Value) -> Row:
     n = value.n or study.n
     sd = value.sd if value.sem is None else value.sem * math.sqrt(n)
-    if (sd is None) == (value.tolerance is None):
+    if [value.sem, value.sd, value.tolerance].count(None) != 2:
         raise ConfigError(f"{experiment}.yaml: published.rows.{name}", "expected one of sem, sd and tolerance")
     return Row(
         name=f"{experiment}/{name}",

@@ -39,6 +39,8 @@ def main(argv: list[str]) -> int:
             says = f"{row.name:<{longest}} {row.tier:<5} {row.value:>6.2f}  {' '.join(row.overrides)}"
             console.print(says, highlight=False, soft_wrap=True)
         return 0
+    if names and arguments.tier:
+        raise ConfigError("--tier", f"expected it, or rows by name, got both: {names[0]!r}")
     asked = chosen(rows, names, arguments.tier)
     if arguments.write is not None:
         _check_table(arguments.write)
@@ -55,6 +57,9 @@ def main(argv: list[str]) -> int:
             _print(measured[-1:], console)
             if arguments.write is not None:  # now: the next row may take hours, and be stopped
                 write(arguments.write, measured, rows)
+    if arguments.only_done and len(measured) < len(asked):
+        waiting = f"{len(asked) - len(measured)} of {len(asked)} rows are not done"
+        console.print(f"{waiting}; without --only-done they are run", highlight=False)
     for line in failed:
         console.print(line, style="red", highlight=False, soft_wrap=True)
     return int(bool(failed) or any(each.verdict == "miss" for each in measured))
@@ -173,7 +178,7 @@ def write(path: Path, measured: Sequence[Measured], rows: Sequence[Row]) -> None
         *(f"| {' | '.join(table[row.name])} |" for row in there),
         "",
         "```sh",
-        f"cl-runner verify {' '.join(_named(there, rows))} --write benchmarks/PUBLISHED.md",
+        f"cl-runner verify {' '.join(_named(there, rows))} --write {path}",
         "```",
         "",
     ]
@@ -210,7 +215,7 @@ def _written(path: Path, rows: Sequence[Row]) -> dict[str, list[str]]:
 def _holds(line: list[str], row: Row) -> bool:
     """Whether a line's verdict is what the row would give today."""
     *target, _, runs, _, tolerance, _ = line
-    return target == _target(row) and tolerance == f"{row.allowed(int(runs)):.2f}"
+    return target == _target(row) and tolerance == f"{row.allowed(int(runs)):.2f}" and int(runs) >= len(row.seeds)
 
 
 def _named(there: Sequence[Row], rows: Sequence[Row]) -> list[str]:

@@ -6,7 +6,7 @@ import pytest
 
 from cl_runner import verify
 from cl_runner.compose import compose_jobs
-from cl_runner.config import check
+from cl_runner.config import check, validated
 from cl_runner.errors import ConfigError
 from cl_runner.published import Measured, Row, chosen, published
 from cl_runner.verify import main
@@ -57,6 +57,7 @@ def test_no_tolerance_is_narrower_than_half_a_point(folder):
             "value: 50.0, sem: 1.0, tolerance: 1.0",
             "study.yaml: published.rows.one: expected one of sem, sd and tolerance",
         ),
+        ("value: 50.0, sem: 1.0, sd: 2.0", "study.yaml: published.rows.one: expected one of sem, sd and tolerance"),
         ("value: 50.0", "study.yaml: published.rows.one: expected one of sem, sd and tolerance"),
         ("valu: 50.0, sem: 1.0", r"study.yaml: published.rows.one.value: Field required"),
     ],
@@ -96,9 +97,23 @@ def test_nothing_that_is_no_table_is_written_over(folder, name, tmp_path, monkey
     assert (tmp_path / "notes.md").read_text() == "mine"
 
 
+def test_a_tier_beside_names_is_refused(folder, monkeypatch):
+    monkeypatch.setattr(verify, "published", lambda: published(folder))
+    with pytest.raises(ConfigError, match="^--tier: expected it, or rows by name, got both: 'study/one'"):
+        main(["study/one", "--tier", "cpu"])
+
+
+def test_only_done_says_how_much_is_not(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(verify, "published", lambda: published(folder))
+    monkeypatch.setattr(Row, "command", lambda row, seed: [*SMALL, *row.overrides, f"seed={seed}"])
+    assert main(["study/one", "--only-done", f"output_root={tmp_path}"]) == 0
+    assert capsys.readouterr().out == "1 of 1 rows are not done; without --only-done they are run\n"
+
+
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 def test_every_published_row_composes_to_a_configuration(row):
-    compose_jobs(row.command(seed=1))
+    (cfg,) = compose_jobs(row.command(seed=1))
+    validated(cfg)
 
 
 def test_what_is_published_changes_no_run(tmp_path):
@@ -181,15 +196,15 @@ def test_rows_that_a_table_holds_stay_while_what_was_published_does(folder, tmp_
     def rows():
         return [line.split(" | ")[0] for line in table.read_text().splitlines() if line.startswith("| study")]
 
-    verify.write(table, [Measured(other, (90.0, 91.0))], [one, other])
+    verify.write(table, [Measured(other, (90.0, 90.5, 91.0))], [one, other])
     assert rows() == ["| study/other"]
     assert "cl-runner verify study/other --write" in table.read_text()
     verify.write(table, [Measured(one, (50.0, 50.0))], [one, other])
     assert rows() == ["| study/one", "| study/other"]
-    assert "90.50 ± 0.50 | 2 | +30.50 | 3.00 | miss |" in table.read_text()
+    assert "90.50 ± 0.29 | 3 | +30.50 | 3.00 | miss |" in table.read_text()
     assert "cl-runner verify study --write" in table.read_text()
     before = table.read_text()
-    for moved in (replace(other, value=61.0), replace(other, tolerance=31.0)):
+    for moved in (replace(other, value=61.0), replace(other, tolerance=31.0), replace(other, seeds=range(1, 5))):
         table.write_text(before)
         verify.write(table, [Measured(one, (51.0, 51.0))], [one, moved])
         assert rows() == ["| study/one"]
