@@ -30,6 +30,7 @@ def run(argv: list[str]) -> None:
         jobs = [check(cfg) for _, cfg in request.jobs]
         if request.sweep:
             _check_sweep(request, jobs)
+        _say_unused(request, jobs)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come back here; they are said once, in one line
     if request.sweep:
         try:
@@ -174,6 +175,20 @@ def _check_sweep(request: Asked, jobs: list[Experiment]) -> None:
         raise ConfigError(
             "stream.validation", "expected a share above 0: hydra/sweeper=optuna selects by it, and never by test data"
         )
+
+
+def _say_unused(request: Asked, jobs: list[Experiment]) -> None:
+    """A memory or a Fisher that was chosen, and that no strategy takes."""
+    for name in ("memory", "fisher"):
+        given = any(word.lstrip("+").startswith((f"{name}=", f"{name}.")) for word in request.argv)
+        if given and not any(_holds(job.config["strategy"], job.config[name]) for job in jobs):
+            whose = "no strategy of this sweep takes one" if request.sweep else "this strategy takes none"
+            print(f"cl-runner: {name}: {whose}; it changes nothing", file=sys.stderr)
+
+
+def _holds(node: dict[str, Any], component: dict[str, Any]) -> bool:
+    parts = [value for value in node.values() if isinstance(value, dict)]
+    return component in parts or any(_holds(part, component) for part in parts)
 
 
 def _say_failed(error: Exception) -> int:
