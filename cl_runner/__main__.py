@@ -4,13 +4,14 @@ import sys
 from importlib import import_module
 
 from cl_runner import __version__
-from cl_runner.errors import ConfigError
+from cl_runner.errors import ConfigError, hint
 
 # These only print something about the configuration: Hydra answers them, and torch is never imported.
 ASKS_HYDRA = {"--help", "-h", "--hydra-help", "--cfg", "-c", "--info", "-i", "--shell-completion", "-sc"}
 
 # Commands of their own: main(argv) -> exit status, and parser(). Torch is imported only where something is to be run.
 COMMANDS = {
+    "list": "cl_runner.listing",
     "status": "cl_runner.report.status",
     "report": "cl_runner.report.command",
     "sync": "cl_runner.report.sync",
@@ -36,12 +37,14 @@ def main() -> None:
 
 def _answer(argv: list[str]) -> None:
     """Raises ConfigError."""
-    if argv[:1] == ["list"]:
-        list_choices(argv[1:])
-    elif argv and argv[0] in COMMANDS:
+    if argv and argv[0] in COMMANDS:
         sys.exit(import_module(COMMANDS[argv[0]]).main(argv[1:]))
     elif "--version" in argv:
         print(f"cl-runner {__version__}")
+    elif argv and argv[0].isidentifier():
+        raise ConfigError(
+            "command line", f"expected KEY=VALUE or a command, got {argv[0]!r}; {hint(argv[0], COMMANDS)}"
+        )
     else:
         from cl_runner.command import hydra_main, run, try_composing
 
@@ -52,24 +55,6 @@ def _answer(argv: list[str]) -> None:
         if words & {"--cfg", "-c"}:
             try_composing(argv)
         hydra_main()
-
-
-def list_choices(groups: list[str]) -> None:
-    """Print every choice of every group, or of those named, a line each.
-
-    Raises ConfigError for a group that is not there.
-    """
-    from cl_runner.compose import choices
-
-    found = choices()
-    unknown = [group for group in groups if group not in found]
-    if unknown:
-        raise ConfigError("list", f"expected groups among {', '.join(found)}, got {unknown[0]!r}")
-    longest = max(len(choice) for group in groups or found for choice in found[group])
-    for group in groups or found:
-        print(f"{group}=")
-        for choice, says in found[group].items():
-            print(f"  {choice:<{longest}}  {says}")
 
 
 if __name__ == "__main__":

@@ -9,12 +9,11 @@ import json
 import re
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
-from difflib import get_close_matches
 from typing import Any, get_args, get_origin
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from cl_runner.errors import ConfigError
+from cl_runner.errors import ConfigError, hint
 
 # A config is not a program: only these may be named by a `_target_`, beside what `plugins` lists.
 ALLOWED = ("cl_runner", "torch.optim", "torchvision", "timm")
@@ -118,9 +117,7 @@ def refuse_unknown(path: str, given: Iterable[str], known: Iterable[str]) -> Non
     for key in given:
         if key not in known:
             field = f"{path}.{key}" if path else key
-            near = get_close_matches(key, list(known), n=1)
-            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(sorted(known))}"
-            raise ConfigError(field, f"unknown key; {hint}")
+            raise ConfigError(field, f"unknown key; {hint(key, sorted(known))}")
 
 
 def one_line(path: str, error: ValidationError) -> ConfigError:

@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import hydra
 from hydra import compose, initialize_config_dir
@@ -15,7 +16,7 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from cl_runner.errors import ConfigError
+from cl_runner.errors import ConfigError, hint
 
 _HERE = Path(__file__).resolve().parent
 CONF = _HERE / "conf" if (_HERE / "conf").is_dir() else _HERE.parent / "conf"
@@ -32,9 +33,15 @@ NOT_SWEPT = ("output_root", "rerun", "plugins")
 def in_order(argv: list[str]) -> list[str]:
     """The command line with its options first: Hydra wants them so, people do not.
 
-    Raises ConfigError for an option of Hydra's that would make it run another configuration than the one checked.
+    Raises ConfigError for what is neither an option nor an override, and for an option of Hydra's that would make it
+    run another configuration than the one checked.
     """
-    arguments = get_args_parser().parse_intermixed_args(argv)
+    parser = get_args_parser()
+    parser.error = _refuse
+    arguments = parser.parse_intermixed_args(argv)
+    for word in arguments.overrides:
+        if "=" not in word and not word.startswith("~"):
+            raise ConfigError("command line", f"expected KEY=VALUE, or a command before all else, got {word!r}")
     for option in ("config_name", "config_path", "experimental_rerun"):
         if getattr(arguments, option, None):
             raise ConfigError(
@@ -44,6 +51,10 @@ def in_order(argv: list[str]) -> list[str]:
         raise ConfigError("--config-dir", f"expected a folder, got {arguments.config_dir!r}")
     options = ["--multirun"] if arguments.multirun else []
     return [*options, *(["--config-dir", arguments.config_dir] if arguments.config_dir else []), *arguments.overrides]
+
+
+def _refuse(message: str) -> NoReturn:
+    raise ConfigError("command line", message)
 
 
 @dataclass(frozen=True)
@@ -209,8 +220,8 @@ def _composed(overrides: list[str], with_hydra: bool = False) -> DictConfig:
         return compose("config", overrides=overrides, return_hydra_config=with_hydra)
     except MissingConfigException as error:
         group, _, choice = str(error.missing_cfg_file or "").rpartition("/")
-        options = ", ".join(error.options or ()) or "nothing"
-        raise ConfigError(group or "command line", f"expected one of {options}, got {choice!r}") from None
+        near = hint(choice, error.options or (), most=3)
+        raise ConfigError(group or "command line", f"expected a choice that is there, got {choice!r}; {near}") from None
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise ConfigError("command line", _first_lines(error)) from None
 

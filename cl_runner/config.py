@@ -108,6 +108,7 @@ def validated(cfg: DictConfig) -> dict[str, Any]:
     except OmegaConfBaseException as error:
         field = error.full_key or "config"
         raise ConfigError(str(field), str(error).splitlines()[0]) from None
+    _refuse_misplaced(plain)
     refuse_unknown("", plain, Settings.model_fields)
     try:
         Settings.model_validate(plain)
@@ -123,6 +124,13 @@ def validated(cfg: DictConfig) -> dict[str, Any]:
             checked = checked_node(path, {**plain[name], **given}, allowed, PROVIDED[name])
             own[name] = {key: checked[key] for key in given}
     return plain
+
+
+def _refuse_misplaced(plain: dict[str, Any]) -> None:
+    """`lr=0.1`, say, where `optimizer.lr=0.1` is meant."""
+    for key in plain.keys() - Settings.model_fields.keys():
+        if within := [f"{name}.{key}" for name, node in plain.items() if isinstance(node, dict) and key in node]:
+            raise ConfigError(key, f"unknown key; did you mean {' or '.join(within)}?")
 
 
 def _found(plugins: list[str]) -> list[str]:

@@ -1,5 +1,8 @@
 """The one error a user is meant to read."""
 
+from collections.abc import Iterable
+from difflib import get_close_matches
+
 
 class ConfigError(Exception):
     """A setting that cannot work: the field that holds it, and what was expected and what came.
@@ -10,3 +13,11 @@ class ConfigError(Exception):
     def __init__(self, field: str, message: str) -> None:
         super().__init__(f"{field}: {message}")
         self.field, self.message = field, message
+
+
+def hint(word: str, known: Iterable[str], most: int = 1) -> str:
+    """What to say of a word that is none of those known: the nearest ones, at most so many, or else all there are."""
+    known = list(dict.fromkeys(known))
+    if near := get_close_matches(word, known, n=most):
+        return f"did you mean {' or '.join(near)}?"
+    return f"known: {', '.join(known) or 'none'}"

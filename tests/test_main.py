@@ -202,8 +202,6 @@ def test_list_names_every_choice(cl_runner):
     assert status == 0
     for word in ("split_digits", "efficientnet_lite0", "ewc", "lwf", "exact", "adam", "wandb", "vandeven_fisher_mnist"):
         assert word in said
-    status, said = cl_runner("list", "colours", small=False)
-    assert status == 2
 
 
 def test_what_a_command_cannot_do_is_one_line_and_status_2(cl_runner):
@@ -212,11 +210,39 @@ def test_what_a_command_cannot_do_is_one_line_and_status_2(cl_runner):
     assert said == "cl-runner: status: expected a folder, got 'nothing'\n"
 
 
-def test_a_word_that_is_no_command_is_one_line_and_status_2(cl_runner):
-    status, said = cl_runner("statsu", small=False)
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["statsu"], "command line: expected KEY=VALUE or a command, got 'statsu'; did you mean status?"),
+        (["seed=1", "status"], "command line: expected KEY=VALUE, or a command before all else, got 'status'"),
+        (["seed=1", "--bogus"], "command line: unrecognized arguments: --bogus"),
+        (["strategy=ewcc"], "strategy: expected a choice that is there, got 'ewcc'; did you mean ewc?"),
+        (["lr=0.1"], "lr: unknown key; did you mean optimizer.lr?"),
+        (["strategy=finetune", "strategy.strength=1"], "strategy.strength: unknown key; known: none"),
+        (["list", "colours"], "list: expected a group, got 'colours'; known: "),
+    ],
+)
+def test_what_is_mistyped_is_one_line_that_names_what_may_be_meant(words, says, cl_runner):
+    status, said = cl_runner(*words, small=False)
     assert status == 2
-    assert len(said.splitlines()) == 1
-    assert "statsu" in said
+    (line,) = said.splitlines()
+    assert line.startswith(f"cl-runner: {says}")
+
+
+@pytest.mark.parametrize(
+    ("words", "said_of"),
+    [
+        (["strategy=finetune", "memory.size=3"], "memory"),
+        (["strategy=lwf", "fisher=exact"], "fisher"),
+        (["strategy=ewc", "fisher=exact"], ""),
+        (["strategy=combined", "memory.size=30"], ""),
+    ],
+)
+def test_a_component_that_no_strategy_takes_is_said_to_change_nothing(words, said_of, cl_runner):
+    said = cl_runner(*words, "trainer.epochs=1")[1]
+    assert [line for line in said.splitlines() if "changes nothing" in line] == [
+        f"cl-runner: {name}: this strategy takes none; it changes nothing" for name in [said_of] if name
+    ]
 
 
 def test_a_run_that_another_process_is_at_is_refused(cl_runner, the_run):

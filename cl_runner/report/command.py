@@ -42,7 +42,7 @@ def main(argv: list[str]) -> int:
         raise ConfigError("--tasks" if asked.tasks else "--within", "expected together with --select")
     found = read(asked.folder)
     groups = group_runs(found.runs, asked.by)
-    curves = [resolve(key, groups.keys, "--curve") for key in asked.curve]
+    curves = [resolve(key, groups.keys, "--curve", what="a key in which rows differ") for key in asked.curve]
     table = make_table(groups, asked.metrics, asked.baseline)
     picks, doubts = select(groups, asked.tasks, asked.within) if asked.select else ([], [])
     out = [*found.left_out, *groups.left_out]

@@ -4,13 +4,12 @@ import json
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from cl_runner.errors import ConfigError
+from cl_runner.errors import ConfigError, hint
 from cl_runner.identity import NOT_HASHED, called
 from cl_runner.report.runs import LeftOut, Run
 from cl_runner.report.statistics import Summary, forgetting_matrix, mean_of_matrices, summarise
@@ -143,7 +142,13 @@ def _by_keys(runs: Sequence[Run], settings: list[Settings], by: Sequence[str]) -
     return Groups(keys, _in_order(groups), [], sorted(pooled - set(chosen)))
 
 
-def resolve(key: str, known: Iterable[str], field: str, rather: Sequence[str] = ()) -> str:
+def resolve(
+    key: str,
+    known: Iterable[str],
+    field: str,
+    rather: Sequence[str] = (),
+    what: str = "a key of the configuration",
+) -> str:
     """The dotted key that `key` names, itself or by its last parts; one of `rather` where several do.
 
     Raises ConfigError where there is none, or more than one.
@@ -157,9 +162,8 @@ def resolve(key: str, known: Iterable[str], field: str, rather: Sequence[str] = 
         return found[0]
     if found:
         raise ConfigError(field, f"expected one key, got {key!r}, which may be {' or '.join(found)}")
-    near = get_close_matches(key, [*known, *(name.rpartition(".")[2] for name in known)], n=1)
-    hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
-    raise ConfigError(field, f"expected a key of the configuration, got {key!r}; {hint}")
+    near = hint(key, [*known, *(name.rpartition(".")[2] for name in known)])
+    raise ConfigError(field, f"expected {what}, got {key!r}; {near}")
 
 
 def short_names(keys: Sequence[str]) -> list[str]:

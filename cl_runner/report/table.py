@@ -4,13 +4,12 @@ import csv
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from io import StringIO
 
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from cl_runner.errors import ConfigError
+from cl_runner.errors import ConfigError, hint
 from cl_runner.report.groups import ABSENT, Group, Groups, Value, resolve, shown
 from cl_runner.report.statistics import Summary, paired_difference
 
@@ -101,9 +100,8 @@ def _metrics(groups: Groups, asked: Sequence[str]) -> list[str]:
     known = dict.fromkeys(metric for run in runs for metric in run.metrics)
     for metric in asked:
         if metric not in known:
-            near = get_close_matches(metric, known, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
-            raise ConfigError("--metrics", f"expected metrics of the runs, got {metric!r}; {hint}")
+            near = hint(metric, known, most=3)
+            raise ConfigError("--metrics", f"expected metrics of the runs, got {metric!r}; {near}")
     usual = [metric for metric in DEFAULT_METRICS if any(run.metrics.get(metric) is not None for run in runs)]
     return list(dict.fromkeys(asked)) or usual or [DEFAULT_METRICS[0]]
 

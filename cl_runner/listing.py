@@ -1,0 +1,30 @@
+"""`cl-runner list`: everything there is to choose from."""
+
+from cl_runner.arguments import Parser
+from cl_runner.compose import choices
+from cl_runner.errors import ConfigError, hint
+
+
+def main(argv: list[str]) -> int:
+    """Print every choice of every group, or of those named, a line each. Returns the exit status.
+
+    Raises ConfigError for a group that is not there.
+    """
+    asked = parser().parse_args(argv)
+    found = choices()
+    for group in asked.groups:
+        if group not in found:
+            raise ConfigError("list", f"expected a group, got {group!r}; {hint(group, found)}")
+    groups = asked.groups or list(found)
+    longest = max(len(choice) for group in groups for choice in found[group])
+    for group in groups:
+        print(f"{group}=")
+        for choice, says in found[group].items():
+            print(f"  {choice:<{longest}}  {says}")
+    return 0
+
+
+def parser() -> Parser:
+    parser = Parser(prog="cl-runner list", description="Say everything there is to choose from, a line each.")
+    parser.add_argument("groups", nargs="*", metavar="GROUP", help="e.g. strategy fisher; none: all")
+    return parser
