@@ -18,6 +18,7 @@ from cl_runner.report.selection import Pick, select
 from cl_runner.report.table import (
     SPREADS,
     Table,
+    legend,
     make_table,
     markdown,
     said,
@@ -49,7 +50,7 @@ def main(argv: list[str]) -> int:
     warnings = [*_warnings(table, out), *doubts]
     written = _write(asked, found, table, picks, curves, out, warnings)
     _print(table, asked.spread, picks, asked.tasks)
-    for line in [*warnings, *_named(out)]:
+    for line in [legend(table, asked.spread), *warnings, *_named(out)]:
         print(f"cl-runner report: {line}", file=sys.stderr)
     print(f"cl-runner report: {written}", file=sys.stderr)
     return 0
@@ -122,7 +123,7 @@ def _write(
     folder = asked.folder / REPORT
     contents: dict[str, str | bytes] = {
         "table.csv": to_csv(table),
-        "table.md": to_markdown(table, asked.spread) + _notes(warnings, out),
+        "table.md": to_markdown(table, asked.spread) + _notes([legend(table, asked.spread), *warnings], out),
         "table.tex": to_latex(table, asked.spread),
     }
     if picks:

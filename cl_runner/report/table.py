@@ -147,6 +147,13 @@ def said_interval(summary: Summary, scale: Scale) -> str:
     return f"[{scale.text(summary.low)}, {scale.text(summary.high)}]"
 
 
+def legend(table: Table, spread: Sequence[str]) -> str:
+    """What the cells of a table hold."""
+    names = {"std": " ± standard deviation", "sem": " ± standard error", "interval": " [95 % interval]"}
+    said = "mean" + "".join(name for kind, name in names.items() if kind in spread) + " of n runs, a seed each"
+    return said + ("; Δ: mean of the paired differences [95 % interval] (pairs)" if table.baseline else "")
+
+
 def find_baselines(groups: Groups, asked: str) -> Baselines:
     """The group that each is compared with: `asked` is a strategy, or key=value,...
 
