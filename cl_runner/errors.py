@@ -15,6 +15,11 @@ class ConfigError(Exception):
         self.field, self.message = field, message
 
 
+def missing_extra(field: str, extra: str) -> ConfigError:
+    """Of a choice whose packages are not there."""
+    return ConfigError(field, f"{extra} needs the extra of that name: pip install '.[{extra}]' where this was cloned")
+
+
 def hint(word: str, known: Iterable[str], most: int = 1) -> str:
     """What to say of a word that is none of those known: the nearest ones, at most so many, or else all there are."""
     known = list(dict.fromkeys(known))

@@ -266,7 +266,7 @@ def test_a_missing_extra_is_named(cl_runner, monkeypatch):
         monkeypatch.setitem(sys.modules, package, None)
         status, said = cl_runner("-m", "stream.validation=0.1", *words)
         assert status == 2
-        assert f"pip install 'cl_runner[{words[0].partition('=')[2]}]'" in said
+        assert f"pip install '.[{words[0].partition('=')[2]}]'" in said
 
 
 SEARCH = ["-m", *TINY[1:], "hydra/sweeper=optuna", "optimizer.lr=tag(log,interval(1e-3,1.0))", "stream.validation=0.2"]

@@ -4,7 +4,7 @@ from functools import partial
 from typing import Any
 
 from cl_runner.arguments import Parser
-from cl_runner.errors import ConfigError
+from cl_runner.errors import ConfigError, missing_extra
 from cl_runner.trackers.wandb import default_entity, out_of_reach
 
 SUMMARY = ("average_accuracy", "average_forgetting", "backward_transfer", "forward_transfer", "learning_accuracy")
@@ -27,7 +27,7 @@ def main(argv: list[str]) -> int:
     try:
         from wandb_workspaces import workspaces
     except ImportError:
-        raise ConfigError("dashboard", "needs one more package: pip install 'cl_runner[dashboard]'") from None
+        raise missing_extra("dashboard", "dashboard") from None
     if reason := out_of_reach():
         raise ConfigError("dashboard", f"expected a W&B server to save it to, but {reason}")
     workspace = workspaces.Workspace(

@@ -17,7 +17,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 from pydantic import Field
 
-from cl_runner.errors import ConfigError
+from cl_runner.errors import ConfigError, missing_extra
 
 AtLeastOne = Annotated[int, Field(ge=1)]
 
@@ -162,7 +162,7 @@ class Ray(Processes):
 
 def _need(extra: str, package: str) -> None:
     if find_spec(package) is None:
-        raise ConfigError("hydra/launcher", f"{extra} needs the extra of that name: pip install 'cl_runner[{extra}]'")
+        raise missing_extra("hydra/launcher", extra)
 
 
 def _cores() -> int:

@@ -20,7 +20,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 from pydantic import Field
 
-from cl_runner.errors import ConfigError
+from cl_runner.errors import ConfigError, missing_extra
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -104,7 +104,7 @@ class Optuna(Planned):
     ) -> None:
         super().__init__(params)
         if find_spec("optuna") is None:
-            raise ConfigError("hydra/sweeper", "optuna needs the extra of that name: pip install 'cl_runner[optuna]'")
+            raise missing_extra("hydra/sweeper", "optuna")
         self.trials, self.at_once, self.sampler, self.seed = trials, at_once, sampler, seed
 
     def sweep(self, arguments: list[str]) -> None:

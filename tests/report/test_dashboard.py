@@ -68,7 +68,7 @@ def test_matrices_stand_side_by_side(view: dict[str, Any]) -> None:
 
 def test_without_its_package_there_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb_workspaces", None)
-    with pytest.raises(ConfigError, match=r"needs one more package: pip install 'cl_runner\[dashboard\]'"):
+    with pytest.raises(ConfigError, match=r"needs the extra of that name: pip install '.\[dashboard\]'"):
         dashboard.main([])
 
 
