@@ -12,7 +12,7 @@ from cl_runner.compose import choices, compose_jobs, in_order
 from cl_runner.config import validated
 
 ROOT = Path(__file__).parent.parent
-PAGES = ["README.md", "CONTRIBUTING.md", "benchmarks/RESULTS.md"]
+PAGES = ["README.md", "CONTRIBUTING.md", "benchmarks/RESULTS.md", "benchmarks/PUBLISHED.md"]
 PAGES += [f"docs/{page.name}" for page in sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -25,7 +25,19 @@ def commands(page: str) -> list[str]:
     return [line for line in lines if re.match(r"cl-runner( |$)", line)]
 
 
-@pytest.mark.parametrize(("page", "command"), [(page, command) for page in PAGES for command in commands(page)])
+def of_experiments() -> list[tuple[str, str]]:
+    """The commands in the heads of the experiments' files."""
+    files = sorted((ROOT / "conf" / "experiment").glob("*.yaml"))
+    lines = [(file.name, line) for file in files for line in file.read_text().splitlines() if line.startswith("#")]
+    return [
+        (name, line[line.index("cl-runner ") :]) for name, line in lines if re.match(r"# +(Command +)?cl-runner ", line)
+    ]
+
+
+TYPED = [(page, command) for page in PAGES for command in commands(page)]
+
+
+@pytest.mark.parametrize(("page", "command"), [*TYPED, *of_experiments()])
 def test_every_command_is_one_that_the_program_takes(page, command):
     words = shlex.split(command, comments=True)[1:]
     if words[:1] == ["list"] or "-sc" in words or "--config-dir" in words:
