@@ -69,7 +69,7 @@ def test_the_same_command_again_makes_the_same_files(folder):
         (["{}", "--tasks", "0", "--select"], "expected a number of tasks, got '0'"),
         (["{}", "--tasks", "2"], "--tasks: expected together with --select"),
         (["{}", "--metrics", "acc"], "--metrics: expected metrics of the runs, got 'acc'"),
-        (["{}", "--curve", "strenght"], "--curve: expected a key of the configuration, got 'strenght'; did you mean"),
+        (["{}", "--curve", "strenght"], "--curve: expected a key in which rows differ, got 'strenght'; did you mean"),
         (["{}", "--baseline", "joint"], "--baseline: expected one of the groups, got 'joint'"),
         (["{}", "--by", "model.depth"], "--by: expected a key of the configuration"),
     ],
