@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cl_runner.components import ALLOWED, PROVIDED, build, checked_node, named, naming, one_line, refuse_unknown
 from cl_runner.errors import ConfigError
+from cl_runner.folder import RunFolder
 from cl_runner.identity import ANY_SEED, digest, run_folder
 
 if TYPE_CHECKING:  # torch takes seconds to import: `--help` and completion do without
@@ -80,13 +81,15 @@ class Experiment:
 
 
 def check(cfg: DictConfig) -> Experiment:
-    """Check everything that can be known before data are loaded, and build the components.
+    """Check everything that can be known before data are loaded, unless the run is done, and build the components.
 
     Raises ConfigError, which names the field.
     """
     config = validated(cfg)
     built = {name: named(name, partial(build, config[name])) for name in COMPONENTS if name not in PROVIDED}
     experiment = Experiment(config=config, group=_group(cfg), device=_device(config["device"]), **built)
+    if RunFolder(experiment.folder).done and not config["rerun"]:
+        return experiment  # it is only shown: no data are needed for that, and no optimizer
     _check_optimizer(experiment)
     _check_output_root(config["output_root"])
     experiment.model.check()
