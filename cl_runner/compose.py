@@ -16,7 +16,7 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from cl_runner.errors import ConfigError, hint
+from cl_runner.errors import ConfigError, did_you_mean
 
 _HERE = Path(__file__).resolve().parent
 CONF = _HERE / "conf" if (_HERE / "conf").is_dir() else _HERE.parent / "conf"
@@ -220,8 +220,10 @@ def _composed(overrides: list[str], with_hydra: bool = False) -> DictConfig:
         return compose("config", overrides=overrides, return_hydra_config=with_hydra)
     except MissingConfigException as error:
         group, _, choice = str(error.missing_cfg_file or "").rpartition("/")
-        near = hint(choice, error.options or (), most=3)
-        raise ConfigError(group or "command line", f"expected a choice that is there, got {choice!r}; {near}") from None
+        options = error.options or ["nothing"]
+        near = did_you_mean(choice, options, most=3)
+        says = "; ".join(filter(None, [f"expected one of {', '.join(options)}, got {choice!r}", near]))
+        raise ConfigError(group or "command line", says) from None
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise ConfigError("command line", _first_lines(error)) from None
 

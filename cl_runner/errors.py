@@ -23,6 +23,10 @@ def missing_extra(field: str, extra: str) -> ConfigError:
 def hint(word: str, known: Iterable[str], most: int = 1) -> str:
     """What to say of a word that is none of those known: the nearest ones, at most so many, or else all there are."""
     known = list(dict.fromkeys(known))
-    if near := get_close_matches(word, known, n=most):
-        return f"did you mean {' or '.join(near)}?"
-    return f"known: {', '.join(known) or 'none'}"
+    return did_you_mean(word, known, most) or f"known: {', '.join(known) or 'none'}"
+
+
+def did_you_mean(word: str, known: Iterable[str], most: int = 1) -> str:
+    """The nearest of the known words, at most so many; empty where none is near."""
+    near = get_close_matches(word, list(known), n=most)
+    return f"did you mean {' or '.join(near)}?" if near else ""

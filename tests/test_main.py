@@ -85,6 +85,14 @@ def test_the_same_command_again_shows_the_finished_run(cl_runner, the_run):
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
 
 
+def test_a_finished_run_is_shown_without_its_data(cl_runner, monkeypatch):
+    cl_runner("trainer.epochs=1")
+    monkeypatch.setattr("cl_runner.streams.recipe.Recipe.prepare", lambda *_: pytest.fail("the data were looked for"))
+    status, said = cl_runner("trainer.epochs=1")
+    assert status == 0, said
+    assert "This run is done" in said
+
+
 def test_it_warns_when_other_versions_are_installed_now(cl_runner, the_run):
     cl_runner()
     results = json.loads((the_run() / "results.json").read_text())
@@ -216,7 +224,11 @@ def test_what_a_command_cannot_do_is_one_line_and_status_2(cl_runner):
         (["statsu"], "command line: expected KEY=VALUE or a command, got 'statsu'; did you mean status?"),
         (["seed=1", "status"], "command line: expected KEY=VALUE, or a command before all else, got 'status'"),
         (["seed=1", "--bogus"], "command line: unrecognized arguments: --bogus"),
-        (["strategy=ewcc"], "strategy: expected a choice that is there, got 'ewcc'; did you mean ewc?"),
+        (
+            ["fisher=exactt"],
+            "fisher: expected one of argmax, batched, empirical, exact, hybrid, probe, reversed, ",
+        ),
+        (["fisher=exactt"], "got 'exactt'; did you mean exact?"),
         (["lr=0.1"], "lr: unknown key; did you mean optimizer.lr?"),
         (["strategy=finetune", "strategy.strength=1"], "strategy.strength: unknown key; known: none"),
         (["list", "colours"], "list: expected a group, got 'colours'; known: "),
@@ -226,7 +238,8 @@ def test_what_is_mistyped_is_one_line_that_names_what_may_be_meant(words, says, 
     status, said = cl_runner(*words, small=False)
     assert status == 2
     (line,) = said.splitlines()
-    assert line.startswith(f"cl-runner: {says}")
+    assert line.startswith("cl-runner: ")
+    assert says in line
 
 
 @pytest.mark.parametrize(
