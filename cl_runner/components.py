@@ -7,8 +7,9 @@ import importlib
 import inspect
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any, get_args, get_origin
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -153,12 +154,15 @@ def _expected(message: str) -> str:
 
 
 @contextmanager
-def naming(field: str):
-    """What a component says against its arguments becomes an error that names it."""
+def naming(field: str, values: Mapping[str, Any] = MappingProxyType({})):
+    """What a component says against its arguments becomes an error that names it, and of its `values` the one in
+    question, where that can be told ("Invalid learning rate: -1.0", torch says)."""
     try:
         yield
     except (ValueError, TypeError, AssertionError, RuntimeError) as error:
-        raise ConfigError(field, str(error).splitlines()[0]) from error
+        message = str(error).splitlines()[0]
+        meant = [key for key, value in values.items() if message.endswith(f": {value}")]
+        raise ConfigError(f"{field}.{meant[0]}" if len(meant) == 1 else field, message) from error
 
 
 def named(field: str, make: Callable[[], Any]) -> Any:

@@ -164,7 +164,7 @@ def _check_optimizer(experiment: Experiment) -> None:
     for prefix, own in (("", {}), ("trainer.first_task.", first)):
         weight = torch.zeros(1, device=experiment.device, requires_grad=True)
         weight.grad = torch.zeros_like(weight)
-        with naming(f"{prefix}optimizer"):
+        with naming(f"{prefix}optimizer", {**experiment.config["optimizer"], **(own.get("optimizer") or {})}):
             optimizer = experiment.make_optimizer(params=[weight], **(own.get("optimizer") or {}))
             optimizer.step()
         with naming(f"{prefix}scheduler"):

@@ -101,7 +101,7 @@ def test_every_choice_says_in_a_line_what_it_is(file):
         ("stream.num_tasks=3", "stream.num_tasks: expected "),
         ("stream.num_tasks=0", "stream.num_tasks: expected at least 1"),
         ("stream.scenario=online", "stream.scenario: expected 'task', 'domain' or 'class', got 'online'"),
-        ("optimizer.lr=-1", "optimizer: Invalid learning rate: -1"),
+        ("optimizer.lr=-1", "optimizer.lr: Invalid learning rate: -1"),
         ("optimizer.betas=[0.9]", "optimizer.betas"),
         ("scheduler=step scheduler.milestones=[2]", "scheduler.milestones.0: expected less than 1, got 2"),
         ("model._target_=os.system", "model._target_: expected a name in cl_runner, torch.optim, torchvision, timm"),
@@ -137,7 +137,7 @@ def test_every_choice_says_in_a_line_what_it_is(file):
         ("trainer.first_task.epohcs=3", "trainer.first_task.epohcs: unknown key"),
         ("trainer.first_task.epochs=0", "trainer.first_task: expected at least 1, got 0"),
         ("trainer.first_task.optimizer.epss=1", "trainer.first_task.optimizer.epss: unknown key; did you mean eps?"),
-        ("trainer.first_task.optimizer.lr=-1", "trainer.first_task.optimizer: Invalid learning rate: -1"),
+        ("trainer.first_task.optimizer.lr=-1", "trainer.first_task.optimizer.lr: Invalid learning rate: -1"),
         ("trainer.first_task.scheduler.milestones=[0.5]", "trainer.first_task.scheduler.milestones: unknown key"),
     ],
 )
