@@ -29,10 +29,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cl_runner.errors import ConfigError
+from cl_runner.fisher.convolutions import Convolution
 from cl_runner.fisher.curvature import Curvature, Diagonal, Parameters, finite
 from cl_runner.fisher.engine import OUTPUT_NUMBERS, Sums
 from cl_runner.fisher.graphs import side_stream
-from cl_runner.fisher.layers import Convolution, Linear, Uncovered, Use
+from cl_runner.fisher.layers import Linear, Uncovered, Use
 from cl_runner.fisher.passes import SlicedVectors, Vectors, add_passes
 from cl_runner.fisher.per_sample import even_slices
 from cl_runner.fisher.products import CACHE, ROOM, slices

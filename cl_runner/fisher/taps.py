@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
-from cl_runner.fisher.layers import Affine, Convolution, Direct, Embedding, Linear, Uncovered, Use, strided
+from cl_runner.fisher.convolutions import Convolution, strided
+from cl_runner.fisher.layers import Affine, Direct, Embedding, Linear, Uncovered, Use
 from cl_runner.models.model import Model, PretrainedView
 
 Gradients = Callable[[Use, Tensor], None]

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cl_runner.errors import ConfigError
-from cl_runner.fisher import engine, layers, passes, reference, trial
+from cl_runner.fisher import convolutions, engine, layers, passes, reference, trial
 from cl_runner.fisher.curvature import Diagonal
 from cl_runner.fisher.engine import undisturbed
 from cl_runner.fisher.estimators import Empirical, Estimator, Exact, Probe
@@ -200,7 +200,7 @@ class SmallBranch(nn.Module):
     ("kind", "backbone", "parameter"),
     [
         (layers.Linear, lambda: sequence(nn.Tanh()), "backbone.1.weight"),
-        (layers.Convolution, BACKBONES["conv"], "backbone.0.weight"),
+        (convolutions.Convolution, BACKBONES["conv"], "backbone.0.weight"),
         (layers.Affine, SmallBranch, "backbone.norm.weight"),
         (layers.Direct, SmallBranch, "backbone.scale"),
     ],

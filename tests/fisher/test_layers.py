@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cl_runner.fisher import layers, products
+from cl_runner.fisher import convolutions, products
+from cl_runner.fisher.convolutions import Convolution, Depthwise, Pointwise
 from cl_runner.fisher.curvature import Parameters
-from cl_runner.fisher.layers import Affine, Convolution, Depthwise, Direct, Embedding, Linear, Pointwise, Uncovered, Use
+from cl_runner.fisher.layers import Affine, Direct, Embedding, Linear, Uncovered, Use
 from cl_runner.fisher.taps import Taps
 from cl_runner.models.model import Output
 
@@ -297,9 +298,11 @@ def test_a_large_kernel_is_taken_apart_by_rows_which_changes_nothing(
     stride: int, padding: Any, dilation: Any, layout: torch.memory_format
 ) -> None:
     weight = torch.randn(256, 256, 3, 3, dtype=torch.float64)
-    assert weight[:, :, 0].numel() <= layers.PART < weight.numel()
+    assert weight[:, :, 0].numel() <= convolutions.PART < weight.numel()
     inputs = torch.randn(3, 256, 9, 9, dtype=torch.float64).contiguous(memory_format=layout)
-    use = layers.Convolution({"weight": "w"}, inputs, layers.strided(weight, 2, stride, padding, dilation, 1))
+    use = convolutions.Convolution(
+        {"weight": "w"}, inputs, convolutions.strided(weight, 2, stride, padding, dilation, 1)
+    )
     gradient = torch.randn_like(torch.conv2d(inputs, weight, None, stride, padding, dilation))
     stored = torch.zeros(256, 256 * 9, dtype=torch.float64)  # maybe in another shape than it is used in
     use.add_squares(gradient, {"w": stored})
