@@ -8,7 +8,6 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -16,7 +15,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cl_runner.compose import CONF
-from cl_runner.errors import ConfigError
+from cl_runner.errors import ConfigError, did_you_mean
 
 LEAST = 0.5  # tolerance, in points
 TIERS = ("cpu", "gpu", "full")  # each holds those before it; `full` also what needs weights of the user's
@@ -167,7 +166,7 @@ def chosen(rows: Sequence[Row], names: Sequence[str], tier: Tier | None) -> list
         named = [row for row in rows if name in (row.name, row.experiment)]
         if not named:
             known = [row.name for row in rows] + list(dict.fromkeys(row.experiment for row in rows))
-            near = " or ".join(get_close_matches(name, known, n=3)) or "one of cl-runner verify --list"
-            raise ConfigError("verify", f"expected a row or an experiment ({near}), got {name!r}")
+            near = did_you_mean(name, known, most=3) or "cl-runner verify --list names all"
+            raise ConfigError("verify", f"expected a row or an experiment, got {name!r}; {near}")
         found += named
     return list(dict.fromkeys(found))

@@ -4,8 +4,11 @@ A row is run over its seeds like any other sweep, so that what is done is not do
 """
 
 import argparse
+import os
+import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -31,23 +34,19 @@ def main(argv: list[str]) -> int:
     rows = published()
     console = Console()
     console.width = max(console.width, WIDTH)
-    if any(_key(word) == "seed" for word in arguments.overrides):
-        raise ConfigError("seed", "expected none: every row runs over seeds of its own")
-    if arguments.list:
-        longest = max(len(row.name) for row in rows)
-        for row in rows:
-            says = f"{row.name:<{longest}} {row.tier:<5} {row.value:>6.2f}  {' '.join(row.overrides)}"
-            console.print(says, highlight=False, soft_wrap=True)
-        return 0
     if names and arguments.tier:
         raise ConfigError("--tier", f"expected it, or rows by name, got both: {names[0]!r}")
+    if arguments.list:
+        _list(chosen(rows, names, arguments.tier or TIERS[-1]), console)
+        return 0
     asked = chosen(rows, names, arguments.tier)
-    if arguments.write is not None:
-        _check_table(arguments.write)
+    _check(asked, arguments)
     if changes := _changes(arguments.overrides, asked):
         if arguments.write is not None:
             raise ConfigError("--write", f"expected no change of the published protocol, got {' '.join(changes)}")
         console.print(f"not the published protocol: {' '.join(changes)}", style="yellow", highlight=False)
+    if arguments.write is not None and arguments.write.exists():
+        write(arguments.write, [], rows)  # without what holds no longer, whatever comes of the rest
     failed: list[str] = []
     measured = []
     for row in asked:
@@ -82,6 +81,36 @@ def parser() -> Parser:
     return parser
 
 
+def _list(rows: Sequence[Row], console: Console) -> None:
+    longest = max(len(row.name) for row in rows)
+    for row in rows:
+        says = f"{row.name:<{longest}} {row.tier:<5} {row.value:>6.2f}  {' '.join(row.overrides)}"
+        console.print(says, highlight=False, soft_wrap=True)
+
+
+def _check(rows: Sequence[Row], arguments: argparse.Namespace) -> None:
+    """What cannot work is said before the first row is run, which may take hours.
+
+    Raises ConfigError.
+    """
+    from cl_runner.config import validated
+
+    if any(_key(word) == "seed" for word in arguments.overrides):
+        raise ConfigError("seed", "expected none: every row runs over seeds of its own")
+    if arguments.write is not None:
+        _check_table(arguments.write)
+    for row in rows:
+        if validated(_configuration(row, row.seeds[0], arguments))["rerun"] and arguments.only_done:
+            raise ConfigError("rerun", "expected false beside --only-done, which runs nothing")
+
+
+def _configuration(row: Row, seed: int, arguments: argparse.Namespace) -> Any:
+    """As Hydra composes it."""
+    words = ["tracker=local", "output_root=outputs/published", *row.command(seed), *arguments.overrides]
+    (cfg,) = compose_jobs(in_order(words))
+    return cfg
+
+
 def _key(override: str) -> str:
     """What an override sets: `trainer.epochs` of `++trainer.epochs=3`."""
     return override.partition("=")[0].lstrip("+~")
@@ -109,8 +138,7 @@ def _values(row: Row, arguments: argparse.Namespace, failed: list[str]) -> Itera
     from cl_runner.job import carry_out, move_aside
 
     for seed in row.seeds:
-        overrides = ["tracker=local", "output_root=outputs/published", *row.command(seed), *arguments.overrides]
-        (cfg,) = compose_jobs(in_order(overrides))
+        cfg = _configuration(row, seed, arguments)
         config = validated(cfg)
         folder = RunFolder(run_folder(config))
         if config["rerun"] or not folder.done:
@@ -178,7 +206,7 @@ def write(path: Path, measured: Sequence[Measured], rows: Sequence[Row]) -> None
         *(f"| {' | '.join(table[row.name])} |" for row in there),
         "",
         "```sh",
-        f"cl-runner verify {' '.join(_named(there, rows))} --write {path}",
+        shlex.join(["cl-runner", "verify", *_named(there, rows), "--write", os.path.relpath(path)]),
         "```",
         "",
     ]

@@ -74,9 +74,9 @@ def test_rows_are_chosen_by_name_by_experiment_or_by_tier(folder):
     assert chosen(rows, ["study"], None) == rows
     assert chosen(rows, [], None) == [one]
     assert chosen(rows, [], "gpu") == rows
-    with pytest.raises(ConfigError, match=r"expected a row or an experiment \(study.*\), got 'studdy'"):
+    with pytest.raises(ConfigError, match=r"expected a row or an experiment, got 'studdy'; did you mean study"):
         chosen(rows, ["studdy"], None)
-    with pytest.raises(ConfigError, match=r"\(one of cl-runner verify --list\), got 'zzz'"):
+    with pytest.raises(ConfigError, match="got 'zzz'; cl-runner verify --list names all"):
         chosen(rows, ["zzz"], None)
 
 
@@ -95,6 +95,42 @@ def test_nothing_that_is_no_table_is_written_over(folder, name, tmp_path, monkey
     with pytest.raises(ConfigError, match="--write: expected a"):
         main(["study/one", "--only-done", "--write", str(tmp_path / name)])
     assert (tmp_path / "notes.md").read_text() == "mine"
+
+
+def test_no_row_is_run_where_one_cannot_be(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(verify, "published", lambda: published(folder))
+    monkeypatch.setattr(Row, "command", lambda row, seed: [*SMALL, *row.overrides, f"seed={seed}"])
+    other = FILE.replace("[strategy=joint]", "[strategy=joint, strategy.strength=1]")
+    (folder / "study.yaml").write_text(other)
+    with pytest.raises(ConfigError, match=r"strategy\.strength: unknown key"):
+        main(["study", f"output_root={tmp_path / 'runs'}"])
+    assert not (tmp_path / "runs").exists()
+
+
+def test_nothing_is_run_again_where_nothing_is_to_be_run(folder, monkeypatch):
+    monkeypatch.setattr(verify, "published", lambda: published(folder))
+    monkeypatch.setattr(Row, "command", lambda row, seed: [*SMALL, *row.overrides, f"seed={seed}"])
+    with pytest.raises(ConfigError, match="^rerun: expected false beside --only-done"):
+        main(["study/one", "--only-done", "rerun=true"])
+
+
+def test_only_rows_that_are_named_are_listed(folder, monkeypatch, capsys):
+    monkeypatch.setattr(verify, "published", lambda: published(folder))
+    assert main(["--list"]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["study/one", "study/other"]
+    assert main(["--list", "study/other"]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["study/other"]
+
+
+def test_a_row_that_holds_no_longer_goes_even_where_nothing_is_measured(folder, tmp_path, monkeypatch):
+    one, other = published(folder)
+    table = tmp_path / "PUBLISHED.md"
+    verify.write(table, [Measured(one, (50.0, 50.0)), Measured(replace(other, value=61.0), (60.0,) * 3)], [one, other])
+    monkeypatch.setattr(verify, "published", lambda: published(folder))
+    monkeypatch.setattr(Row, "command", lambda row, seed: [*SMALL, *row.overrides, f"seed={seed}"])
+    main(["study/other", "--only-done", f"output_root={tmp_path}", "--write", str(table)])
+    assert "| study/one |" in table.read_text()
+    assert "| study/other |" not in table.read_text()
 
 
 def test_a_tier_beside_names_is_refused(folder, monkeypatch):
@@ -150,6 +186,7 @@ def test_a_row_is_run_once_and_its_verdict_written(folder, tmp_path, monkeypatch
 
 def test_a_row_is_in_the_table_before_the_next_is_run(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(verify, "published", lambda: published(folder))
+    monkeypatch.setattr(Row, "command", lambda row, seed: [*SMALL, *row.overrides, f"seed={seed}"])
 
     def stopped_at_the_second(row, *_):
         if row.name == "study/other":
