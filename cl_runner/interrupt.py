@@ -11,11 +11,16 @@ STOPPING = ("SIGTERM", "SIGUSR2", "SIGINT")  # those of them that the platform h
 PLAIN = (signal.SIG_DFL, signal.default_int_handler)  # handlers that end the process, as nobody else's
 
 
+def same_command(rerun: bool) -> str:
+    """By which what was stopped goes on: `rerun=true` would move it aside."""
+    return f"the same command{' without rerun=true' if rerun else ''}"
+
+
 class Stopped(KeyboardInterrupt):
     """The run has stopped because it was told to, and can go on. `status`: what the process is to exit with."""
 
-    def __init__(self, name: str, place: str) -> None:
-        super().__init__(f"stopped; the same command {place}")
+    def __init__(self, name: str, command: str, place: str) -> None:
+        super().__init__(f"stopped; {command} {place}")
         self.name = name  # of the signal
         self.status = 128 + signal.Signals[name]
 
@@ -30,7 +35,9 @@ class Interrupt:
     called once the run is saved, and if it returns the run goes on. (submitit's: a job is requeued on SIGUSR2.)
     """
 
-    def __init__(self) -> None:
+    def __init__(self, rerun: bool = False) -> None:
+        """`rerun`: the command that is to be given again asks for all to be done anew."""
+        self.command = same_command(rerun)
         self.asked: str | None = None  # the signal that is not yet heeded
         self.stopping: str | None = None  # the signal that is ending the run
         self.place = "begins anew"  # where a run that is stopped now goes on, as far as the last checkpoint
@@ -92,6 +99,6 @@ class Interrupt:
         self.stopping = name
         before = self._before.get(name, signal.SIG_DFL)
         if name != "SIGTERM" or before in PLAIN:
-            raise Stopped(name, self.place)
+            raise Stopped(name, self.command, self.place)
         before(signal.SIGTERM, None)  # may end the process by an exception of its own
         self.stopping = None

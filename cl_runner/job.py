@@ -24,7 +24,7 @@ def carry_out(experiment: Experiment) -> float | None:
     Returns its accuracy on the validation splits, or on the test splits where there are none. Raises what the run
     raises; FolderInUseError where another process is at it; Stopped where a signal ended it and no launcher took over.
     """
-    folder, interrupt = RunFolder(experiment.folder), Interrupt()
+    folder, interrupt = RunFolder(experiment.folder), Interrupt(experiment.config["rerun"])
     if folder.done:
         show(experiment)
         return _outcome(folder.results)

@@ -43,6 +43,12 @@ def test_a_signal_waits_until_all_is_saved():
             interrupt.heed()
 
 
+def test_a_run_that_was_to_be_made_again_does_not_go_on_by_being_made_again():
+    says = "^stopped; the same command without rerun=true begins anew$"
+    with pytest.raises(Stopped, match=says), Interrupt(rerun=True).listening():
+        send(signal.SIGTERM)
+
+
 def test_nothing_is_heeded_that_nobody_asked_for():
     Interrupt().heed()
 
