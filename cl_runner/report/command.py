@@ -12,7 +12,7 @@ from rich.console import Console
 from cl_runner.arguments import Parser
 from cl_runner.errors import ConfigError
 from cl_runner.folder import write_atomically
-from cl_runner.report.groups import Groups, group_runs, resolve, shown
+from cl_runner.report.groups import group_runs, resolve, shown
 from cl_runner.report.runs import REPORT, Found, LeftOut, read
 from cl_runner.report.selection import Pick, select
 from cl_runner.report.table import (
@@ -49,8 +49,9 @@ def main(argv: list[str]) -> int:
     out = [*found.left_out, *groups.left_out]
     warnings = [*_warnings(table, out), *doubts]
     written = _write(asked, found, table, picks, curves, out, warnings)
-    _print(table, asked.spread, picks, asked.tasks)
-    for line in [legend(table, asked.spread), *warnings, *_named(out)]:
+    _print(table, asked, picks)
+    print(legend(table, asked.spread), file=sys.stderr)
+    for line in [*warnings, *_named(out)]:
         print(f"cl-runner report: {line}", file=sys.stderr)
     print(f"cl-runner report: {written}", file=sys.stderr)
     return 0
@@ -67,7 +68,7 @@ def parser() -> Parser:
     parser.add_argument("--by", help="group by these keys alone, e.g. strategy.strength fisher", **several)
     parser.add_argument("--metrics", help="e.g. average_accuracy seconds/train", **{**several, "metavar": "METRIC"})
     parser.add_argument(
-        "--spread", nargs="*", choices=SPREADS, default=["std", "interval"], help="what stands beside a mean"
+        "--spread", nargs="*", choices=list(SPREADS), default=["std", "interval"], help="what stands beside a mean"
     )
     parser.add_argument(
         "--baseline", default="", help="differences to it on equal seeds: a strategy, or key=value,key=value"
@@ -121,13 +122,14 @@ def _write(
     from cl_runner.report import page, pictures  # matplotlib: not before all is known to be well
 
     folder = asked.folder / REPORT
+    below = legend(table, asked.spread)
     contents: dict[str, str | bytes] = {
         "table.csv": to_csv(table),
-        "table.md": to_markdown(table, asked.spread) + _notes([legend(table, asked.spread), *warnings], out),
+        "table.md": to_markdown(table, asked.spread) + _notes([below, *warnings], out),
         "table.tex": to_latex(table, asked.spread),
     }
     if picks:
-        contents["selection.md"] = markdown(*_selection(table.groups, picks, asked.tasks, table))
+        contents["selection.md"] = f"{markdown(*_selection(picks, asked, table))}\n{below}\n"
     for name, figure in pictures.draw(table.groups, curves):
         contents[name] = pictures.to_png(figure)
     runs, groups = sum(len(group.runs) for group in table.groups), len(table.groups)
@@ -151,15 +153,15 @@ def _write(
     return f"{runs} of {runs + len(out)} runs {grouped}: {folder / 'index.html'}"
 
 
-def _print(table: Table, spread: Sequence[str], picks: Sequence[Pick], tasks: int | None) -> None:
+def _print(table: Table, asked: argparse.Namespace, picks: Sequence[Pick]) -> None:
     console = Console()
     if console.is_terminal:
-        console.print(to_rich(table.heads(), table.cells(spread), len(table.groups.keys)))
+        console.print(to_rich(table.heads(), table.cells(asked.spread), len(table.groups.keys)))
     else:
-        print(to_markdown(table, spread), end="")
+        print(to_markdown(table, asked.spread), end="")
     if not picks:
         return
-    heads, rows = _selection(table.groups, picks, tasks, table)
+    heads, rows = _selection(picks, asked, table)
     print()
     if console.is_terminal:
         console.print(to_rich(heads, rows, len(table.groups.keys)))
@@ -167,20 +169,18 @@ def _print(table: Table, spread: Sequence[str], picks: Sequence[Pick], tasks: in
         print(markdown(heads, rows), end="")
 
 
-def _selection(
-    groups: Groups, picks: Sequence[Pick], tasks: int | None, table: Table
-) -> tuple[list[str], list[list[str]]]:
+def _selection(picks: Sequence[Pick], asked: argparse.Namespace, table: Table) -> tuple[list[str], list[list[str]]]:
     """Heads and rows: what was chosen, by what, among how many, and how it does on the test sets."""
     scale = scale_of(VALIDATION, [pick.validation for pick in picks])
-    first = f" of the first {tasks}" if tasks else ""
-    own = list(groups)
-    measured = dict(zip(own, table.cells(["std"]), strict=True))
+    groups, spread = table.groups, asked.spread
+    first = f" of the first {asked.tasks}" if asked.tasks else ""
+    measured = dict(zip(groups, table.cells(spread), strict=True))
     keys = len(groups.keys)
     heads = [*groups.names, f"{VALIDATION}{first} (%)", "chosen from", *table.heads()[keys:]]
     rows = [
         [
             *map(shown, pick.group.values),
-            said(pick.validation, scale, ["std"]),
+            said(pick.validation, scale, spread),
             str(pick.candidates),
             *measured[pick.group][keys:],
         ]

@@ -14,16 +14,12 @@ import numpy as np
 from cl_runner.report.groups import Group, ordering, shown
 from cl_runner.report.runs import LeftOut
 from cl_runner.report.statistics import Summary, over_tasks
-from cl_runner.report.table import Cell, Scale, Table
+from cl_runner.report.table import Cell, Scale, Table, legend
 from cl_runner.trackers.colours import ACCURACY, FORGETTING, LINES
 
 STEP = 1e-4  # of the accuracies in the page's matrices, which are 16-bit integers
 UNMEASURED = -(2**15)
-LEGEND = (
-    "Runs that differ in their seed only are one row: mean ± standard deviation of the sample over seeds, below it "
-    "Student's 95 % interval of the mean. Accuracy and forgetting over tasks have a band of one standard deviation."
-)
-DIFFERENCE = " Δ: mean difference to {} on equal seeds, with its 95 % interval and, in brackets, the number of pairs."
+BANDS = "Accuracy and forgetting over tasks have a band of one standard deviation."
 
 
 def make_page(
@@ -46,7 +42,7 @@ def make_page(
     data = {
         "title": title,
         "summary": summary,
-        "legend": LEGEND + (DIFFERENCE.format(table.baseline) if table.baseline else ""),
+        "legend": f"{legend(table, ['std', 'interval'])} {BANDS}",
         "warnings": list(warnings),
         "files": list(file_names),
         "out": [[run.folder, run.state, run.why, run.there] for run in out],

@@ -15,7 +15,11 @@ from cl_runner.report.statistics import Summary, paired_difference
 
 DEFAULT_METRICS = ("average_accuracy", "average_forgetting", "drift_agreement", "drift_kl", "seconds")
 PERCENT = ("accuracy", "forgetting", "transfer", "agreement")
-SPREADS = ("std", "sem", "interval")  # what may stand beside a mean
+SPREADS = {  # what may stand beside a mean, and how
+    "std": " ± standard deviation over seeds",
+    "sem": " ± standard error",
+    "interval": " [Student's 95 % interval]",
+}
 Baselines = dict[Group, Group]  # every group -> the one it is compared with; itself: it is the baseline
 
 
@@ -149,9 +153,9 @@ def said_interval(summary: Summary, scale: Scale) -> str:
 
 def legend(table: Table, spread: Sequence[str]) -> str:
     """What the cells of a table hold."""
-    names = {"std": " ± standard deviation", "sem": " ± standard error", "interval": " [95 % interval]"}
-    said = "mean" + "".join(name for kind, name in names.items() if kind in spread) + " of n runs, a seed each"
-    return said + ("; Δ: mean of the paired differences [95 % interval] (pairs)" if table.baseline else "")
+    beside = "".join(words for kind, words in SPREADS.items() if kind in spread)
+    differences = f"; Δ: mean difference to {table.baseline} on equal seeds [its 95 % interval] (pairs)"
+    return f"Mean{beside} of n runs, of fewer where n= says so{differences if table.baseline else ''}."
 
 
 def find_baselines(groups: Groups, asked: str) -> Baselines:
@@ -267,7 +271,8 @@ def to_latex(table: Table, spread: Sequence[str]) -> str:
     body = "".join(map(line, table.cells(spread)))
     columns = "l" * keys + "r" * (len(heads) - keys)
     return (
-        f"% needs \\usepackage{{booktabs}}\n\\begin{{tabular}}{{{columns}}}\n\\toprule\n{line(heads)}"
+        f"% needs \\usepackage{{booktabs}}\n% {legend(table, spread)}\n"
+        f"\\begin{{tabular}}{{{columns}}}\n\\toprule\n{line(heads)}"
         f"\\midrule\n{body}\\bottomrule\n\\end{{tabular}}\n"
     )
 

@@ -45,12 +45,12 @@ def test_what_is_not_in_the_table_is_counted_and_named_everywhere(folder, capsys
 
 
 def test_the_choice_is_printed_with_its_test_numbers(folder, capsys):
-    assert main([str(folder), "--select"]) == 0
+    assert main([str(folder), "--select", "--spread", "std"]) == 0
     *_, heads, _, ewc, finetune = capsys.readouterr().out.splitlines()
     assert heads.startswith("| strategy | strength | validation_accuracy (%) | chosen from | average_accuracy (%) |")
     assert ewc.startswith("| ewc | 100 | 70.0 ± 10.0 | 2 | 70.0 ± 10.0 |")
     assert finetune.startswith("| finetune | – | 40.0 ± 0.0 | 1 |")
-    assert (folder / "report" / "selection.md").exists()
+    assert "\n\nMean ± standard deviation over seeds of n runs" in (folder / "report" / "selection.md").read_text()
 
 
 def test_the_same_command_again_makes_the_same_files(folder):
