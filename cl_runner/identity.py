@@ -13,7 +13,12 @@ NOT_HASHED = (*CONDUCT, "fisher", "memory")  # these two count in the strategy t
 ANY_SEED = 2**31 - 1  # stands for the seed where runs that differ in nothing else are one group
 
 # Classes whose name in lower case is not what their choice in conf/ is called.
-CHOICES = {"ERACE": "er_ace", "CODAPrompt": "coda_prompt", "EfficientNetLite0": "efficientnet_lite0"}
+CHOICES = {
+    "ClassBalanced": "class_balanced",
+    "CODAPrompt": "coda_prompt",
+    "EfficientNetLite0": "efficientnet_lite0",
+    "ERACE": "er_ace",
+}
 
 
 def run_folder(config: dict[str, Any]) -> Path:
@@ -34,11 +39,14 @@ def parts(config: dict[str, Any]) -> tuple[str, str, str]:
 
 def called(key: str, component: dict[str, Any]) -> str:
     """What a component of the configuration goes by: as its choice in conf/ is called, or by its own name."""
-    target = component["_target_"].rpartition(".")[2]
-    kind, name = CHOICES.get(target) or target.lower(), str(component.get("name") or "")
+    kind, name = choice(component["_target_"].rpartition(".")[2]), str(component.get("name") or "")
     if key == "stream":
         return f"{kind}_{name}" if name else kind
     return name or kind
+
+
+def choice(class_name: str) -> str:
+    return CHOICES.get(class_name) or class_name.lower()
 
 
 def digest(config: dict[str, Any]) -> str:

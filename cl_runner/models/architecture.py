@@ -16,6 +16,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from cl_runner.errors import ConfigError
+from cl_runner.identity import choice
 from cl_runner.models import weights
 from cl_runner.models.heads import Init
 from cl_runner.models.model import ActiveLogits, Model
@@ -43,7 +44,6 @@ class Architecture(ABC):
     are drawn; the seed is the fresh backbone's too.
     """
 
-    kind: ClassVar[str]  # in errors and in files of weights
     channels: ClassVar[int | None] = None  # that nets without pretrained weights take; None: the stream's
     first_weight: ClassVar[str | None] = None  # a weight whose second dimension is the number of channels
 
@@ -92,7 +92,8 @@ class Architecture(ABC):
 
     @property
     def label(self) -> str:
-        return self.kind
+        """In errors and in files of weights."""
+        return choice(type(self).__name__)
 
     @property
     def in_channels_last(self) -> bool:

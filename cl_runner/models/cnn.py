@@ -17,7 +17,6 @@ class CNN(ImageArchitecture):
     """For each width a 3x3 convolution, batch normalisation (if `batch_norm`), ReLU and 2x2 max-pooling; then the mean
     over what is left of the image, so that features [B, widths[-1]] do not depend on its size."""
 
-    kind = "cnn"
     first_weight = "conv1.weight"
 
     widths: Annotated[Sequence[Positive], Field(min_length=1)] = (32, 64, 128)

