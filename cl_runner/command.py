@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from cl_runner.components import check_plugin
 from cl_runner.compose import CONF, GRID, VERSION_BASE, Asked, asked, compose_jobs, in_order
-from cl_runner.config import Experiment, check
+from cl_runner.config import Experiment, check, validated
 from cl_runner.errors import ConfigError
 
 PLUGINS = "hydra_plugins.cl_runner"  # the launchers and sweepers of this project
@@ -47,8 +47,11 @@ def try_composing(argv: list[str]) -> None:
 
     Raises ConfigError.
     """
-    if len(compose_jobs(in_order(argv))) > 1:
+    first, *others = compose_jobs(in_order(argv))
+    if others:
         raise ConfigError("command line", "--cfg shows one configuration, not those of a sweep")
+    if not OmegaConf.missing_keys(first):  # those are for the user to see
+        validated(first)
 
 
 def run_alone(experiment: Experiment) -> None:
@@ -83,6 +86,7 @@ def make_room(experiment: Experiment) -> None:
 
 def run_sweep(request: Asked, experiments: list[Experiment]) -> int:
     """Have those jobs carried out that are not done, and say what has become of all. Returns the exit status."""
+    from cl_runner.interrupt import same_command
     from cl_runner.job import move_aside
     from cl_runner.sweep import Job, Sweep, of_this_command, this_command
 
@@ -112,7 +116,8 @@ def run_sweep(request: Asked, experiments: list[Experiment]) -> int:
     for line in sweep.summary(done_before):
         print(line)
     if stopped is not None:
-        print("cl-runner: stopped; the same command goes on", file=sys.stderr)
+        again = same_command(rerun=experiments[0].config["rerun"])
+        print(f"cl-runner: stopped; {again} goes on", file=sys.stderr)
         return getattr(stopped, "status", 130)
     return 0 if sweep.jobs and sweep.counts()["done"] == len(sweep.jobs) else 1
 
@@ -181,14 +186,15 @@ def _say_unused(request: Asked, jobs: list[Experiment]) -> None:
     """A memory or a Fisher that was chosen, and that no strategy takes."""
     for name in ("memory", "fisher"):
         given = any(word.lstrip("+").startswith((f"{name}=", f"{name}.")) for word in request.argv)
-        if given and not any(_holds(job.config["strategy"], job.config[name]) for job in jobs):
+        if given and not any(_takes(job.config["strategy"], name) for job in jobs):
             whose = "no strategy of this sweep takes one" if request.sweep else "this strategy takes none"
             print(f"cl-runner: {name}: {whose}; it changes nothing", file=sys.stderr)
 
 
-def _holds(node: dict[str, Any], component: dict[str, Any]) -> bool:
-    parts = [value for value in node.values() if isinstance(value, dict)]
-    return component in parts or any(_holds(part, component) for part in parts)
+def _takes(strategy: dict[str, Any], name: str) -> bool:
+    """Whether the strategy, or one that it is made of, has a component of that name."""
+    parts = {key: value for key, value in strategy.items() if isinstance(value, dict)}
+    return name in parts or any(_takes(part, name) for part in parts.values())
 
 
 def _say_failed(error: Exception) -> int:

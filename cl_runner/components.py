@@ -14,7 +14,7 @@ from typing import Any, get_args, get_origin
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from cl_runner.errors import ConfigError, hint
+from cl_runner.errors import ConfigError, hint, suggestion
 
 # A config is not a program: only these may be named by a `_target_`, beside what `plugins` lists.
 ALLOWED = ("cl_runner", "torch.optim", "torchvision", "timm")
@@ -114,11 +114,12 @@ def imported(target: Any, path: str = "_target_", allowed: tuple[str, ...] | Non
     return found
 
 
-def refuse_unknown(path: str, given: Iterable[str], known: Iterable[str]) -> None:
+def refuse_unknown(path: str, given: Iterable[str], known: Iterable[str], meant: Iterable[str] = ()) -> None:
+    """`meant`: what to suggest, where that is not for the names alone to tell."""
     for key in given:
         if key not in known:
             field = f"{path}.{key}" if path else key
-            raise ConfigError(field, f"unknown key; {hint(key, sorted(known))}")
+            raise ConfigError(field, f"unknown key; {suggestion(meant) or hint(key, sorted(known))}")
 
 
 def one_line(path: str, error: ValidationError) -> ConfigError:

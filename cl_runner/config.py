@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -111,8 +112,7 @@ def validated(cfg: DictConfig) -> dict[str, Any]:
     except OmegaConfBaseException as error:
         field = error.full_key or "config"
         raise ConfigError(str(field), str(error).splitlines()[0]) from None
-    _refuse_misplaced(plain)
-    refuse_unknown("", plain, Settings.model_fields)
+    _refuse_unknown_fields(plain)
     try:
         Settings.model_validate(plain)
     except ValidationError as error:
@@ -129,11 +129,16 @@ def validated(cfg: DictConfig) -> dict[str, Any]:
     return plain
 
 
-def _refuse_misplaced(plain: dict[str, Any]) -> None:
-    """`lr=0.1`, say, where `optimizer.lr=0.1` is meant."""
-    for key in plain.keys() - Settings.model_fields.keys():
-        if within := [f"{name}.{key}" for name, node in plain.items() if isinstance(node, dict) and key in node]:
-            raise ConfigError(key, f"unknown key; did you mean {' or '.join(within)}?")
+def _refuse_unknown_fields(plain: dict[str, Any]) -> None:
+    """Of the top level, where `epoch=3` may mean `trainer.epochs=3`."""
+    places = {field: [field] for field in Settings.model_fields}
+    for name, node in plain.items():
+        for key in node if isinstance(node, dict) else ():
+            places.setdefault(key, []).append(f"{name}.{key}")
+    for key in plain:
+        if key not in Settings.model_fields:
+            meant = [place for near in get_close_matches(key, places, n=1) for place in places[near]]
+            refuse_unknown("", [key], Settings.model_fields, meant)
 
 
 def _found(plugins: list[str]) -> list[str]:

@@ -28,5 +28,8 @@ def hint(word: str, known: Iterable[str], most: int = 1) -> str:
 
 def did_you_mean(word: str, known: Iterable[str], most: int = 1) -> str:
     """The nearest of the known words, at most so many; empty where none is near."""
-    near = get_close_matches(word, list(known), n=most)
-    return f"did you mean {' or '.join(near)}?" if near else ""
+    return suggestion(get_close_matches(word, list(known), n=most))
+
+
+def suggestion(words: Iterable[str]) -> str:
+    return f"did you mean {' or '.join(words)}?" if (words := list(words)) else ""

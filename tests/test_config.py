@@ -45,7 +45,7 @@ def test_every_argument_of_every_component_stands_in_its_yaml_with_its_default(f
 PRESETS = {"online_ewc": "ewc", "simplecil": "ncm"}  # another name for a class with values of its own
 
 
-@pytest.mark.parametrize("group", ["strategy", "model", "fisher"])
+@pytest.mark.parametrize("group", ["strategy", "model", "fisher", "memory", "optimizer"])
 def test_a_component_goes_by_what_its_choice_is_called(group):
     for file in (file for file in COMPONENT_FILES if file.parent.name == group):
         node = OmegaConf.to_container(OmegaConf.load(file), resolve=False)

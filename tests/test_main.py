@@ -230,6 +230,8 @@ def test_what_a_command_cannot_do_is_one_line_and_status_2(cl_runner):
         ),
         (["fisher=exactt"], "got 'exactt'; did you mean exact?"),
         (["lr=0.1"], "lr: unknown key; did you mean optimizer.lr?"),
+        (["epoch=1"], "epoch: unknown key; did you mean trainer.epochs?"),
+        (["--cfg", "job", "lr=0.1"], "lr: unknown key; did you mean optimizer.lr?"),
         (["strategy=finetune", "strategy.strength=1"], "strategy.strength: unknown key; known: none"),
         (["list", "colours"], "list: expected a group, got 'colours'; known: "),
     ],

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from cl_runner.errors import ConfigError, hint
+from cl_runner.errors import ConfigError, did_you_mean
 from cl_runner.identity import NOT_HASHED, called
 from cl_runner.report.runs import LeftOut, Run
 from cl_runner.report.statistics import Summary, forgetting_matrix, mean_of_matrices, summarise
@@ -162,7 +162,7 @@ def resolve(
         return found[0]
     if found:
         raise ConfigError(field, f"expected one key, got {key!r}, which may be {' or '.join(found)}")
-    near = hint(key, [*known, *(name.rpartition(".")[2] for name in known)])
+    near = did_you_mean(key, [*known, *short_names(known)]) or f"known: {', '.join(known)}"
     raise ConfigError(field, f"expected {what}, got {key!r}; {near}")
 
 
