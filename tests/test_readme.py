@@ -10,6 +10,7 @@ import pytest
 from cl_runner.__main__ import COMMANDS
 from cl_runner.compose import choices, compose_jobs, in_order
 from cl_runner.config import validated
+from cl_runner.published import chosen, published
 
 ROOT = Path(__file__).parent.parent
 PAGES = ["README.md", "CONTRIBUTING.md", "benchmarks/RESULTS.md", "benchmarks/PUBLISHED.md"]
@@ -22,7 +23,7 @@ def blocks(page: str, language: str) -> list[str]:
 
 def commands(page: str) -> list[str]:
     lines = "".join(blocks(page, "sh")).replace("\\\n", " ").splitlines()
-    return [line for line in lines if re.match(r"cl-runner( |$)", line)]
+    return [line.strip() for line in lines if re.match(r" *cl-runner( |$)", line) and "$" not in line]
 
 
 def of_experiments() -> list[tuple[str, str]]:
@@ -40,10 +41,12 @@ TYPED = [(page, command) for page in PAGES for command in commands(page)]
 @pytest.mark.parametrize(("page", "command"), [*TYPED, *of_experiments()])
 def test_every_command_is_one_that_the_program_takes(page, command):
     words = shlex.split(command, comments=True)[1:]
-    if words[:1] == ["list"] or "-sc" in words or "--config-dir" in words:
+    if "-sc" in words or "--config-dir" in words:
         return
     if words and words[0] in COMMANDS:
-        import_module(COMMANDS[words[0]]).parser().parse_args(words[1:])
+        asked = import_module(COMMANDS[words[0]]).parser().parse_intermixed_args(words[1:])
+        assert set(getattr(asked, "groups", [])) <= choices().keys()
+        chosen(published(), [word for word in getattr(asked, "words", []) if "=" not in word], None)
         return
     words = [word for word in words if word not in ("--cfg", "job")]
     for cfg in compose_jobs(in_order(words)):
