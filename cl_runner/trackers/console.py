@@ -160,9 +160,9 @@ def show_tables(results: dict[str, Any], scenario: str, console: Terminal) -> No
     digits = next((digits for digits in (1, 0) if _matrix_width(len(rows), digits) <= console.width), None)
     console.print(_per_task(rows) if digits is None else _matrix(rows, digits, f"accuracy, {scenario}, %"))
     console.print(_metrics(results["metrics"], [scenario, *(name for name in results["accuracy"] if name != scenario)]))
-    phases = [f"{phase} {value:.1f}" for phase, value in results["seconds"].items()]
-    within = [phase for phase in phases if phase.startswith("fisher ")]  # of other phases: not one more to add up
-    seconds = " · ".join(phase for phase in phases if phase not in within) + "".join(f" ({phase})" for phase in within)
+    phases = {phase: f"{phase} {value:.1f}" for phase, value in results["seconds"].items()}
+    fisher = phases.pop("fisher", "")  # part of other phases: not one more to add up
+    seconds = " · ".join(phases.values()) + (f" ({fisher})" if fisher else "")
     console.print(Text.assemble(("seconds  ", "dim"), seconds), soft_wrap=True)
 
 
