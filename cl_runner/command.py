@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from cl_runner.components import check_plugin
 from cl_runner.compose import CONF, GRID, VERSION_BASE, Asked, asked, compose_jobs, in_order
-from cl_runner.config import Experiment, check, validated
+from cl_runner.config import Experiment, check, with_valid_settings
 from cl_runner.errors import ConfigError
 
 PLUGINS = "hydra_plugins.cl_runner"  # the launchers and sweepers of this project
@@ -51,7 +51,7 @@ def try_composing(argv: list[str]) -> None:
     if others:
         raise ConfigError("command line", "--cfg shows one configuration, not those of a sweep")
     if not OmegaConf.missing_keys(first):  # those are for the user to see
-        validated(first)
+        with_valid_settings(first)
 
 
 def run_alone(experiment: Experiment) -> None:

@@ -106,6 +106,24 @@ def validated(cfg: DictConfig) -> dict[str, Any]:
 
     Raises ConfigError.
     """
+    plain = with_valid_settings(cfg)
+    allowed = (*ALLOWED, *_found(plain["plugins"]))
+    for name in ("fisher", "memory", *COMPONENTS):
+        plain[name] = checked_node(name, plain[name], allowed, PROVIDED.get(name, set()))
+    own = plain["trainer"].get("first_task") or {}
+    for name in ("optimizer", "scheduler"):
+        if given := own.get(name):
+            path = f"trainer.first_task.{name}"
+            checked = checked_node(path, {**plain[name], **given}, allowed, PROVIDED[name])
+            own[name] = {key: checked[key] for key in given}
+    return plain
+
+
+def with_valid_settings(cfg: DictConfig) -> dict[str, Any]:
+    """The plain configuration, of which all but the components is checked: no component's module is imported for it.
+
+    Raises ConfigError.
+    """
     own = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key not in NOT_OURS])
     try:
         plain: Any = OmegaConf.to_container(own, resolve=True, throw_on_missing=True)
@@ -117,15 +135,6 @@ def validated(cfg: DictConfig) -> dict[str, Any]:
         Settings.model_validate(plain)
     except ValidationError as error:
         raise one_line("", error) from None
-    allowed = (*ALLOWED, *_found(plain["plugins"]))
-    for name in ("fisher", "memory", *COMPONENTS):
-        plain[name] = checked_node(name, plain[name], allowed, PROVIDED.get(name, set()))
-    own = plain["trainer"].get("first_task") or {}
-    for name in ("optimizer", "scheduler"):
-        if given := own.get(name):
-            path = f"trainer.first_task.{name}"
-            checked = checked_node(path, {**plain[name], **given}, allowed, PROVIDED[name])
-            own[name] = {key: checked[key] for key in given}
     return plain
 
 
