@@ -95,8 +95,7 @@ class Architecture(ABC):
         """In errors and in files of weights."""
         return choice(type(self).__name__)
 
-    @property
-    def in_channels_last(self) -> bool:
+    def in_channels_last(self, backbone: nn.Module) -> bool:
         return False
 
     def check(self) -> None:
@@ -145,10 +144,11 @@ class Architecture(ABC):
             still = still_names(net.backbone, self.freeze)
             for name, parameter in net.backbone.named_parameters():
                 parameter.requires_grad_(name not in still)
-            if self.in_channels_last:
+            channels_last = self.in_channels_last(net.backbone)
+            if channels_last:
                 net.backbone.to(memory_format=torch.channels_last)
             model = Model(
-                self._preprocess(inputs, stream),
+                self._preprocess(inputs, stream, channels_last),
                 net.backbone,
                 num_features,
                 stream,
@@ -221,11 +221,11 @@ class Architecture(ABC):
             mean, std = None, None
         return Inputs(channels, size, mean or (0.0,), std or (1.0,))
 
-    def _preprocess(self, inputs: Inputs, stream: Stream) -> Preprocess:
+    def _preprocess(self, inputs: Inputs, stream: Stream, channels_last: bool) -> Preprocess:
         channels, *_ = inputs.shape
         look = inputs.size, inputs.mean, inputs.std
         augment = stream.augment, stream.crop_padding
-        return Preprocess(channels, *look, *augment, self.in_channels_last, self.interpolation)
+        return Preprocess(channels, *look, *augment, channels_last, self.interpolation)
 
     def _num_features(self, net: Net, inputs: Inputs) -> int:
         """D of the backbone's features [B, D]; also the proof that it takes images of this size."""
@@ -249,14 +249,13 @@ class ImageArchitecture(Architecture):
     """One whose layers are convolutions.
 
     channels_last: images and weights in NHWC order; a training step of a convolutional net then takes 4 to 36 % less
-    time on a CPU (EfficientNet-Lite0, ResNet-18, CNN).
+    time on a CPU (EfficientNet-Lite0, ResNet-18, CNN). Very narrow nets (see `has_narrow_shortcut`) stay in NCHW order.
     """
 
     channels_last: bool = True
 
-    @property
-    def in_channels_last(self) -> bool:
-        return self.channels_last
+    def in_channels_last(self, backbone: nn.Module) -> bool:
+        return self.channels_last and not has_narrow_shortcut(backbone)
 
 
 @contextmanager
@@ -289,6 +288,16 @@ def still_names(backbone: nn.Module, patterns: Sequence[str]) -> set[str]:
             )
         still |= matched
     return still
+
+
+def has_narrow_shortcut(backbone: nn.Module) -> bool:
+    """Whether some 1x1 convolution with a stride takes fewer than 16 channels.
+
+    In NHWC order its weights' gradient is wrong on CPUs, or memory is overwritten: oneDNN's workspace is too small
+    where the channels do not fill a block of 8 (AVX2) or 16 (AVX-512) (https://github.com/uxlfoundation/oneDNN/issues/6035).
+    """
+    layers = [layer for layer in backbone.modules() if isinstance(layer, nn.Conv2d) and layer.groups == 1]
+    return any(max(one.kernel_size) == 1 < max(one.stride) and one.in_channels < 16 for one in layers)
 
 
 def norm_layers(backbone: nn.Module, still: set[str] | None) -> list[nn.Module]:

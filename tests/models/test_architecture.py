@@ -139,10 +139,21 @@ def test_active_logits_and_the_heads_draw_reach_the_model():
 
 @pytest.mark.parametrize("channels_last", [True, False])
 def test_channels_last_changes_the_layout_and_not_the_outputs(channels_last):
-    plain = ResNet18(width=4, channels_last=False).build(stream_of()).eval()
-    model = ResNet18(width=4, channels_last=channels_last).build(stream_of()).eval()
+    plain = ResNet18(width=16, channels_last=False).build(stream_of()).eval()
+    model = ResNet18(width=16, channels_last=channels_last).build(stream_of()).eval()
     assert model.backbone.layer1[0].conv1.weight.is_contiguous(memory_format=torch.channels_last) is channels_last
     torch.testing.assert_close(model(images()).logits, plain(images()).logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("width", [3, 4, 8, 12, 16, 20])
+def test_gradients_are_those_of_the_plain_layout_also_of_narrow_nets(width):
+    def gradients(channels_last: bool) -> dict[str, torch.Tensor]:
+        model = ResNet18(width=width, channels_last=channels_last, norm_stats="frozen").build(stream_of())
+        model.reveal(stream_of().tasks[0])
+        model(images()).logits.square().sum().backward()
+        return {name: value.grad for name, value in model.backbone.named_parameters()}
+
+    torch.testing.assert_close(gradients(True), gradients(False), atol=1e-4, rtol=1e-4)
 
 
 def trained_a_step(recipe, shape=RGB):
