@@ -342,6 +342,17 @@ def test_a_killed_run_goes_on_and_ends_as_if_it_had_not_been(tmp_path):
     assert "going on at task" in (folder / "run.log").read_text()
 
 
+def test_a_run_that_nobody_reads_any_more_goes_on(tmp_path):
+    command = [sys.executable, "-m", "cl_runner", *TINY]
+    run = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=QUIET)
+    assert run.stdout is not None
+    assert run.stdout.readline()
+    run.stdout.close()
+    assert run.wait() == 0, run.stderr and run.stderr.read()
+    (status,) = (tmp_path / "outputs").glob("*/status.json")
+    assert json.loads(status.read_text())["state"] == "done"
+
+
 def test_python_m_is_the_same(tmp_path):
     words = TINY
     done = subprocess.run(
