@@ -3,7 +3,7 @@
 import argparse
 from typing import NoReturn
 
-from cl_runner.errors import ConfigError
+from cl_runner.errors import ConfigError, did_you_mean
 
 
 class Parser(argparse.ArgumentParser):
@@ -11,4 +11,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raises ConfigError."""
+        if message.startswith("unrecognized arguments: --"):
+            given = message.split()[2].partition("=")[0]
+            message = "; ".join(filter(None, [message, did_you_mean(given, self._option_string_actions)]))
         raise ConfigError(self.prog.split()[-1], message)

@@ -68,7 +68,7 @@ def parser() -> Parser:
     parser.add_argument("--by", help="group by these keys alone, e.g. strategy.strength fisher", **several)
     parser.add_argument("--metrics", help="e.g. average_accuracy seconds/train", **{**several, "metavar": "METRIC"})
     parser.add_argument(
-        "--spread", nargs="*", choices=list(SPREADS), default=["std", "interval"], help="what stands beside a mean"
+        "--spread", nargs="*", choices=list(SPREADS), default=["std"], help="what stands beside a mean (default: std)"
     )
     parser.add_argument(
         "--baseline", default="", help="differences to it on equal seeds: a strategy, or key=value,key=value"

@@ -119,6 +119,9 @@ def group_runs(runs: Sequence[Run], by: Sequence[str] = ()) -> Groups:
 def _by_keys(runs: Sequence[Run], settings: list[Settings], by: Sequence[str]) -> Groups:
     known, differing = dict.fromkeys(key for own in settings for key in own), _differing(settings)
     chosen = list(dict.fromkeys(["strategy", *(resolve(key, known, "--by", differing) for key in by)]))
+    for key in chosen:
+        if all(own.get(key, SEED) == SEED for own in settings):
+            raise follows_the_seed("--by", key)
     members: dict[tuple, list[int]] = defaultdict(list)
     for index, (run, own) in enumerate(zip(runs, settings, strict=True)):
         members[*(own.get(key, ABSENT) for key in chosen), run.num_tasks].append(index)
@@ -156,6 +159,8 @@ def resolve(
     known = list(known)
     if key in known:
         return key
+    if key == "seed":
+        raise follows_the_seed(field, key)
     found = [name for name in known if name.endswith(f".{key}")]
     found = [name for name in found if name in rather] or found
     if len(found) == 1:
@@ -164,6 +169,10 @@ def resolve(
         raise ConfigError(field, f"expected one key, got {key!r}, which may be {' or '.join(found)}")
     near = did_you_mean(key, [*known, *short_names(known)]) or f"known: {', '.join(known)}"
     raise ConfigError(field, f"expected {what}, got {key!r}; {near}")
+
+
+def follows_the_seed(field: str, key: str) -> ConfigError:
+    return ConfigError(field, f"expected keys that tell rows apart, got {key!r}, the seed over which each is a mean")
 
 
 def short_names(keys: Sequence[str]) -> list[str]:

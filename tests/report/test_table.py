@@ -134,3 +134,10 @@ def test_a_baseline_that_may_be_several_or_is_none_is_refused(grid):
         find_baselines(grid, "ewc")
     with pytest.raises(ConfigError, match="there are: ewc strength=1e4"):
         find_baselines(grid, "lwf")
+
+
+def test_a_baseline_that_every_row_is_is_refused(tmp_path):
+    for lr in (0.1, 0.2):
+        write(tmp_path, config("EWC", lr=lr))
+    with pytest.raises(ConfigError, match="got 'ewc', which all rows are"):
+        find_baselines(group_runs(read(tmp_path).runs), "ewc")
