@@ -26,10 +26,11 @@ bench: $(READY)  ## the runner beside a bare loop
 clean:
 	rm -rf $(VENV) build dist
 
-# uv installs the torch stack several times faster than pip; pip is there where uv is not to be had.
+# uv installs the torch stack several times faster than pip; pip is there where uv is not to be had. Compiled here, since
+# not every environment lets Python keep what it compiles, and a start would then take twice as long.
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet uv || echo "no uv: pip takes a little longer"
-	if [ -x $(BIN)/uv ]; then $(BIN)/uv pip install --quiet --python $(BIN)/python --editable '.[dev]'; \
+	if [ -x $(BIN)/uv ]; then $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --editable '.[dev]'; \
 	else $(BIN)/python -m pip install --quiet --editable '.[dev]'; fi
 	touch $@

@@ -1,3 +1,4 @@
+import os
 import signal
 import sys
 
@@ -6,7 +7,8 @@ import torch
 
 from cl_runner.__main__ import main
 
-torch.set_num_threads(1)  # the suite runs in several processes
+torch.set_num_threads(1)  # the suite runs in several processes,
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # and starts others: threads that wait for a core spin
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has what it starts in the background ignore Ctrl-C
 
 

@@ -323,7 +323,7 @@ def test_a_run_that_is_tracked_locally_imports_no_wandb(tmp_path):
 
 
 def test_a_killed_run_goes_on_and_ends_as_if_it_had_not_been(tmp_path):
-    command = [sys.executable, "-m", "cl_runner", *TINY, "trainer.epochs=30", "strategy.strength=10"]
+    command = [sys.executable, "-m", "cl_runner", *TINY, "trainer.epochs=10", "strategy.strength=10"]
     killed = subprocess.Popen([*command, "output_root=killed"], cwd=tmp_path, stdout=subprocess.DEVNULL, env=QUIET)
     deadline = time.monotonic() + 120
     while not list(tmp_path.glob("killed/*/checkpoint/last.pt")):
