@@ -7,7 +7,7 @@ import importlib
 import inspect
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any, get_args, get_origin
@@ -41,13 +41,16 @@ def checked_node(
     """The node with its values validated against its target's signature; `kind`: what it must be, if its name does
     not say so."""
     if "_target_" not in node:
-        raise ConfigError(f"{path}._target_", "expected the name of a class or function, got nothing")
+        group = path.partition(".")[0]
+        how = f"; +{group}@{path}={path.rpartition('.')[2]} adds one" if "." in path else ""
+        raise ConfigError(path, f"expected a component, got {', '.join(node) or 'nothing'} alone{how}")
     target = imported(node["_target_"], path, tuple(allowed))
     kind = kind or KINDS.get(path.rpartition(".")[2])
     if kind and not (inspect.isclass(target) and issubclass(target, imported(kind))):
         raise ConfigError(f"{path}._target_", f"expected a {kind.rpartition('.')[2]}, got {node['_target_']!r}")
     parameters = inspect.signature(target).parameters
-    refuse_unknown(path, {key: None for key in node if key != "_target_"}, parameters.keys() - provided)
+    for key in (key for key in node if key != "_target_"):
+        refuse_unknown(path, [key], parameters.keys() - provided, _within(node, key, path))
     missing = [
         name
         for name, parameter in parameters.items()
@@ -112,6 +115,15 @@ def imported(target: Any, path: str = "_target_", allowed: tuple[str, ...] | Non
             f"{path}._target_", f"expected a class or function of {', '.join(allowed or ())}, got {target!r}"
         )
     return found
+
+
+def _within(node: dict[str, Any], key: str, path: str) -> Iterator[str]:
+    """Where a key of that name stands deeper in the node."""
+    for name, value in node.items():
+        if isinstance(value, dict):
+            if key in value:
+                yield f"{path}.{name}.{key}"
+            yield from _within(value, key, f"{path}.{name}")
 
 
 def refuse_unknown(path: str, given: Iterable[str], known: Iterable[str], meant: Iterable[str] = ()) -> None:

@@ -1,6 +1,7 @@
 """From the command line to the configurations that it asks for."""
 
 import itertools
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -212,6 +213,7 @@ def choices() -> dict[str, dict[str, str]]:
     for file in files:
         first = next((line for line in file.read_text().splitlines() if line.startswith("# ") and "@" not in line), "")
         found.setdefault(str(file.parent.relative_to(CONF)), {})[file.stem] = first.removeprefix("# ")
+    found["hydra/launcher"]["basic"] = "One job after another, in this process: the default, of Hydra itself"
     return found
 
 
@@ -225,7 +227,9 @@ def _composed(overrides: list[str], with_hydra: bool = False) -> DictConfig:
         says = "; ".join(filter(None, [f"expected one of {', '.join(options)}, got {choice!r}", near]))
         raise ConfigError(group or "command line", says) from None
     except (HydraException, OmegaConfBaseException, ValueError) as error:
-        raise ConfigError("command line", _first_lines(error)) from None
+        says = _first_lines(error)
+        absent = re.match("Could not override '(.+@.+)'", says)  # another one is meant, or a + was forgotten
+        raise ConfigError("command line", f"{says} To add it: +{absent[1]}=CHOICE" if absent else says) from None
 
 
 def _first_lines(error: Exception) -> str:

@@ -42,6 +42,7 @@ def forward_transfer(accuracy: Tensor, zero_shot: Tensor) -> Tensor:
     """What earlier tasks did for a task not learned yet: mean_{j>=1} (A[j-1, j] - zero_shot[j]).
 
     zero_shot: float64 [T], the accuracy on each task before any was learned.
+    Undefined where a task's outputs come with it (scenarios task and class): nothing can be answered before.
     Source: Lopez-Paz & Ranzato, 2017, https://arxiv.org/abs/1706.08840.
     """
     return (accuracy.diagonal(1) - zero_shot[1:]).mean()

@@ -5,9 +5,11 @@ them: what is run for it, over how many seeds, and what came out there.
 """
 
 import math
+import re
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -15,7 +17,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cl_runner.compose import CONF
-from cl_runner.errors import ConfigError, did_you_mean
+from cl_runner.errors import ConfigError, did_you_mean, suggestion
 
 LEAST = 0.5  # tolerance, in points
 TIERS = ("cpu", "gpu", "full")  # each holds those before it; `full` also what needs weights of the user's
@@ -165,8 +167,17 @@ def chosen(rows: Sequence[Row], names: Sequence[str], tier: Tier | None) -> list
     for name in names:
         named = [row for row in rows if name in (row.name, row.experiment)]
         if not named:
-            known = [row.name for row in rows] + list(dict.fromkeys(row.experiment for row in rows))
-            near = did_you_mean(name, known, most=3) or "cl-runner verify --list names all"
+            known = [*dict.fromkeys(row.experiment for row in rows), *(row.name for row in rows)]
+            near = _near(name, known) or "cl-runner verify --list names all"
             raise ConfigError("verify", f"expected a row or an experiment, got {name!r}; {near}")
         found += named
     return list(dict.fromkeys(found))
+
+
+def _near(word: str, names: Sequence[str]) -> str:
+    """What to suggest: names that hold the word, or one of whose parts is like it, or that are like it as a whole."""
+    parts = get_close_matches(word, {part for name in names for part in re.split("[_/]", name)}, n=1)
+    for piece in (word, *parts):
+        if holding := [name for name in names if piece in name]:
+            return suggestion(holding[:3])
+    return did_you_mean(word, names, most=3)

@@ -57,7 +57,7 @@ def main(argv: list[str]) -> int:
             if arguments.write is not None:  # now: the next row may take hours, and be stopped
                 write(arguments.write, measured, rows)
     if arguments.only_done and len(measured) < len(asked):
-        waiting = f"{len(asked) - len(measured)} of {len(asked)} rows are not done"
+        waiting = f"not done: {len(asked) - len(measured)} of {len(asked)} row{'s' * (len(asked) != 1)}"
         console.print(f"{waiting}; without --only-done they are run", highlight=False)
     for line in failed:
         console.print(line, style="red", highlight=False, soft_wrap=True)
@@ -69,7 +69,9 @@ def parser() -> Parser:
     parser.add_argument(
         "words", nargs="*", metavar="ROW|KEY=VALUE", help="EXPERIMENT/ROW, or EXPERIMENT; and overrides for every run"
     )
-    parser.add_argument("--tier", choices=TIERS, help="all rows that need no more than this (default: cpu)")
+    parser.add_argument(
+        "--tier", choices=TIERS, help="all rows that need no more than this (default: cpu; of --list: all)"
+    )
     parser.add_argument("--list", action="store_true", help="say what there is, and run nothing")
     parser.add_argument("--only-done", action="store_true", help="run nothing: look at the rows that are done")
     parser.add_argument(
@@ -83,6 +85,8 @@ def parser() -> Parser:
 
 def _list(rows: Sequence[Row], console: Console) -> None:
     longest = max(len(row.name) for row in rows)
+    head = f"{'row':<{longest}} {'tier':<5} {'%':>6}  overrides of conf/experiment/<experiment>.yaml"
+    console.print(head, highlight=False, soft_wrap=True)
     for row in rows:
         says = f"{row.name:<{longest}} {row.tier:<5} {row.value:>6.2f}  {' '.join(row.overrides)}"
         console.print(says, highlight=False, soft_wrap=True)

@@ -76,6 +76,8 @@ def test_rows_are_chosen_by_name_by_experiment_or_by_tier(folder):
     assert chosen(rows, [], "gpu") == rows
     with pytest.raises(ConfigError, match=r"expected a row or an experiment, got 'studdy'; did you mean study"):
         chosen(rows, ["studdy"], None)
+    with pytest.raises(ConfigError, match=r"got 'othr'; did you mean study/other\?"):
+        chosen(rows, ["othr"], None)
     with pytest.raises(ConfigError, match="got 'zzz'; cl-runner verify --list names all"):
         chosen(rows, ["zzz"], None)
 
@@ -117,9 +119,9 @@ def test_nothing_is_run_again_where_nothing_is_to_be_run(folder, monkeypatch):
 def test_only_rows_that_are_named_are_listed(folder, monkeypatch, capsys):
     monkeypatch.setattr(verify, "published", lambda: published(folder))
     assert main(["--list"]) == 0
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["study/one", "study/other"]
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["row", "study/one", "study/other"]
     assert main(["--list", "study/other"]) == 0
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["study/other"]
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["row", "study/other"]
 
 
 def test_a_row_that_holds_no_longer_goes_even_where_nothing_is_measured(folder, tmp_path, monkeypatch):
@@ -143,7 +145,7 @@ def test_only_done_says_how_much_is_not(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(verify, "published", lambda: published(folder))
     monkeypatch.setattr(Row, "command", lambda row, seed: [*SMALL, *row.overrides, f"seed={seed}"])
     assert main(["study/one", "--only-done", f"output_root={tmp_path}"]) == 0
-    assert capsys.readouterr().out == "1 of 1 rows are not done; without --only-done they are run\n"
+    assert capsys.readouterr().out == "not done: 1 of 1 row; without --only-done they are run\n"
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)

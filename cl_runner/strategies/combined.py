@@ -48,7 +48,7 @@ class Combined(Strategy):
         for hook, what in SINGLE.items():
             names = [name for name, part in self._by_memory if _own(part, hook)]
             if len(names) > 1:
-                log.warning("combined: %s as %s has it; %s has no say there", what, names[0], ", ".join(names[1:]))
+                log.warning("combined: %s comes from %s alone, not from %s", what, names[0], ", ".join(names[1:]))
 
     def setup(self, model: Model, stream: Stream) -> None:
         super().setup(model, stream)

@@ -219,15 +219,13 @@ def _per_task(rows: Rows) -> Table:
 
 
 def _metrics(metrics: dict[str, float | None], scenarios: list[str]) -> Table:
-    """A row a metric, a column a scenario, the run's own first; what has no scenario stands in the first."""
+    """A row a metric that is defined, a column a scenario, the run's own first; what has none stands in the first."""
     table = Table(box=SIMPLE_HEAD)
     table.add_column("metric")
     for scenario in scenarios:
         table.add_column(scenario, justify="right")
-    shown = [
-        name for name in metrics if "/" not in name and (name != "validation_accuracy" or metrics[name] is not None)
-    ]
-    for name in shown:
+    defined = {name.partition("/")[0] for name, value in metrics.items() if value is not None}
+    for name in (name for name in metrics if name in defined):
         rest = [_value(name, metrics[key]) if (key := f"{name}/{other}") in metrics else "" for other in scenarios[1:]]
         table.add_row(name, _value(name, metrics[name]), *rest)
     return table

@@ -85,7 +85,7 @@ def test_what_only_one_part_can_say_is_said_by_the_first_that_has_it(caplog):
     strategy = combined("si", "icarl", "lwf")
     with caplog.at_level("WARNING", logger="cl_runner"):
         strategy.check(digits(), MLP(widths=[8]))
-    assert "the loss on the labels as icarl has it; lwf has no say there" in caplog.text
+    assert "the loss on the labels comes from icarl alone, not from lwf" in caplog.text
     stream = toy_stream("class")
     model = toy_model(stream)
     learn(strategy, stream, model, tasks=2)
