@@ -11,7 +11,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raises ConfigError."""
-        if message.startswith("unrecognized arguments: --"):
-            given = message.split()[2].partition("=")[0]
-            message = "; ".join(filter(None, [message, did_you_mean(given, self._option_string_actions)]))
+        options = [word.partition("=")[0] for word in message.split() if word.startswith("--")]
+        if message.startswith("unrecognized arguments") and options:
+            message = "; ".join(filter(None, [message, did_you_mean(options[0], self._option_string_actions)]))
         raise ConfigError(self.prog.split()[-1], message)

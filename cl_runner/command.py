@@ -9,8 +9,8 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 
 from cl_runner.components import check_plugin
-from cl_runner.compose import CONF, GRID, VERSION_BASE, Asked, asked, compose_jobs, in_order
-from cl_runner.config import Experiment, check, with_valid_settings
+from cl_runner.compose import CONF, GRID, VERSION_BASE, Asked, asked, compose_jobs, in_order, knows_all_keys
+from cl_runner.config import Experiment, check, validated, with_valid_settings
 from cl_runner.errors import ConfigError
 
 PLUGINS = "hydra_plugins.cl_runner"  # the launchers and sweepers of this project
@@ -47,11 +47,15 @@ def try_composing(argv: list[str]) -> None:
 
     Raises ConfigError.
     """
-    first, *others = compose_jobs(in_order(argv))
+    words = in_order(argv)
+    first, *others = compose_jobs(words)
     if others:
         raise ConfigError("command line", "--cfg shows one configuration, not those of a sweep")
-    if not OmegaConf.missing_keys(first):  # those are for the user to see
-        with_valid_settings(first)
+    if OmegaConf.missing_keys(first):  # those are for the user to see
+        return
+    with_valid_settings(first)
+    if not knows_all_keys(words):  # to be said after all components are imported, which takes seconds
+        validated(first)
 
 
 def run_alone(experiment: Experiment) -> None:

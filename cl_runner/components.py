@@ -14,7 +14,7 @@ from typing import Any, get_args, get_origin
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from cl_runner.errors import ConfigError, hint, suggestion
+from cl_runner.errors import ConfigError, did_you_mean, hint, suggestion
 
 # A config is not a program: only these may be named by a `_target_`, beside what `plugins` lists.
 ALLOWED = ("cl_runner", "torch.optim", "torchvision", "timm")
@@ -41,16 +41,14 @@ def checked_node(
     """The node with its values validated against its target's signature; `kind`: what it must be, if its name does
     not say so."""
     if "_target_" not in node:
-        group = path.partition(".")[0]
-        how = f"; +{group}@{path}={path.rpartition('.')[2]} adds one" if "." in path else ""
-        raise ConfigError(path, f"expected a component, got {', '.join(node) or 'nothing'} alone{how}")
+        raise ConfigError(f"{path}._target_", "expected the name of a class or function, got nothing")
     target = imported(node["_target_"], path, tuple(allowed))
     kind = kind or KINDS.get(path.rpartition(".")[2])
     if kind and not (inspect.isclass(target) and issubclass(target, imported(kind))):
         raise ConfigError(f"{path}._target_", f"expected a {kind.rpartition('.')[2]}, got {node['_target_']!r}")
     parameters = inspect.signature(target).parameters
     for key in (key for key in node if key != "_target_"):
-        refuse_unknown(path, [key], parameters.keys() - provided, _within(node, key, path))
+        refuse_unknown(path, [key], parameters.keys() - provided, _within(node, key, path, parameters))
     missing = [
         name
         for name, parameter in parameters.items()
@@ -117,10 +115,10 @@ def imported(target: Any, path: str = "_target_", allowed: tuple[str, ...] | Non
     return found
 
 
-def _within(node: dict[str, Any], key: str, path: str) -> Iterator[str]:
-    """Where a key of that name stands deeper in the node."""
+def _within(node: dict[str, Any], key: str, path: str, known: Iterable[str] | None = None) -> Iterator[str]:
+    """Where a key of that name stands deeper in the node: below those of its keys that are `known`; None: all are."""
     for name, value in node.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and (known is None or name in known):
             if key in value:
                 yield f"{path}.{name}.{key}"
             yield from _within(value, key, f"{path}.{name}")
@@ -205,6 +203,10 @@ def _checked_nodes(path: str, nodes: Any, allowed: Iterable[str], kind: str) -> 
     for name, node in nodes.items():
         if not isinstance(node, dict):
             raise ConfigError(f"{path}.{name}", f"expected a component (a mapping with a _target_), got {node!r}")
+        if "_target_" not in node:
+            there = [other for other, its in nodes.items() if isinstance(its, dict) and "_target_" in its]
+            near = did_you_mean(name, there) or f"+{path.partition('.')[0]}@{path}.{name}=CHOICE adds one"
+            raise ConfigError(f"{path}.{name}", f"there is no such part; {near}")
     return {name: checked_node(f"{path}.{name}", node, allowed, set(), kind) for name, node in nodes.items()}
 
 

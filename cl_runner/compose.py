@@ -1,7 +1,6 @@
 """From the command line to the configurations that it asks for."""
 
 import itertools
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,13 +87,28 @@ def asked(argv: list[str]) -> Asked:
     Raises ConfigError for what Hydra itself would refuse.
     """
     arguments = get_args_parser().parse_args(argv)
-    search = [f"hydra.searchpath=[file://{Path(arguments.config_dir).resolve()}]"] if arguments.config_dir else []
+    search = _search_path(arguments.config_dir)
     with initialize_config_dir(str(CONF), version_base=VERSION_BASE):
         words = _Words(search)
         given = words.parsed(arguments.overrides)
         if not arguments.multirun:
             return _asked_of_a_run(words, given, argv)
         return _asked_of_a_sweep(words, given, argv)
+
+
+def knows_all_keys(argv: list[str]) -> bool:
+    """Whether Hydra itself, which lets no unknown key in, takes a command line (`in_order`)."""
+    arguments = get_args_parser().parse_args(argv)
+    with initialize_config_dir(str(CONF), version_base=VERSION_BASE):
+        try:
+            _composed([*_search_path(arguments.config_dir), *arguments.overrides])
+        except ConfigError:
+            return False
+    return True
+
+
+def _search_path(config_dir: str | None) -> list[str]:
+    return [f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"] if config_dir else []
 
 
 def _asked_of_a_run(words: "_Words", given: list[Override], argv: list[str]) -> Asked:
@@ -227,10 +241,10 @@ def _composed(overrides: list[str], with_hydra: bool = False) -> DictConfig:
         says = "; ".join(filter(None, [f"expected one of {', '.join(options)}, got {choice!r}", near]))
         raise ConfigError(group or "command line", says) from None
     except (HydraException, OmegaConfBaseException, ValueError) as error:
-        says = _first_lines(error)
-        absent = re.match("Could not override '(.+@.+)'", says)  # another one is meant, or a + was forgotten
-        raise ConfigError("command line", f"{says} To add it: +{absent[1]}=CHOICE" if absent else says) from None
+        raise ConfigError("command line", _first_lines(error)) from None
 
 
 def _first_lines(error: Exception) -> str:
-    return " ".join(line.strip() for line in str(error).splitlines()[:2])
+    """With what Hydra has to say where a + was forgotten."""
+    first, others = str(error).splitlines()[:2], str(error).splitlines()[2:]
+    return " ".join(line.strip() for line in (*first, *(line for line in others if line.startswith("To append"))))

@@ -175,9 +175,11 @@ def chosen(rows: Sequence[Row], names: Sequence[str], tier: Tier | None) -> list
 
 
 def _near(word: str, names: Sequence[str]) -> str:
-    """What to suggest: names that hold the word, or one of whose parts is like it, or that are like it as a whole."""
-    parts = get_close_matches(word, {part for name in names for part in re.split("[_/]", name)}, n=1)
-    for piece in (word, *parts):
-        if holding := [name for name in names if piece in name]:
-            return suggestion(holding[:3])
-    return did_you_mean(word, names, most=3)
+    """What to suggest: names that are like the word as a whole, or that end with it, or have a part that is like it."""
+    if (near := did_you_mean(word, names, most=3)) or (
+        near := suggestion([n for n in names if n.endswith(f"/{word}")])
+    ):
+        return near
+    parts = {name: re.split("[-_/]", name) for name in names}
+    like = get_close_matches(word, {part for own in parts.values() for part in own}, n=1)
+    return suggestion([name for name, own in parts.items() if like and like[0] in own][:3])

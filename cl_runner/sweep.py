@@ -50,8 +50,11 @@ class Sweep:
             "jobs": [{key: value for key, value in asdict(job).items() if value is not None} for job in self.jobs],
         }
         with FileLock(self.root / f".{FILE}.lock"):
-            others = [other for other in _entries(self.root) if other["command"] != self.command]
-            content = {"schema": SCHEMA, "sweeps": [*others, entry]}
+            entries = _entries(self.root)
+            places = [place for place, other in enumerate(entries) if other["command"] == self.command]
+            for place in places or [len(entries)]:
+                entries[place : place + 1] = [entry]
+            content = {"schema": SCHEMA, "sweeps": entries}
             write_atomically(self.root / FILE, json.dumps(content, indent=1))
 
     def outcome(self, job: Job) -> tuple[str, str]:

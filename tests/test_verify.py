@@ -78,6 +78,8 @@ def test_rows_are_chosen_by_name_by_experiment_or_by_tier(folder):
         chosen(rows, ["studdy"], None)
     with pytest.raises(ConfigError, match=r"got 'othr'; did you mean study/other\?"):
         chosen(rows, ["othr"], None)
+    with pytest.raises(ConfigError, match=r"got 'other'; did you mean study/other\?"):
+        chosen(rows, ["other"], None)
     with pytest.raises(ConfigError, match="got 'zzz'; cl-runner verify --list names all"):
         chosen(rows, ["zzz"], None)
 

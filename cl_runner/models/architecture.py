@@ -294,7 +294,7 @@ def has_narrow_shortcut(backbone: nn.Module) -> bool:
     """Whether some 1x1 convolution with a stride takes fewer than 16 channels.
 
     In NHWC order its weights' gradient is wrong on CPUs, or memory is overwritten: oneDNN's workspace is too small
-    where the channels do not fill a block of 8 (AVX2) or 16 (AVX-512) (https://github.com/uxlfoundation/oneDNN/issues/6035).
+    where there are fewer channels than a block has, 8 (AVX2) or 16 (AVX-512) (https://github.com/uxlfoundation/oneDNN/issues/6035).
     """
     layers = [layer for layer in backbone.modules() if isinstance(layer, nn.Conv2d) and layer.groups == 1]
     return any(max(one.kernel_size) == 1 < max(one.stride) and one.in_channels < 16 for one in layers)

@@ -149,7 +149,7 @@ def resolve(
     key: str,
     known: Iterable[str],
     field: str,
-    rather: Sequence[str] = (),
+    rather: Sequence[str] | None = None,
     what: str = "a key of the configuration",
 ) -> str:
     """The dotted key that `key` names, itself or by its last parts; one of `rather` where several do.
@@ -159,10 +159,11 @@ def resolve(
     known = list(known)
     if key in known:
         return key
-    if key == "seed":
+    ending = [name for name in known if name.endswith(f".{key}")]
+    preferred = [name for name in ending if rather is None or name in rather]
+    if key == "seed" and not preferred:
         raise follows_the_seed(field, key)
-    found = [name for name in known if name.endswith(f".{key}")]
-    found = [name for name in found if name in rather] or found
+    found = preferred or ending
     if len(found) == 1:
         return found[0]
     if found:

@@ -103,7 +103,7 @@ class Board:
             if FILE in names:
                 for sweep in sweeps(path):  # a run is told by the keys of the sweep that made it, not of a later one
                     for job, row in self._planned(sweep).items():
-                        planned[job] = replace(row, differs=planned.get(job, row).differs)
+                        planned[job] = replace(row, differs=planned.get(job, row).differs or row.differs)
         together = {**planned, **{path: replace(row, differs=_differs(planned, path)) for path, row in rows.items()}}
         return [together[path] for path in sorted(together) if not _moved_aside(path)]
 

@@ -162,7 +162,7 @@ def find_baselines(groups: Groups, asked: str) -> Baselines:
     """The group that each is compared with: `asked` is a strategy, or key=value,...
 
     Where several are meant, every group has the one that agrees with it in all other keys.
-    Raises ConfigError where none is meant, or several for one group, or none is compared.
+    Raises ConfigError where none is meant, all are, or several for one group.
     """
     wanted = _wanted(groups, asked)
     meant = [group for group in groups if all(_is(groups.value(group, key), value) for key, value in wanted.items())]
@@ -184,7 +184,7 @@ def find_baselines(groups: Groups, asked: str) -> Baselines:
             )
         if fitting and fitting[0].num_tasks == group.num_tasks:
             found[group] = fitting[0]
-    if all(group is one for group, one in found.items()):
+    if len(groups) > 1 and len(meant) == len(groups):
         raise ConfigError("--baseline", f"expected a row that others differ from, got {asked!r}, which all rows are")
     return found
 

@@ -24,7 +24,7 @@ LOW, HIGH = (176, 112, 64), (40, 150, 160)  # text colours of accuracy 0 and 1: 
 
 
 class Terminal(RichConsole):
-    """Says no more once nobody reads (`| head`, a closed session): a run does not end by that."""
+    """Says no more once nobody reads its pipe (`| head`): a run does not end by that."""
 
     def on_broken_pipe(self) -> None:
         with suppress(SystemExit):  # what rich would do after it has silenced itself
@@ -163,7 +163,7 @@ def show_results(results: dict[str, Any], folder: Path, console: Terminal) -> No
 
 
 def show_tables(results: dict[str, Any], scenario: str, console: Terminal) -> None:
-    """The run's own accuracy matrix, every metric in every scenario, and where the time went."""
+    """The run's own accuracy matrix, every metric that is defined, and where the time went."""
     rows = results["accuracy"][scenario]
     digits = next((digits for digits in (1, 0) if _matrix_width(len(rows), digits) <= console.width), None)
     console.print(_per_task(rows) if digits is None else _matrix(rows, digits, f"accuracy, {scenario}, %"))

@@ -81,8 +81,10 @@ def test_jobs_of_a_sweep_that_have_no_folder_yet_are_shown(run, said, tmp_path):
 
 def test_a_run_is_told_by_the_keys_of_the_sweep_that_made_it(run, said, tmp_path):
     run("sweep/a", state="done", results={"average_accuracy": 1.0})
-    Sweep(tmp_path / "sweep", "cl-runner -m first", [Job(["lr=1"], "a", "0"), Job(["lr=2"], "b", "1")]).write()
+    first = Sweep(tmp_path / "sweep", "cl-runner -m first", [Job(["lr=1"], "a", "0"), Job(["lr=2"], "b", "1")])
+    first.write()
     Sweep(tmp_path / "sweep", "cl-runner -m later", [Job(["lr=1", "x=3"], "a", "0"), Job(["x=4"], "c", "2")]).write()
+    first.close()
     assert [line for line in said()[1] if line.startswith("sweep/")] == [
         "sweep/a lr=1 done 100.0 %",
         "sweep/b lr=2 pending",

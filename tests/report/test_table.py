@@ -136,6 +136,14 @@ def test_a_baseline_that_may_be_several_or_is_none_is_refused(grid):
         find_baselines(grid, "lwf")
 
 
+def test_a_baseline_that_agrees_with_no_row_is_none_of_theirs(tmp_path):
+    for strategy, lr in (("EWC", 0.2), ("Finetune", 0.1), ("Finetune", 0.3)):
+        write(tmp_path, config(strategy, lr=lr))
+    groups = group_runs(read(tmp_path).runs)
+    found = find_baselines(groups, "finetune")
+    assert {groups.label(group) for group in found} == {"finetune lr=0.1", "finetune lr=0.3"}
+
+
 def test_a_baseline_that_every_row_is_is_refused(tmp_path):
     for lr in (0.1, 0.2):
         write(tmp_path, config("EWC", lr=lr))
