@@ -1,5 +1,7 @@
 """The command line: who answers it."""
 
+import os
+import signal
 import sys
 from importlib import import_module
 
@@ -23,10 +25,14 @@ COMMANDS = {
 def main() -> None:
     """What the `cl-runner` script runs.
 
-    Exit status: 0 done, 1 a run failed, 2 the configuration cannot work, 128 + n stopped by signal n.
+    Exit status: 0 done, 1 a run failed, 2 the configuration cannot work, 128 + n stopped by signal n (13: nobody reads
+    any more what a command that only tells something has to say).
     """
     try:
         _answer(sys.argv[1:])
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more at its end
+        sys.exit(128 + signal.SIGPIPE)
     except ConfigError as error:
         print(f"cl-runner: {error}", file=sys.stderr)
         sys.exit(2)

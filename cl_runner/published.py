@@ -176,9 +176,8 @@ def chosen(rows: Sequence[Row], names: Sequence[str], tier: Tier | None) -> list
 
 def _near(word: str, names: Sequence[str]) -> str:
     """What to suggest: names that are like the word as a whole, or that end with it, or have a part that is like it."""
-    if (near := did_you_mean(word, names, most=3)) or (
-        near := suggestion([n for n in names if n.endswith(f"/{word}")])
-    ):
+    ends = [name for name in names if name.endswith(f"/{word}")]
+    if near := did_you_mean(word, names, most=3) or suggestion(ends):
         return near
     parts = {name: re.split("[-_/]", name) for name in names}
     like = get_close_matches(word, {part for own in parts.values() for part in own}, n=1)

@@ -365,6 +365,15 @@ def test_a_run_that_nobody_reads_any_more_goes_on(tmp_path):
     assert json.loads(status.read_text())["state"] == "done"
 
 
+def test_a_command_that_nobody_reads_ends_without_a_traceback(tmp_path):
+    command = [sys.executable, "-u", "-m", "cl_runner", "list"]
+    told = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=QUIET)
+    assert told.stdout is not None
+    told.stdout.close()  # before the first line: Python has not started yet
+    _, said = told.communicate()
+    assert (told.returncode, said) == (128 + signal.SIGPIPE, "")
+
+
 def test_python_m_is_the_same(tmp_path):
     words = TINY
     done = subprocess.run(

@@ -33,6 +33,8 @@ class Combined(Strategy):
     def check(self, stream: Recipe, model: Architecture) -> None:
         for part in self.parts.values():
             part.check(stream, model)
+        if nested := [name for name, part in self.parts.items() if isinstance(part, Combined)]:
+            raise ConfigError("strategy.parts", f"expected methods that are not combined themselves, got {nested[0]}")
         alone = [name for name, part in self.parts.items() if part.offline or part.needs_task_id]
         if alone:
             raise ConfigError("strategy.parts", f"expected methods that learn one model task by task, got {alone[0]}")

@@ -134,6 +134,7 @@ def test_each_part_refuses_what_it_cannot_serve():
     [
         ({"er": PARTS["er"](), "der": PARTS["der"]()}, "expected one method with a memory, got er, der"),
         ({"er": PARTS["er"](), "prompts": DualPrompt()}, "expected no method with a memory beside prompts, got er"),
+        ({"er": PARTS["er"](), "all": Combined(parts={"er": PARTS["er"]()})}, "expected methods that are not combined"),
         ({"ewc": PARTS["ewc"](), "joint": Joint()}, "expected methods that learn one model task by task, got joint"),
     ],
 )
