@@ -53,7 +53,7 @@ def main(argv: list[str]) -> int:
         values = list(_values(row, arguments, failed))
         if len(values) == len(row.seeds):
             measured.append(Measured(row, tuple(values)))
-            _print(measured[-1:], console)
+            _print(measured[-1], console, judged=not changes)
             if arguments.write is not None:  # now: the next row may take hours, and be stopped
                 write(arguments.write, measured, rows)
     if arguments.only_done and len(measured) < len(asked):
@@ -61,7 +61,7 @@ def main(argv: list[str]) -> int:
         console.print(f"{waiting}; without --only-done they are run", highlight=False)
     for line in failed:
         console.print(line, style="red", highlight=False, soft_wrap=True)
-    return int(bool(failed) or any(each.verdict == "miss" for each in measured))
+    return int(bool(failed) or (not changes and any(each.verdict == "miss" for each in measured)))
 
 
 def parser() -> Parser:
@@ -188,10 +188,11 @@ Written by `cl-runner verify`; targets are those of the papers and are not moved
 HEADS = ["row", "published, %", "n", "measured, %", "n", "difference", "tolerance", "verdict"]
 
 
-def _print(measured: Sequence[Measured], console: Console) -> None:
+def _print(measured: Measured, console: Console, judged: bool) -> None:
+    """`judged`: it was run as it was published."""
+    verdict = measured.verdict if judged else "none: another protocol"
     table = Table(*HEADS, box=None)
-    for each in measured:
-        table.add_row(*cells(each), style="green" if each.verdict == "pass" else "red")
+    table.add_row(*cells(measured)[:-1], verdict, style={"pass": "green", "miss": "red"}.get(verdict, "yellow"))
     console.print(table)
 
 

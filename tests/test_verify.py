@@ -215,6 +215,18 @@ def test_another_protocol_is_said_and_never_written(folder, tmp_path, monkeypatc
     assert "not the published protocol: trainer.batch_size=4" in capsys.readouterr().out
 
 
+def test_another_protocol_is_given_no_verdict(folder, monkeypatch, capsys):
+    monkeypatch.setattr(verify, "published", lambda: published(folder))
+    monkeypatch.setattr(Row, "command", lambda row, seed: [*SMALL, *row.overrides, f"seed={seed}"])
+    for accuracy, status in ((50.0, 0), (90.0, 1)):
+        monkeypatch.setattr(verify, "_values", lambda row, *_, value=accuracy: iter([value] * len(row.seeds)))
+        assert main(["study/one"]) == status
+        assert main(["study/one", "trainer.batch_size=4"]) == 0
+        _, as_published, _, _, otherwise = (line.split() for line in capsys.readouterr().out.splitlines())
+        assert as_published[-1] == ("miss" if status else "pass")
+        assert " ".join(otherwise).endswith("none: another protocol")
+
+
 def test_weights_that_are_the_users_to_bring_change_no_protocol(tmp_path, capsys):
     brought = ["model.pretrained=conv5.pt", "--only-done", f"output_root={tmp_path}"]
     assert main(["vandeven_split_cifar100/none", *brought]) == 0
