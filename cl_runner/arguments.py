@@ -11,7 +11,15 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raises ConfigError."""
-        options = [word.partition("=")[0] for word in message.split() if word.startswith("--")]
-        if message.startswith("unrecognized arguments") and options:
-            message = "; ".join(filter(None, [message, did_you_mean(options[0], self._option_string_actions)]))
-        raise ConfigError(self.prog.split()[-1], message)
+        refuse_arguments(self, self.prog.split()[-1], message)
+
+
+def refuse_arguments(parser: argparse.ArgumentParser, field: str, message: str) -> NoReturn:
+    """What a parser has to say, and the option that may be meant.
+
+    Raises ConfigError.
+    """
+    options = [word.partition("=")[0] for word in message.split() if word.startswith("--")]
+    if message.startswith("unrecognized arguments") and options:
+        message = "; ".join(filter(None, [message, did_you_mean(options[0], parser._option_string_actions)]))
+    raise ConfigError(field, message)

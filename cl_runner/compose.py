@@ -4,7 +4,6 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
 import hydra
 from hydra import compose, initialize_config_dir
@@ -16,6 +15,7 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from cl_runner.arguments import refuse_arguments
 from cl_runner.errors import ConfigError, did_you_mean
 
 _HERE = Path(__file__).resolve().parent
@@ -37,7 +37,7 @@ def in_order(argv: list[str]) -> list[str]:
     run another configuration than the one checked.
     """
     parser = get_args_parser()
-    parser.error = _refuse
+    parser.error = lambda message: refuse_arguments(parser, "command line", message)
     arguments = parser.parse_intermixed_args(argv)
     for word in arguments.overrides:
         if "=" not in word and not word.startswith("~"):
@@ -51,10 +51,6 @@ def in_order(argv: list[str]) -> list[str]:
         raise ConfigError("--config-dir", f"expected a folder, got {arguments.config_dir!r}")
     options = ["--multirun"] if arguments.multirun else []
     return [*options, *(["--config-dir", arguments.config_dir] if arguments.config_dir else []), *arguments.overrides]
-
-
-def _refuse(message: str) -> NoReturn:
-    raise ConfigError("command line", message)
 
 
 @dataclass(frozen=True)

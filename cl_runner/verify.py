@@ -70,7 +70,9 @@ def parser() -> Parser:
         "words", nargs="*", metavar="ROW|KEY=VALUE", help="EXPERIMENT/ROW, or EXPERIMENT; and overrides for every run"
     )
     parser.add_argument(
-        "--tier", choices=TIERS, help="all rows that need no more than this (default: cpu; of --list: all)"
+        "--tier",
+        choices=TIERS,
+        help="all rows that need no more than this; full: weights of yours (default: cpu; of --list: full)",
     )
     parser.add_argument("--list", action="store_true", help="say what there is, and run nothing")
     parser.add_argument("--only-done", action="store_true", help="run nothing: look at the rows that are done")

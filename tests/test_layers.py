@@ -8,13 +8,13 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "cl_runner"
 FLOORS = [
     {"errors", "folder", "streams", "metrics", "trackers", "components", "identity", "config", "compose", ""}
-    | {"lock", "interrupt", "pulse", "randomness", "journal", "schedulers", "clock"},
+    | {"arguments", "lock", "interrupt", "pulse", "randomness", "journal", "schedulers", "clock"},
     {"models", "memory"},
     {"fisher"},
     {"strategies"},
     {"trainer", "checkpoint", "evaluate"},
     {"run", "state"},
-    {"__main__", "command", "job", "sweep", "launchers", "published", "verify", "report", "arguments", "listing"},
+    {"__main__", "command", "job", "sweep", "launchers", "published", "verify", "report", "listing"},
 ]
 FLOOR = {module: number for number, floor in enumerate(FLOORS) for module in floor}
 ONLY_IN = {

@@ -242,6 +242,8 @@ def test_what_a_command_cannot_do_is_one_line_and_status_2(cl_runner):
             ["strategy=combined", "strategy@strategy.parts.si=si"],
             "To append to your default list use +strategy@strategy.parts.si=si",
         ),
+        (["--multirn"], "command line: unrecognized arguments: --multirn; did you mean --multirun?"),
+        (["stream=split_digits", "stream.name=minst"], "got 'minst'; did you mean mnist?"),
         (["epoch=1"], "epoch: unknown key; did you mean trainer.epochs?"),
         (["--cfg", "job", "lr=0.1"], "lr: unknown key; did you mean optimizer.lr?"),
         (["strategy=finetune", "strategy.strength=1"], "strategy.strength: unknown key; known: none"),

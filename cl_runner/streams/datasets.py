@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cl_runner.errors import ConfigError
+from cl_runner.errors import ConfigError, did_you_mean
 from cl_runner.streams.cache import DataSet, cached, locked, no_empty_folders
 from cl_runner.streams.folder import LAYOUT, ImageFolder
 
@@ -117,8 +117,8 @@ def find(name: str, data_root: Path, image_size: int | None = None, download: bo
     known, folder = KNOWN.get(name), data_root / name
     if known is None:
         if not folder.is_dir():
-            expected = f"expected one of {', '.join(KNOWN)} or a folder of images {folder}/{LAYOUT}"
-            raise ConfigError("data_root", f"{expected}, got no {folder}")
+            expected = f"expected one of {', '.join(KNOWN)} or a folder of images {folder}/{LAYOUT}, got {name!r}"
+            raise ConfigError("stream.name", "; ".join(filter(None, [expected, did_you_mean(name, KNOWN)])))
         return ImageFolder(folder, image_size)
     if not _present(known, data_root):
         if (folder / "train").is_dir():

@@ -172,4 +172,4 @@ def test_what_is_absent_is_downloaded_by_torchvision(
 def test_an_unknown_name_is_answered_with_the_known_ones(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"digits, mnist, .* or a folder of images .*/minst/{train,test}/") as error:
         find("minst", tmp_path)
-    assert error.value.field == "data_root"
+    assert error.value.field == "stream.name"
