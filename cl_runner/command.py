@@ -54,7 +54,7 @@ def try_composing(argv: list[str]) -> None:
     if OmegaConf.missing_keys(first):  # those are for the user to see
         return
     with_valid_settings(first)
-    if not knows_all_keys(words):  # to be said after all components are imported, which takes seconds
+    if not knows_all_keys(words):  # which one, only the components can tell, and they take seconds to import
         validated(first)
 
 

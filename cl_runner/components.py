@@ -47,8 +47,9 @@ def checked_node(
     if kind and not (inspect.isclass(target) and issubclass(target, imported(kind))):
         raise ConfigError(f"{path}._target_", f"expected a {kind.rpartition('.')[2]}, got {node['_target_']!r}")
     parameters = inspect.signature(target).parameters
-    for key in (key for key in node if key != "_target_"):
-        refuse_unknown(path, [key], parameters.keys() - provided, _within(node, key, path, parameters))
+    for key in node:
+        if key != "_target_":
+            refuse_unknown(path, [key], parameters.keys() - provided, _within(node, key, path, parameters))
     missing = [
         name
         for name, parameter in parameters.items()

@@ -242,5 +242,5 @@ def _composed(overrides: list[str], with_hydra: bool = False) -> DictConfig:
 
 def _first_lines(error: Exception) -> str:
     """With what Hydra has to say where a + was forgotten."""
-    first, others = str(error).splitlines()[:2], str(error).splitlines()[2:]
-    return " ".join(line.strip() for line in (*first, *(line for line in others if line.startswith("To append"))))
+    lines = [line.strip() for line in str(error).splitlines()]
+    return " ".join([*lines[:2], *(line for line in lines[2:] if line.startswith("To append"))])

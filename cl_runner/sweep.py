@@ -50,11 +50,9 @@ class Sweep:
             "jobs": [{key: value for key, value in asdict(job).items() if value is not None} for job in self.jobs],
         }
         with FileLock(self.root / f".{FILE}.lock"):
-            entries = _entries(self.root)
-            places = [place for place, other in enumerate(entries) if other["command"] == self.command]
-            for place in places or [len(entries)]:
-                entries[place : place + 1] = [entry]
-            content = {"schema": SCHEMA, "sweeps": entries}
+            entries = {other["command"]: other for other in _entries(self.root)}
+            entries[self.command] = entry  # where it stood: the first sweep of a run is the one that made it
+            content = {"schema": SCHEMA, "sweeps": list(entries.values())}
             write_atomically(self.root / FILE, json.dumps(content, indent=1))
 
     def outcome(self, job: Job) -> tuple[str, str]:

@@ -169,6 +169,8 @@ def find_baselines(groups: Groups, asked: str) -> Baselines:
     if not meant:
         there = dict.fromkeys(groups.label(group) for group in groups)
         raise ConfigError("--baseline", f"expected one of the groups, got {asked!r}; there are: {_listed(there)}")
+    if len(groups) > 1 and len(meant) == len(groups):
+        raise ConfigError("--baseline", f"expected a row that others differ from, got {asked!r}, which all rows are")
     others = [key for key in groups.keys if not any(key == own or key.startswith(f"{own}.") for own in wanted)]
     found: Baselines = {}
     for group in groups:
@@ -184,8 +186,6 @@ def find_baselines(groups: Groups, asked: str) -> Baselines:
             )
         if fitting and fitting[0].num_tasks == group.num_tasks:
             found[group] = fitting[0]
-    if len(groups) > 1 and len(meant) == len(groups):
-        raise ConfigError("--baseline", f"expected a row that others differ from, got {asked!r}, which all rows are")
     return found
 
 

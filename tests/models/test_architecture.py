@@ -149,6 +149,8 @@ def test_channels_last_changes_the_layout_and_not_the_outputs(channels_last):
 def test_gradients_are_those_of_the_plain_layout_also_of_narrow_nets(width):
     def gradients(channels_last: bool) -> dict[str, torch.Tensor]:
         model = ResNet18(width=width, channels_last=channels_last, norm_stats="frozen").build(stream_of())
+        in_nhwc = model.backbone.conv1.weight.is_contiguous(memory_format=torch.channels_last)
+        assert in_nhwc is (channels_last and width >= 16)  # on CPUs too whose gradients would be right
         model.reveal(stream_of().tasks[0])
         model(images()).logits.square().sum().backward()
         return {name: value.grad for name, value in model.backbone.named_parameters()}

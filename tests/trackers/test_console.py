@@ -41,7 +41,7 @@ def test_the_end_shows_the_own_matrix(tmp_path: Path) -> None:
     assert ["2", "52.0", "73.0", "64.0"] in lines
 
 
-def test_the_end_shows_every_metric_in_both_scenarios(tmp_path: Path) -> None:
+def test_the_end_shows_every_metric_that_is_defined_in_both_scenarios(tmp_path: Path) -> None:
     terminal, text = pipe()
     shown(tmp_path, terminal)
     lines = [" ".join(line.split()) for line in text.getvalue().splitlines()]
