@@ -1,12 +1,11 @@
 """The command line: who answers it."""
 
-import os
-import signal
 import sys
 from importlib import import_module
 
 from cl_runner import __version__
 from cl_runner.errors import ConfigError, hint
+from cl_runner.output import read_or_not
 
 # These only print something about the configuration: Hydra answers them, and torch is never imported.
 ASKS_HYDRA = {"--help", "-h", "--hydra-help", "--cfg", "-c", "--info", "-i", "--shell-completion", "-sc"}
@@ -25,20 +24,17 @@ COMMANDS = {
 def main() -> None:
     """What the `cl-runner` script runs.
 
-    Exit status: 0 done, 1 a run failed, 2 the configuration cannot work, 128 + n stopped by signal n (13: nobody reads
-    any more what a command that only tells something has to say).
+    Exit status: 0 done, 1 a run failed, 2 the configuration cannot work, 128 + n stopped by signal n.
     """
-    try:
-        _answer(sys.argv[1:])
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more at its end
-        sys.exit(128 + signal.SIGPIPE)
-    except ConfigError as error:
-        print(f"cl-runner: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt as stopped:  # a run says where it goes on, and which signal it was
-        print(f"cl-runner: {str(stopped) or 'stopped'}", file=sys.stderr)
-        sys.exit(getattr(stopped, "status", 130))
+    with read_or_not():
+        try:
+            _answer(sys.argv[1:])
+        except ConfigError as error:
+            print(f"cl-runner: {error}", file=sys.stderr)
+            sys.exit(2)
+        except KeyboardInterrupt as stopped:  # a run says where it goes on, and which signal it was
+            print(f"cl-runner: {str(stopped) or 'stopped'}", file=sys.stderr)
+            sys.exit(getattr(stopped, "status", 130))
 
 
 def _answer(argv: list[str]) -> None:

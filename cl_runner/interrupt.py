@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-STOPPING = ("SIGTERM", "SIGUSR2", "SIGINT")  # those of them that the platform has
+STOPPING = ("SIGTERM", "SIGUSR2", "SIGINT", "SIGHUP")  # those of them that the platform has
 PLAIN = (signal.SIG_DFL, signal.default_int_handler)  # handlers that end the process, as nobody else's
 
 

@@ -92,13 +92,13 @@ def carry_out(workers: Sequence[Worker], pool: Pool, at_once: int) -> list[str |
     """Run all workers, at most `at_once` of them at any time. One that fails or dies does not stop the others.
 
     Returns what each had to say. KeyboardInterrupt stops those that run, and comes through when they have ended. Where
-    nobody else would wait for them, SIGTERM is one too.
+    nobody else would wait for them, SIGTERM and a terminal that is closed (SIGHUP) are one too.
     """
     waiting, free = deque(enumerate(workers)), deque(range(at_once))
     running: dict[int, tuple[int, Any]] = {}  # slot -> number of the worker, its job
     results: list[str | None] = [None] * len(workers)
     try:
-        with nullcontext() if pool.outlives else _sigterm_as_ctrl_c():
+        with nullcontext() if pool.outlives else _handling(signal.default_int_handler, signal.SIGTERM, signal.SIGHUP):
             while waiting or running:
                 while waiting and free:
                     number, worker = waiting.popleft()
@@ -125,12 +125,17 @@ def said(error: BaseException) -> str:
 
 
 @contextmanager
-def _sigterm_as_ctrl_c() -> Iterator[None]:
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+def _handling(handler: Any, *numbers: signal.Signals) -> Iterator[None]:
+    """With another handler inside; what is ignored stays so (`nohup`)."""
+    before = {number: signal.getsignal(number) for number in numbers}
+    heard = {number: found for number, found in before.items() if found is not signal.SIG_IGN}
+    for number in heard:
+        signal.signal(number, handler)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, found in heard.items():
+            signal.signal(number, found)
 
 
 def _stop(jobs: list[Any], pool: Pool) -> None:
@@ -208,7 +213,9 @@ class Local:
         worker.environment = self._environments[slot]
         executor = LocalExecutor(_logs(worker), max_num_timeout=1000)
         executor.update_parameters(**self._limits, stderr_to_stdout=True)
-        with _deaf_to_ctrl_c():
+        # A terminal's signals reach all that run in it: we hear them, and stop the workers one by one. submitit would
+        # kill a worker a second after Ctrl-C, saved or not.
+        with _handling(signal.SIG_IGN, signal.SIGINT, signal.SIGHUP):
             return executor.submit(worker)
 
     def over(self, job: Any) -> bool:
@@ -219,19 +226,6 @@ class Local:
 
     def stop(self, job: Any) -> None:
         os.kill(int(job.job_id), signal.SIGTERM)  # submitit's controller, which hands it on
-
-
-@contextmanager
-def _deaf_to_ctrl_c() -> Iterator[None]:
-    """Processes that are started meanwhile do not hear Ctrl-C.
-
-    It reaches all that run in a terminal, and submitit would kill a worker a second later, saved or not.
-    """
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 class Slurm:

@@ -6,12 +6,12 @@ import pytest
 
 from cl_runner.interrupt import Interrupt, Stopped
 
-HANDLED = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
+STATUS = {signal.SIGTERM: 143, signal.SIGUSR2: 140, signal.SIGINT: 130, signal.SIGHUP: 129}
 
 
 @pytest.fixture(autouse=True)
 def _as_it_was():
-    before = {number: signal.getsignal(number) for number in HANDLED}
+    before = {number: signal.getsignal(number) for number in STATUS}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -21,7 +21,7 @@ def send(number):
     os.kill(os.getpid(), number)
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGUSR2, 140), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "status"), STATUS.items())
 def test_a_signal_stops_a_run_at_once_where_nothing_is_lost_by_it(number, status):
     interrupt = Interrupt()
     with pytest.raises(Stopped) as stopped, interrupt.listening():
@@ -71,10 +71,10 @@ def test_further_signals_do_not_disturb_a_run_that_is_stopping():
 
 
 def test_handlers_are_put_back():
-    before = [signal.getsignal(number) for number in HANDLED]
+    before = [signal.getsignal(number) for number in STATUS]
     with Interrupt().listening():
-        assert all(signal.getsignal(number) not in before for number in HANDLED)
-    assert [signal.getsignal(number) for number in HANDLED] == before
+        assert all(signal.getsignal(number) not in before for number in STATUS)
+    assert [signal.getsignal(number) for number in STATUS] == before
 
 
 def test_a_signal_that_is_ignored_stays_ignored():
@@ -84,12 +84,12 @@ def test_a_signal_that_is_ignored_stays_ignored():
 
 
 def test_a_thread_other_than_the_main_one_runs_without_handlers():
-    before = [signal.getsignal(number) for number in HANDLED]
+    before = [signal.getsignal(number) for number in STATUS]
     seen = []
 
     def run():
         with Interrupt().listening():
-            seen.extend(signal.getsignal(number) for number in HANDLED)
+            seen.extend(signal.getsignal(number) for number in STATUS)
 
     thread = threading.Thread(target=run)
     thread.start()

@@ -20,13 +20,14 @@ from tests.test_resume import OFTEN, assert_equal_runs, experiment, without_timi
 
 ROOT = Path(__file__).parent.parent
 CLI = [sys.executable, "-m", "cl_runner", "model=mlp", "model.widths=[12]", "tracker=local", "device=cpu"]
+STOPPING = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP)
 
 
 @pytest.fixture(autouse=True)
 def _as_it_was(monkeypatch):
     """Signals' handlers and, since it takes longer than all else that these runs do, no picture."""
     monkeypatch.setattr("cl_runner.trackers.local.draw_accuracy", lambda *_: None)
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)}
+    before = {number: signal.getsignal(number) for number in STOPPING}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -82,7 +83,7 @@ def whole(tmp_path_factory):
         return finished(experiment(tmp_path_factory.mktemp("whole"), "strategy=finetune", *OFTEN))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2, signal.SIGINT], ids=lambda number: number.name)
+@pytest.mark.parametrize("number", STOPPING, ids=lambda number: number.name)
 def test_a_signal_lets_the_step_end_saves_and_says_where_the_run_goes_on(number, tmp_path, whole):
     make = partial(experiment, tmp_path, "strategy=finetune", *OFTEN[1:])
     folder = RunFolder(make().folder)

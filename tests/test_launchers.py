@@ -30,7 +30,11 @@ def test_every_setting_stands_in_its_preset_with_its_default(file):
     assert file.read_text().startswith("# ")
 
 
-SIGNALS = {"ctrl-c": signal.SIGINT, "sigterm": signal.SIGTERM}  # what comes in the midst of a job of that name
+SIGNALS = {
+    "ctrl-c": signal.SIGINT,
+    "sigterm": signal.SIGTERM,
+    "sighup": signal.SIGHUP,
+}  # what comes in the midst of a job of that name
 
 
 class Toy:
@@ -76,7 +80,7 @@ def test_no_more_jobs_than_allowed_run_at_once_and_all_are_run(monkeypatch):
 
 
 @pytest.mark.parametrize("name", SIGNALS)
-def test_ctrl_c_and_sigterm_stop_the_jobs_that_run_and_begin_no_other(name, monkeypatch):
+def test_ctrl_c_sigterm_and_sighup_stop_the_jobs_that_run_and_begin_no_other(name, monkeypatch):
     monkeypatch.setattr("cl_runner.launchers.POLL", 0)
     pool = Toy()
     with pytest.raises(KeyboardInterrupt):

@@ -3,12 +3,12 @@
 import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console as RichConsole
+from rich.console import Console as Terminal
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.style import Style
@@ -21,14 +21,6 @@ Rows = list[list[float | None]]
 
 PIPE_WIDTH = 120  # columns where there is no terminal: a log file, a CI page
 LOW, HIGH = (176, 112, 64), (40, 150, 160)  # text colours of accuracy 0 and 1: legible on black and on white
-
-
-class Terminal(RichConsole):
-    """Says no more once nobody reads its pipe (`| head`): a run does not end by that."""
-
-    def on_broken_pipe(self) -> None:
-        with suppress(SystemExit):  # what rich would do after it has silenced itself
-            super().on_broken_pipe()
 
 
 def the_console() -> Terminal:
