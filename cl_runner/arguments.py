@@ -20,6 +20,8 @@ def refuse_arguments(parser: argparse.ArgumentParser, field: str, message: str) 
     Raises ConfigError.
     """
     options = [word.partition("=")[0] for word in message.split() if word.startswith("--")]
+    if message.startswith("the following arguments are required"):
+        message = f"{message}; {parser.format_usage().strip()}"
     if message.startswith("unrecognized arguments") and options:
         message = "; ".join(filter(None, [message, did_you_mean(options[0], parser._option_string_actions)]))
     raise ConfigError(field, message)

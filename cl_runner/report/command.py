@@ -12,7 +12,7 @@ from rich.console import Console
 from cl_runner.arguments import Parser
 from cl_runner.errors import ConfigError
 from cl_runner.folder import write_atomically
-from cl_runner.report.groups import group_runs, resolve, shown
+from cl_runner.report.groups import group_runs, shown
 from cl_runner.report.runs import REPORT, Found, LeftOut, read
 from cl_runner.report.selection import Pick, select
 from cl_runner.report.table import (
@@ -43,7 +43,7 @@ def main(argv: list[str]) -> int:
         raise ConfigError("--tasks" if asked.tasks else "--within", "expected together with --select")
     found = read(asked.folder)
     groups = group_runs(found.runs, asked.by)
-    curves = [resolve(key, groups.keys, "--curve", what="a key in which rows differ") for key in asked.curve]
+    curves = [groups.key(key, "--curve") for key in asked.curve]
     table = make_table(groups, asked.metrics, asked.baseline)
     picks, doubts = select(groups, asked.tasks, asked.within) if asked.select else ([], [])
     out = [*found.left_out, *groups.left_out]
@@ -60,6 +60,7 @@ def main(argv: list[str]) -> int:
 def parser() -> Parser:
     parser = Parser(
         prog="cl-runner report",
+        usage="%(prog)s DIR [options]",  # in this order: an option of several words would take DIR for one of them
         description="Write DIR/report/ (index.html, table.csv, table.md, table.tex, pictures) and print its table. "
         "Runs that differ in their seed only are one row; the columns are the keys in which rows differ.",
     )

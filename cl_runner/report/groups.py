@@ -60,7 +60,8 @@ class Group:
 class Groups:
     """All groups, in the order of their values."""
 
-    keys: list[str]  # dotted; the strategy first
+    keys: list[str]  # dotted, in which rows differ; the strategy first
+    shared: list[str]  # the configuration's others
     groups: list[Group]
     left_out: list[LeftOut]  # runs whose work is counted already
     pooled: list[str]  # keys in which runs of one group differ
@@ -74,6 +75,16 @@ class Groups:
     @property
     def names(self) -> list[str]:
         return short_names(self.keys)
+
+    def key(self, name: str, field: str) -> str:
+        """The one of `keys` that `name`, an option's value, names.
+
+        Raises ConfigError.
+        """
+        key = resolve(name, [*self.keys, *self.shared], field, self.keys, "a key in which rows differ")
+        if key in self.shared:
+            raise ConfigError(field, f"expected a key in which rows differ, got {name!r}; all that have it agree")
+        return key
 
     def value(self, group: Group, key: str) -> Value:
         return group.values[self.keys.index(key)]
@@ -113,11 +124,11 @@ def group_runs(runs: Sequence[Run], by: Sequence[str] = ()) -> Groups:
         Group(tuple(row), _one_a_seed([runs[i] for i in own], left_out))
         for row, own in zip(rows, members.values(), strict=True)
     ]
-    return Groups(keys, _in_order(groups), left_out, [])
+    return Groups(keys, _others(settings, keys), _in_order(groups), left_out, [])
 
 
 def _by_keys(runs: Sequence[Run], settings: list[Settings], by: Sequence[str]) -> Groups:
-    known, differing = dict.fromkeys(key for own in settings for key in own), _differing(settings)
+    known, differing = _keys(settings), _differing(settings)
     chosen = list(dict.fromkeys(["strategy", *(resolve(key, known, "--by", differing) for key in by)]))
     for key in chosen:
         if all(own.get(key, SEED) == SEED for own in settings):
@@ -142,14 +153,14 @@ def _by_keys(runs: Sequence[Run], settings: list[Settings], by: Sequence[str]) -
     groups = [
         Group(values[: len(keys)], sorted((runs[i] for i in own), key=_by_seed)) for values, own in members.items()
     ]
-    return Groups(keys, _in_order(groups), [], sorted(pooled - set(chosen)))
+    return Groups(keys, _others(settings, keys), _in_order(groups), [], sorted(pooled - set(chosen)))
 
 
 def resolve(
     key: str,
     known: Iterable[str],
     field: str,
-    rather: Sequence[str] | None = None,
+    rather: Sequence[str],
     what: str = "a key of the configuration",
 ) -> str:
     """The dotted key that `key` names, itself or by its last parts; one of `rather` where several do.
@@ -160,7 +171,7 @@ def resolve(
     if key in known:
         return key
     ending = [name for name in known if name.endswith(f".{key}")]
-    preferred = [name for name in ending if rather is None or name in rather]
+    preferred = [name for name in ending if name in rather]
     if key == "seed" and not preferred:
         raise follows_the_seed(field, key)
     found = preferred or ending
@@ -168,7 +179,7 @@ def resolve(
         return found[0]
     if found:
         raise ConfigError(field, f"expected one key, got {key!r}, which may be {' or '.join(found)}")
-    near = did_you_mean(key, [*known, *short_names(known)]) or f"known: {', '.join(known)}"
+    near = did_you_mean(key, [*known, *short_names(known)]) or f"known: {', '.join(rather or known)}"
     raise ConfigError(field, f"expected {what}, got {key!r}; {near}")
 
 
@@ -236,9 +247,8 @@ def _differing(settings: Sequence[Settings]) -> list[str]:
     def context(own: Settings, key: str) -> tuple:
         return tuple(own.get(part) for part in _above(key))
 
-    keys = dict.fromkeys(key for own in settings for key in own)
     differing = []
-    for key in keys:
+    for key in _keys(settings):
         met: dict[tuple, Value] = {}
         for own in settings:
             value = own.get(key, ABSENT)
@@ -246,6 +256,14 @@ def _differing(settings: Sequence[Settings]) -> list[str]:
                 differing.append(key)
                 break
     return differing
+
+
+def _keys(settings: Sequence[Settings]) -> list[str]:
+    return list(dict.fromkeys(key for own in settings for key in own))
+
+
+def _others(settings: Sequence[Settings], keys: Sequence[str]) -> list[str]:
+    return [key for key in _keys(settings) if key not in keys]
 
 
 def _above(key: str) -> list[str]:

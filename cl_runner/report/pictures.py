@@ -15,7 +15,7 @@ from matplotlib.collections import LineCollection, PolyCollection
 from matplotlib.colors import Colormap, LinearSegmentedColormap
 from matplotlib.figure import Figure
 
-from cl_runner.report.groups import ABSENT, Group, Groups, Value, ordering, resolve, short_names, shown
+from cl_runner.report.groups import ABSENT, Group, Groups, Value, ordering, short_names, shown
 from cl_runner.report.statistics import over_tasks
 from cl_runner.report.table import Scale
 from cl_runner.trackers.colours import ACCURACY, FAINT, FORGETTING, INK, LINES
@@ -66,7 +66,7 @@ def draw(groups: Groups, curves: Sequence[str]) -> list[Picture]:
     pictures = [("matrices.png", matrices(groups)), ("accuracy.png", accuracy_over_tasks(groups))]
     if any(np.isfinite(group.mean_forgetting).any() for group in groups):
         pictures.append(("forgetting.png", forgetting_over_tasks(groups)))
-    return pictures + [_curve_picture(groups, resolve(key, groups.keys, "--curve")) for key in curves]
+    return pictures + [_curve_picture(groups, groups.key(key, "--curve")) for key in curves]
 
 
 def to_png(figure: Figure) -> bytes:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cl_runner.errors import ConfigError
-from cl_runner.report.groups import TASKS, Group, Groups, Value, resolve
+from cl_runner.report.groups import TASKS, Group, Groups, Value
 from cl_runner.report.runs import Run
 from cl_runner.report.statistics import Summary, summarise
 
@@ -30,7 +30,7 @@ def select(groups: Groups, tasks: int | None, within: Sequence[str]) -> tuple[li
     tasks: look at the validation splits of the first so many tasks, after the last of these was learned; None: all.
     Raises ConfigError where a run had no validation split, or fewer tasks.
     """
-    keys = [resolve(key, groups.keys, "--within") for key in within] or [key for key in groups.keys if key in GIVEN]
+    keys = [groups.key(key, "--within") for key in within] or [key for key in groups.keys if key in GIVEN]
     rivals: dict[tuple[Value, ...], list[Group]] = defaultdict(list)
     for group in groups:
         rivals[tuple(groups.value(group, key) for key in keys)].append(group)

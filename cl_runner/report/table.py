@@ -10,7 +10,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from cl_runner.errors import ConfigError, hint
-from cl_runner.report.groups import ABSENT, Group, Groups, Value, resolve, shown
+from cl_runner.report.groups import ABSENT, Group, Groups, Value, shown
 from cl_runner.report.statistics import Summary, paired_difference
 
 DEFAULT_METRICS = ("average_accuracy", "average_forgetting", "drift_agreement", "drift_kl", "seconds")
@@ -194,7 +194,7 @@ def _wanted(groups: Groups, asked: str) -> dict[str, str]:
     wanted = {}
     for part in asked.split(","):
         key, _, value = part.rpartition("=")
-        wanted[resolve(key.strip(), groups.keys, "--baseline") if key else "strategy"] = value.strip()
+        wanted[groups.key(key.strip(), "--baseline") if key else "strategy"] = value.strip()
     return wanted
 
 

@@ -65,11 +65,13 @@ def test_the_same_command_again_makes_the_same_files(folder):
     [
         (["/nowhere"], "DIR: expected a folder of runs"),
         ([], "report: the following arguments are required: DIR"),
+        (["--by", "strategy", "{}"], "arguments are required: DIR; usage: cl-runner report DIR [options]"),
         (["{}", "--spread", "median"], "invalid choice: 'median'"),
         (["{}", "--tasks", "0", "--select"], "expected a number of tasks, got '0'"),
         (["{}", "--tasks", "2"], "--tasks: expected together with --select"),
         (["{}", "--metrics", "acc"], "--metrics: expected metrics of the runs, got 'acc'"),
         (["{}", "--curve", "strenght"], "--curve: expected a key in which rows differ, got 'strenght'; did you mean"),
+        (["{}", "--curve", "lr"], "--curve: expected a key in which rows differ, got 'lr'; all that have it agree"),
         (["{}", "--baseline", "joint"], "--baseline: expected one of the groups, got 'joint'"),
         (["{}", "--baseline", "strategy=finetune,seed=0"], "got 'seed', the seed over which each is a mean"),
         (["{}", "--by", "seed"], "got 'seed', the seed over which each is a mean"),
