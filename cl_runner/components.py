@@ -15,6 +15,7 @@ from typing import Any, get_args, get_origin
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from cl_runner.errors import ConfigError, did_you_mean, hint, suggestion
+from cl_runner.identity import choice
 
 # A config is not a program: only these may be named by a `_target_`, beside what `plugins` lists.
 ALLOWED = ("cl_runner", "torch.optim", "torchvision", "timm")
@@ -49,7 +50,8 @@ def checked_node(
     parameters = inspect.signature(target).parameters
     for key in node:
         if key != "_target_":
-            refuse_unknown(path, [key], parameters.keys() - provided, _within(node, key, path, parameters))
+            meant = suggestion(_within(node, key, path, parameters)) or _those_with(key, node["_target_"], kind)
+            refuse_unknown(path, [key], parameters.keys() - provided, meant)
     missing = [
         name
         for name, parameter in parameters.items()
@@ -125,12 +127,22 @@ def _within(node: dict[str, Any], key: str, path: str, known: Iterable[str] | No
             yield from _within(value, key, f"{path}.{name}")
 
 
-def refuse_unknown(path: str, given: Iterable[str], known: Iterable[str], meant: Iterable[str] = ()) -> None:
-    """`meant`: what to suggest, where that is not for the names alone to tell."""
+def _those_with(key: str, target: str, kind: str | None) -> str:
+    """What to say of a key that `target` does not take: which others of its kind do."""
+    if kind is None:
+        return ""
+    base, beside = imported(kind), vars(importlib.import_module(target.rpartition(".")[0])).values()
+    others = [other for other in beside if inspect.isclass(other) and issubclass(other, base) and other is not base]
+    names = dict.fromkeys(choice(other.__name__) for other in others if key in inspect.signature(other).parameters)
+    return f"{', '.join(names)} {'has' if len(names) == 1 else 'have'} it" if names else ""
+
+
+def refuse_unknown(path: str, given: Iterable[str], known: Iterable[str], meant: str = "") -> None:
+    """`meant`: what to say beside it, where that is not for the names alone to tell."""
     for key in given:
         if key not in known:
             field = f"{path}.{key}" if path else key
-            raise ConfigError(field, f"unknown key; {suggestion(meant) or hint(key, sorted(known))}")
+            raise ConfigError(field, f"unknown key; {meant or hint(key, sorted(known))}")
 
 
 def one_line(path: str, error: ValidationError) -> ConfigError:

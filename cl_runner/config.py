@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cl_runner.components import ALLOWED, PROVIDED, build, checked_node, named, naming, one_line, refuse_unknown
-from cl_runner.errors import ConfigError
+from cl_runner.errors import ConfigError, suggestion
 from cl_runner.folder import RunFolder
 from cl_runner.identity import ANY_SEED, digest, run_folder
 
@@ -147,7 +147,7 @@ def _refuse_unknown_fields(plain: dict[str, Any]) -> None:
     for key in plain:
         if key not in Settings.model_fields:
             meant = [place for near in get_close_matches(key, places, n=1) for place in places[near]]
-            refuse_unknown("", [key], Settings.model_fields, meant)
+            refuse_unknown("", [key], Settings.model_fields, suggestion(meant))
 
 
 def _found(plugins: list[str]) -> list[str]:

@@ -82,6 +82,7 @@ def test_every_choice_says_in_a_line_what_it_is(file):
         ("++trainer.epohcs=3", "trainer.epohcs: unknown key; did you mean epochs?"),
         ("stratgey=ewc", "stratgey: unknown key; did you mean strategy?"),
         ("+colour=red", "colour: unknown key; known: "),
+        ("strategy.temperature=1", "strategy.temperature: unknown key; bic, icarl, lwf, slca have it"),
         ("fisher.numsamples=3", "fisher.numsamples: unknown key; did you mean num_samples?"),
         ("strategy.strength=abc", "strategy.strength: expected float, got 'abc'"),
         ("strategy.strength=-1", "strategy.strength: expected at least 0, got -1"),

@@ -236,7 +236,7 @@ def test_what_a_command_cannot_do_is_one_line_and_status_2(cl_runner):
             ["strategy=combined", "strategy.parts.ew.strength=1"],
             "strategy.parts.ew: there is no such part; did you mean ewc?",
         ),
-        (["strategy=finetune", "strategy.parts.ewc.strength=1"], "strategy.parts: unknown key; known: none"),
+        (["strategy=finetune", "strategy.parts.ewc.strength=1"], "strategy.parts: unknown key; combined has it"),
         (["--cfg", "job", "strategy.strenght=1"], "strategy.strenght: unknown key; did you mean strength?"),
         (
             ["strategy=combined", "strategy@strategy.parts.si=si"],
@@ -246,7 +246,7 @@ def test_what_a_command_cannot_do_is_one_line_and_status_2(cl_runner):
         (["stream=split_digits", "stream.name=minst"], "got 'minst'; did you mean mnist?"),
         (["epoch=1"], "epoch: unknown key; did you mean trainer.epochs?"),
         (["--cfg", "job", "lr=0.1"], "lr: unknown key; did you mean optimizer.lr?"),
-        (["strategy=finetune", "strategy.strength=1"], "strategy.strength: unknown key; known: none"),
+        (["strategy=finetune", "strategy.strength=1"], "strategy.strength: unknown key; coda_prompt, dualprompt, ewc, l1"),
         (["list", "colours"], "list: expected a group, got 'colours'; known: "),
     ],
 )

@@ -1,6 +1,7 @@
 """Several methods at once: any penalties, and a memory."""
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -33,27 +34,26 @@ class Combined(Strategy):
     def check(self, stream: Recipe, model: Architecture) -> None:
         for part in self.parts.values():
             part.check(stream, model)
-        if nested := [name for name, part in self.parts.items() if isinstance(part, Combined)]:
+        if nested := self._those(lambda part: isinstance(part, Combined)):
             raise ConfigError("strategy.parts", f"expected methods that are not combined themselves, got {nested[0]}")
-        alone = [name for name, part in self.parts.items() if part.offline or part.needs_task_id]
-        if alone:
+        if alone := self._those(lambda part: part.offline or part.needs_task_id):
             raise ConfigError("strategy.parts", f"expected methods that learn one model task by task, got {alone[0]}")
-        with_memory = [name for name, part in self.parts.items() if hasattr(part, "memory")]
+        with_memory = self._those(lambda part: hasattr(part, "memory"))
         if len(with_memory) > 1:
             # The second would take what the first replays for fresh.
             raise ConfigError("strategy.parts", f"expected one method with a memory, got {', '.join(with_memory)}")
-        if with_memory and (experts := [name for name, part in self.parts.items() if isinstance(part, DualPrompt)]):
+        if with_memory and (experts := self._those(lambda part: isinstance(part, DualPrompt))):
             # What is replayed would be learned by the prompts of the task under way, and draw its key.
             raise ConfigError(
                 "strategy.parts", f"expected no method with a memory beside {experts[0]}, got {with_memory[0]}"
             )
+
+    def setup(self, model: Model, stream: Stream) -> None:
+        super().setup(model, stream)
         for hook, what in SINGLE.items():
             names = [name for name, part in self._by_memory if _own(part, hook)]
             if len(names) > 1:
                 log.warning("combined: %s comes from %s alone, not from %s", what, names[0], ", ".join(names[1:]))
-
-    def setup(self, model: Model, stream: Stream) -> None:
-        super().setup(model, stream)
         for part in self.parts.values():
             part.setup(model, stream)
 
@@ -99,6 +99,10 @@ class Combined(Strategy):
 
     def predict(self, images: Tensor, task_ids: Tensor) -> Tensor:
         return self._first("predict").predict(images, task_ids)
+
+    def _those(self, they: Callable[[Strategy], bool]) -> list[str]:
+        """The parts of which something holds, as messages call them."""
+        return [f"{name} ({type(part).__name__})" for name, part in self.parts.items() if they(part)]
 
     def _first(self, hook: str) -> Strategy:
         parts = [part for _, part in self._by_memory]
