@@ -7,6 +7,7 @@ import argparse
 import os
 import shlex
 from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,8 @@ def main(argv: list[str]) -> int:
     if arguments.only_done and len(measured) < len(asked):
         waiting = f"not done: {len(asked) - len(measured)} of {len(asked)} row{'s' * (len(asked) != 1)}"
         console.print(f"{waiting}; without --only-done they are run", highlight=False)
+    if arguments.write is not None and not measured:
+        console.print(f"nothing to add to {arguments.write}", highlight=False)
     for line in failed:
         console.print(line, style="red", highlight=False, soft_wrap=True)
     return int(bool(failed) or (not changes and any(each.verdict == "miss" for each in measured)))
@@ -111,9 +114,16 @@ def _check(rows: Sequence[Row], arguments: argparse.Namespace) -> None:
 
 
 def _configuration(row: Row, seed: int, arguments: argparse.Namespace) -> Any:
-    """As Hydra composes it."""
-    words = ["tracker=local", "output_root=outputs/published", *row.command(seed), *arguments.overrides]
-    (cfg,) = compose_jobs(in_order(words))
+    """As Hydra composes it, which takes a good part of a second: once for all seeds."""
+    command = row.command(row.seeds[0])
+    cfg = _composed("tracker=local", "output_root=outputs/published", *command, *arguments.overrides).copy()
+    cfg.seed = seed
+    return cfg
+
+
+@cache
+def _composed(*words: str) -> Any:
+    (cfg,) = compose_jobs(in_order([*words]))
     return cfg
 
 
