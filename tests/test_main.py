@@ -246,7 +246,10 @@ def test_what_a_command_cannot_do_is_one_line_and_status_2(cl_runner):
         (["stream=split_digits", "stream.name=minst"], "got 'minst'; did you mean mnist?"),
         (["epoch=1"], "epoch: unknown key; did you mean trainer.epochs?"),
         (["--cfg", "job", "lr=0.1"], "lr: unknown key; did you mean optimizer.lr?"),
-        (["strategy=finetune", "strategy.strength=1"], "strategy.strength: unknown key; coda_prompt, dualprompt, ewc, l1"),
+        (
+            ["strategy=finetune", "strategy.strength=1"],
+            "strategy.strength: unknown key; coda_prompt, dualprompt, ewc, l1",
+        ),
         (["list", "colours"], "list: expected a group, got 'colours'; known: "),
     ],
 )

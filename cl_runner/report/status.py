@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -31,7 +32,8 @@ URGENCY = ("running", "failed", "killed", "pending", "done")  # what is shown fi
 class Row:
     """One run as the table shows it.
 
-    accuracy: of the tasks learned so far. heartbeat: seconds since the epoch. differs: from the others of its sweep.
+    accuracy: of the tasks learned so far. heartbeat: seconds since the epoch. words: its command's. differs: the words
+    by which it differs from the others of its sweep, or without one from the others beside it.
     """
 
     name: str
@@ -42,11 +44,15 @@ class Row:
     accuracy: float | None = None
     heartbeat: float | None = None
     reason: str = ""
+    words: tuple[str, ...] = ()
     differs: str = ""
 
 
 def parser() -> Parser:
-    parser = Parser(prog="cl-runner status", description="Every run below a folder, and how it goes.")
+    parser = Parser(
+        prog="cl-runner status",
+        description="Every run below a folder, and how it goes; exit status 1 if one failed or was killed.",
+    )
     parser.add_argument("folder", nargs="?", default="outputs", help="where the runs lie (default: %(default)s)")
     parser.add_argument("--watch", action="store_true", help="go on showing it until nothing runs or waits any more")
     return parser
@@ -104,7 +110,9 @@ class Board:
                 for sweep in sweeps(path):  # a run is told by the keys of the sweep that made it, not of a later one
                     for job, row in self._planned(sweep).items():
                         planned[job] = replace(row, differs=planned.get(job, row).differs or row.differs)
-        together = {**planned, **{path: replace(row, differs=_differs(planned, path)) for path, row in rows.items()}}
+        differs = {path: row.differs for path, row in planned.items()}
+        apart = _apart({path: row.words for path, row in rows.items() if path not in planned})
+        together = {**planned, **{path: replace(row, differs=(differs | apart)[path]) for path, row in rows.items()}}
         return [together[path] for path in sorted(together) if not _moved_aside(path)]
 
     def _planned(self, sweep: Sweep) -> dict[Path, Row]:
@@ -131,6 +139,7 @@ class Board:
             _accuracy(run, state),
             status.get("heartbeat") if state in ("running", "killed") else None,
             "" if state == "running" else reason(run, state),
+            tuple(shlex.split(status.get("command", ""))),
         )
         if state in ("done", "failed"):
             self._ended[path] = written, row
@@ -147,8 +156,13 @@ def _folders(root: Path) -> Iterator[tuple[Path, list[str]]]:
         yield Path(path), names
 
 
-def _differs(planned: dict[Path, Row], path: Path) -> str:
-    return planned[path].differs if path in planned else ""
+def _apart(words: dict[Path, tuple[str, ...]]) -> dict[Path, str]:
+    """Of every run its words, without those that all runs beside it have."""
+    beside: dict[Path, list[set[str]]] = {}
+    for path, own in words.items():
+        beside.setdefault(path.parent, []).append(set(own))
+    common = {parent: set.intersection(*all_words) for parent, all_words in beside.items()}
+    return {path: shlex.join(word for word in own if word not in common[path.parent]) for path, own in words.items()}
 
 
 def _moved_aside(path: Path) -> bool:
@@ -179,7 +193,7 @@ def _table(rows: list[Row]) -> Table:
     table = Table(box=SIMPLE_HEAD)
     table.add_column("run", overflow="fold")
     if differ := any(row.differs for row in rows):
-        table.add_column("", overflow="fold")
+        table.add_column("differs by", overflow="fold")
     table.add_column("state", no_wrap=True)
     for column in ("task", "step", "accuracy", "heard of"):
         table.add_column(column, justify="right", no_wrap=True)

@@ -92,6 +92,19 @@ def test_a_run_is_told_by_the_keys_of_the_sweep_that_made_it(run, said, tmp_path
     ]
 
 
+def test_runs_of_no_sweep_are_told_by_what_their_commands_do_not_share(run, said):
+    command = "cl-runner strategy=combined seed=1 output_root=outputs"
+    run("a", state="done", results={}, command=command)
+    run("b", state="done", results={}, command=f"{command} '~strategy@strategy.parts.ewc'")
+    run("deeper/c", state="done", results={}, command="cl-runner strategy=er")
+    assert [line for line in said()[1] if "done" in line.split()] == [
+        "a done",
+        "b '~strategy@strategy.parts.ewc' done",
+        "deeper/c done",
+        "3 runs: 3 done",
+    ]
+
+
 def test_a_run_that_was_moved_aside_is_not_counted(run, said):
     run("a", state="done", results={})
     run("a.1", state="failed", error="long ago")
