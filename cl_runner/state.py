@@ -105,16 +105,11 @@ class State:
 
     def results(self) -> dict[str, Any]:
         """The content of results.json."""
-        *_, last = [[], *self.validation[self.stream.scenario]]
-        validation = [value for value in last if not math.isnan(value)]
         return {
             "schema": SCHEMA,
             "config": self.experiment.config,
             "environment": environment(self.experiment.device),
-            "metrics": {
-                **self.metrics(),
-                "validation_accuracy": sum(validation) / len(validation) if validation else None,
-            },
+            "metrics": {**self.metrics(), **self._validation_accuracy()},
             "accuracy": {name: metrics.to_rows(matrix) for name, matrix in self.matrices().items()},
             "validation": {name: metrics.to_rows(matrix) for name, matrix in self.matrices(self.validation).items()},
             "zero_shot": {str(name): _plain(row) for name, row in self.zero_shot.items()},
@@ -127,6 +122,14 @@ class State:
         self.folder.beat(**self.progress)
         if self.random is not None:
             restore_random_state(self.random, self.experiment.device)
+
+    def _validation_accuracy(self) -> dict[str, float | None]:
+        """Mean over the tasks after the last, None without validation splits; the run's own scenario unsuffixed."""
+        means = {}
+        for scenario, rows in self.validation.items():
+            if last := [value for row in rows[-1:] for value in row if not math.isnan(value)]:
+                means[f"validation_accuracy/{scenario}"] = sum(last) / len(last)
+        return {"validation_accuracy": means.get(f"validation_accuracy/{self.stream.scenario}"), **means}
 
     def enter(self, phase: str) -> None:
         """Another phase begins. It is saved if that is worth it, and a task at its end always.

@@ -276,7 +276,9 @@ def test_validation_is_measured_after_each_task_on_the_tasks_learned_so_far(whol
     results, _ = whole
     rows = results["validation"]["task"]
     assert [[value is None for value in row] for row in rows] == [[j > i for j in range(5)] for i in range(5)]
-    assert results["metrics"]["validation_accuracy"] == pytest.approx(sum(rows[-1]) / 5)
+    measured = results["metrics"]
+    assert measured["validation_accuracy"] == measured["validation_accuracy/task"] == pytest.approx(sum(rows[-1]) / 5)
+    assert measured["validation_accuracy/class"] == pytest.approx(sum(results["validation"]["class"][-1]) / 5)
     assert set(results["validation"]) == set(results["accuracy"])
 
 
