@@ -49,6 +49,7 @@ def _answer(argv: list[str]) -> None:
         )
     else:
         from cl_runner.command import hydra_main, run, try_composing
+        from cl_runner.compose import in_order
 
         words = {word.partition("=")[0] for word in argv}
         if not words & ASKS_HYDRA:
@@ -56,6 +57,8 @@ def _answer(argv: list[str]) -> None:
             return
         if words & {"--cfg", "-c"}:
             try_composing(argv)
+        else:
+            in_order(argv)  # what is no option and no override is refused in a line, not with Hydra's usage
         hydra_main()
 
 
