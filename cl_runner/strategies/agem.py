@@ -29,7 +29,7 @@ class AGEM(Rehearsal):
         # No branch on the sign: it would wait for the device.
         share = _dot(own, reference).clamp(max=0) / _dot(reference, reference).clamp(min=torch.finfo().tiny)
         for parameter, gradient, direction in zip(learning, own, reference, strict=True):
-            parameter.grad = gradient - share * direction
+            parameter.grad = gradient.sub_(share * direction)  # in place: fused optimizers go by strides
 
 
 def _dot(one: list[Tensor], other: list[Tensor]) -> Tensor:

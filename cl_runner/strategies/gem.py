@@ -38,7 +38,8 @@ class GEM(Rehearsal):
         own = _flat([torch.zeros_like(p) if p.grad is None else p.grad for p in learning])
         found = project(own, torch.stack([_flat(self.gradient(rows)) for rows in past]), self.margin)
         for parameter, part in zip(learning, found.split([p.numel() for p in learning]), strict=True):
-            parameter.grad = part.view_as(parameter)
+            # In the weight's own memory order, which fused optimizers take for granted.
+            parameter.grad = torch.empty_like(parameter).copy_(part.view_as(parameter))
 
 
 def project(gradient: Tensor, constraints: Tensor, margin: float = 0.0) -> Tensor:

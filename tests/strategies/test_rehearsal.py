@@ -9,9 +9,11 @@ import torch
 from cl_runner.errors import ConfigError
 from cl_runner.evaluate import accuracies
 from cl_runner.memory import ClassBalanced, Herding, Reservoir
+from cl_runner.models.cnn import CNN
 from cl_runner.strategies import AGEM, DER, ER, ERACE, GEM, LUCIR, MIR, BiC, DERpp, Finetune, GDumb, ICaRL
 from cl_runner.strategies.rehearsal import features_of, weighted
 from cl_runner.streams.base import Scenario, concatenate
+from cl_runner.streams.split import Split
 from tests.toys import learn, toy_model, toy_stream, toy_trainer
 
 METHODS = {
@@ -205,3 +207,22 @@ def test_features_are_those_of_eval_mode_and_leave_the_model_as_it_was():
     assert not found.requires_grad
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert torch.equal(found, model.eval()(images).features)
+
+
+@pytest.mark.parametrize("method", ["agem", "gem"])
+def test_an_edited_gradient_lies_in_memory_as_its_weight_does(method):
+    """Fused optimizers walk both as they lie: another order is another weight's gradient."""
+    stream = Split(name="digits", num_tasks=5, max_per_class=20, scenario="class").load("unused", torch.device("cpu"))
+    model = CNN().build(stream)
+    assert any(not parameter.is_contiguous() for parameter in model.parameters())
+    strategy = METHODS[method]()
+    strategy.setup(model, stream)
+    model.reveal(stream.tasks[0])
+    strategy.after_task(stream.tasks[0])
+    batch = strategy.before_batch(stream.tasks[0].train[:8])
+    strategy.task_loss(batch, model(batch.images)).neg().backward()  # against what the memory says
+    before = [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+    strategy.after_backward()
+    learning = [parameter for parameter in model.parameters() if parameter.grad is not None]
+    assert any(not torch.equal(old, parameter.grad) for old, parameter in zip(before, learning, strict=True))
+    assert all(parameter.grad.stride() == parameter.stride() for parameter in learning)
