@@ -36,8 +36,9 @@ class BiC(Exemplars):
         temperature: Annotated[float, Field(gt=0)] = 2.0,
         seed: Seed = 0,
     ) -> None:
-        """`held_out`: share of each old class's exemplars, at least one, that only the correction learns from;
-        `temperature`: of the distillation; `seed`: of the choice of the held-out rows."""
+        """`held_out`: share of each old class's exemplars, at least one, that only the correction learns from (none, so
+        that nothing is corrected, where a class has a single one); `temperature`: of the distillation; `seed`: of the
+        choice of the held-out rows."""
         super().__init__(memory=memory)
         self.held_out, self.temperature, self.seed = held_out, temperature, seed
 
@@ -91,7 +92,8 @@ class BiC(Exemplars):
             return fresh, fresh[:0]
         held = self.memory.examples.to(fresh.labels.device)
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + task.index)
-        count = max(1, round(self.held_out * len(held) / len(held.labels.unique())))
+        to_spare = [int(part.labels.unique(return_counts=True)[1].min()) - 1 for part in (fresh, held)]
+        count = min(max(1, round(self.held_out * len(held) / len(held.labels.unique()))), *to_spare)
         kept, apart = [], []
         for examples in (fresh, held):
             chosen = _of_each_class(examples.labels.cpu(), count, generator).to(examples.labels.device)
@@ -124,10 +126,9 @@ class BiC(Exemplars):
 
 
 def _of_each_class(labels: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """[N] bool: `count` rows of each class, drawn at random; fewer where none would be left."""
+    """[N] bool: `count` rows of each class, drawn at random."""
     order = torch.randperm(len(labels), generator=generator)
     chosen = torch.zeros(len(labels), dtype=torch.bool)
     for label in labels.unique():
-        rows = order[labels[order] == label]
-        chosen[rows[: min(count, len(rows) - 1)]] = True
+        chosen[order[labels[order] == label][:count]] = True
     return chosen

@@ -28,6 +28,15 @@ def test_rows_of_all_classes_are_held_out_as_many_of_each_and_never_learned():
     assert not any(tuple(image.flatten().tolist()) in rows for image in apart.images)
 
 
+def test_nothing_is_held_out_and_nothing_corrected_where_a_class_has_a_single_exemplar():
+    stream = toy_stream("class")
+    strategy = bic(size=1)
+    learn(strategy, stream, toy_model(stream))
+    learned, apart = strategy._parts(stream.tasks[2])
+    assert (len(learned), len(apart)) == (len(stream.tasks[2].train) + 6, 0)
+    assert (strategy.scale.unique().tolist(), strategy.shift.unique().tolist()) == ([1.0], [0.0])
+
+
 def test_what_is_learned_does_not_change_when_it_is_asked_for_again():
     stream = toy_stream("class")
     strategy = bic()
