@@ -55,7 +55,8 @@ def _run(
         _set_precision(trainer)
         seed_all(_seed(trainer))
         stream: Stream = experiment.stream.load(experiment.config["data_root"], experiment.device)
-        model: Model = experiment.model.build(stream, trainer.active_logits).to(experiment.device)
+        active_logits = trainer.active_logits or experiment.strategy.active_logits
+        model: Model = experiment.model.build(stream, active_logits).to(experiment.device)
         experiment.strategy.setup(model, stream)
         if trainer.compile:
             model.backbone.compile()

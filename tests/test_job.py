@@ -272,6 +272,20 @@ def test_the_outcome_is_the_validation_accuracy_where_there_is_a_split(tmp_path,
     assert (results["validation"], results["metrics"]["validation_accuracy"]) == ({}, None)
 
 
+@pytest.mark.parametrize(
+    ("words", "active"),
+    [
+        (["strategy=finetune"], "seen"),
+        (["strategy=slca", "strategy.epochs=1"], "current"),
+        (["strategy=slca", "strategy.epochs=1", "trainer.active_logits=all"], "all"),
+    ],
+)
+def test_the_loss_sees_the_outputs_that_the_methods_paper_has_it_see_unless_told_otherwise(words, active, tmp_path):
+    made = experiment(tmp_path, "stream.scenario=class", *words)
+    carry_out(made)
+    assert made.strategy.model.active_logits == active
+
+
 def test_validation_is_measured_after_each_task_on_the_tasks_learned_so_far(whole):
     results, _ = whole
     rows = results["validation"]["task"]

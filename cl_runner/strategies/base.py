@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cl_runner.errors import ConfigError
 from cl_runner.models.architecture import Architecture
-from cl_runner.models.model import Model, Output
+from cl_runner.models.model import ActiveLogits, Model, Output
 from cl_runner.streams.base import Examples, Scenario, Stream, Task
 from cl_runner.streams.recipe import Recipe
 
@@ -31,6 +31,10 @@ class Strategy:
     scenarios: ClassVar[frozenset[Scenario]] = frozenset(Scenario)  # where the method can work
     needs_task_id: ClassVar[bool] = False  # predicts only where the task is told
     offline: ClassVar[bool] = False  # learns all the tasks in one go once the last has come
+    active_logits: ClassVar[ActiveLogits | None] = (
+        None  # of the loss, where trainer.active_logits is null; None: all seen
+    )
+    rewires: ClassVar[bool] = False  # changes in `setup` what the model is made of
 
     model: Model
     stream: Stream

@@ -23,7 +23,7 @@ class CODAPrompt(Prompting):
     values of a frozen vision transformer's attention. New components begin orthonormal, also to the earlier ones; the
     loss gains strength * |B B' - I|^2, a sum, for B = P, K and A in each block. Since they begin so, the authors' code
     has a strength of 0; the 0.1 of the paper's runs went there with a mean over B B' and a further factor of 1e-6.
-    The paper's loss sees the task's own outputs alone: trainer.active_logits=current.
+    The loss on the labels sees the task's own outputs alone.
     """
 
     prompts: Components

@@ -18,7 +18,9 @@ class DualPrompt(Prompting):
     Prompts are further keys and values of a frozen vision transformer's attention (prefix tuning). The loss gains
     strength * the cosine distance from the task's key to the query; when asked, each image gets the prompts of the
     learned task whose key is nearest, also where its task is told. A task's prompts begin as the task before left its
-    own, as in the authors' code. The paper's loss sees the task's own outputs alone: trainer.active_logits=current.
+    own, as in the authors' code. The loss on the labels sees the task's own outputs alone. Other than in that code, an
+    image is not given the prompts of most of its batch (which, of one task, nearly tells the task); and prompts and
+    keys begin normal with a standard deviation of 0.02, not uniform from 0 to 0.01.
     """
 
     def __init__(

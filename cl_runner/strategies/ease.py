@@ -27,12 +27,16 @@ class EASE(Strategy):
     those of the new classes they resemble. An answer takes a pass through the network for each task so far, and what it
     takes beside the backbone is not in a finished run's file of weights.
 
-    The paper's loss sees the task's own outputs alone: trainer.active_logits=current. Other than in the authors' code,
-    adapters are learned with a linear head, not one of cosines; they see what the MLP sees, the normed tokens; `alpha`
-    is not divided by the number of tasks; and old means are made up from the classes of the subspace's own task.
+    The loss sees the task's own outputs alone. Other than in the authors' code, adapters are learned with a linear
+    head, not one of cosines, and without dropout; they see what the MLP sees, the normed tokens, and add to what it
+    says before a LayerScale does; `down` begins normal with variance 1 / fan-in, where theirs is uniform with a third
+    of that; their width for CIFAR is 64; `alpha` is not divided by the number of tasks; and old means are made up from
+    the classes of the subspace's own task.
     """
 
     saved = ("learned", "subspaces")
+    active_logits = "current"  # as in the paper
+    rewires = True
 
     def __init__(
         self,

@@ -17,8 +17,9 @@ class L2P(Prompting):
 
     They become tokens before a frozen vision transformer, and the features are the mean of what becomes of them. The
     loss gains strength * sum over the chosen keys of their cosine distance to the query (eq. 5). Prompts are chosen
-    image by image, in training too, without the paper's optional penalty on frequent ones. The paper's loss sees the
-    task's own outputs alone: trainer.active_logits=current.
+    image by image, in training too, without the paper's optional penalty on frequent ones. The loss sees the task's own
+    outputs alone. Prompts and keys begin normal with a standard deviation of 0.02 (in the authors' code uniform from 0
+    to 0.01).
     """
 
     def __init__(

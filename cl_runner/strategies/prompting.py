@@ -21,6 +21,8 @@ class Prompting(Strategy):
     """Learn prompts and the head; a finished run's file of weights does not hold the prompts."""
 
     saved = ("on",)
+    active_logits = "current"  # as in the paper
+    rewires = True
     strength: float  # of the prompts' own loss
 
     @abstractmethod

@@ -21,13 +21,14 @@ class SLCA(Strategy):
     The features are drawn from a Gaussian for each class, of the mean and covariance that its features had when its
     task was learned. The head so aligned answers; the next task goes on from the one before it was. The backbone's
     steps are `backbone_rate` times what the optimizer makes of them, which is a learning rate of that ratio in every
-    optimizer whose step is proportional to its rate. In the paper a task's loss sees its own outputs alone:
-    trainer.active_logits=current. Other than in the authors' code, logits are brought to length one over all classes,
-    not with the mean length over tasks (which makes its temperature higher by the root of their number); old classes'
-    means are not shrunk as they are drawn from; and the alignment has no weight decay.
+    optimizer whose step is proportional to its rate. A task's loss sees its own outputs alone. Other than in the
+    authors' code, logits are brought to length one over all classes, not by the mean length over T tasks, so that ours
+    are softer by about the root of T (`temperature` = 0.1 / sqrt(T) comes near theirs); old classes' means are not
+    shrunk as they are drawn from; and the alignment has no weight decay.
     """
 
     saved = ("moments", "unaligned")
+    active_logits = "current"  # as in the paper
 
     def __init__(
         self,
