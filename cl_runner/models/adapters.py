@@ -86,6 +86,19 @@ class Bottleneck(Branch):
         return self.scale * self.up(self.down(inputs).relu())
 
 
+@torch.no_grad()
+def called_in(model: nn.Module, images: Tensor, layers: dict[str, Layer]) -> dict[str, Layer]:
+    """Those of the layers that a pass calls as modules: of the others it reads the weight, past any branch."""
+    seen: set[nn.Module] = set()
+    hooks = [layer.register_forward_hook(lambda layer, *_: seen.add(layer)) for layer in layers.values()]
+    try:
+        model(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {name: layer for name, layer in layers.items() if layer in seen}
+
+
 def low_rank_layers(backbone: nn.Module, patterns: Sequence[str]) -> dict[str, Layer]:
     """By name, the layers that a pattern matches and a low-rank branch can stand beside.
 

@@ -1,5 +1,6 @@
 """Low-rank adaptation of a frozen backbone (LoRA: Hu et al., 2022, arXiv 2106.09685), one for every task."""
 
+import logging
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -9,12 +10,15 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from cl_runner.errors import ConfigError
-from cl_runner.models.adapters import LowRank, low_rank_layers
+from cl_runner.models.adapters import LowRank, called_in, low_rank_layers
 from cl_runner.models.architecture import Architecture, norm_layers
 from cl_runner.models.model import Model
 from cl_runner.strategies.base import Strategy
+from cl_runner.strategies.rehearsal import evaluating
 from cl_runner.streams.base import Scenario, Stream, Task
 from cl_runner.streams.recipe import Recipe
+
+log = logging.getLogger("cl_runner")
 
 
 class LoRA(Strategy):
@@ -26,6 +30,7 @@ class LoRA(Strategy):
     """
 
     saved = ("learned",)
+    rewires = True
 
     def __init__(
         self,
@@ -52,8 +57,19 @@ class LoRA(Strategy):
 
     def setup(self, model: Model, stream: Stream) -> None:
         super().setup(model, stream)
-        layers = low_rank_layers(model.backbone, self.patterns).values()
-        self.layers = [layer for layer in layers if layer.weight.requires_grad]  # what is frozen stays as it is
+        named = low_rank_layers(model.backbone, self.patterns)
+        with evaluating(model):
+            blank = torch.zeros(1, *stream.image_shape, dtype=torch.uint8, device=model.device)
+            called = called_in(model, blank, named)
+        if passed_over := [name for name in named if name not in called]:
+            if not called:
+                got = f"expected layers that the backbone calls as modules, got {passed_over[0]}"
+                raise ConfigError("strategy.layers", got)
+            log.warning(
+                "lora: nothing beside %d layers that are not called, %s first", len(passed_over), passed_over[0]
+            )
+        # What is frozen stays as it is.
+        self.layers = [layer for layer in called.values() if layer.weight.requires_grad]
         self.branches = [LowRank(layer, self.rank, self.alpha).to(model.device) for layer in self.layers]
         for branch, layer in zip(self.branches, self.layers, strict=True):
             branch.beside(layer)

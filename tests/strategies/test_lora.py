@@ -1,5 +1,7 @@
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 from cl_runner.errors import ConfigError
 from cl_runner.evaluate import accuracies
@@ -41,6 +43,26 @@ def test_before_the_first_step_the_model_says_what_it_said():
     assert torch.equal(model(images).logits, before)
     strategy.before_task(stream.tasks[0])
     assert torch.equal(model(images).logits, before)
+
+
+class Reading(nn.Sequential):
+    """As BEiT's attention does: reads the first layer's weight, and never calls it."""
+
+    def forward(self, inputs):
+        first, second = self
+        return second(F.linear(inputs, first.weight, first.bias))
+
+
+def test_nothing_is_put_beside_a_layer_that_is_never_called(caplog):
+    stream = toy_stream()
+    model = toy_model(stream)
+    model.backbone = nn.Sequential(nn.Flatten(), Reading(nn.Linear(16, 8), nn.Linear(8, 8)))
+    strategy = LoRA()
+    strategy.setup(model, stream)
+    assert strategy.layers == [model.backbone[1][1]]
+    assert "nothing beside 1 layers that are not called, 1.0 first" in caplog.text
+    with pytest.raises(ConfigError, match=r"strategy\.layers: expected layers that the backbone calls .*, got 1\.0"):
+        LoRA(layers=["1.0"]).setup(model, stream)
 
 
 def test_only_branches_and_head_learn():
