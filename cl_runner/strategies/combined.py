@@ -8,9 +8,15 @@ from torch import Tensor
 
 from cl_runner.errors import ConfigError
 from cl_runner.models.architecture import Architecture
-from cl_runner.models.model import Model, Output
+from cl_runner.models.model import ActiveLogits, Model, Output
 from cl_runner.strategies.base import Strategy
+from cl_runner.strategies.cumulative import Cumulative
 from cl_runner.strategies.dualprompt import DualPrompt
+from cl_runner.strategies.ease import EASE
+from cl_runner.strategies.features import ClosedForm
+from cl_runner.strategies.lora import LoRA
+from cl_runner.strategies.prompting import Prompting
+from cl_runner.strategies.taught import Taught
 from cl_runner.streams.base import Examples, Stream, Task
 from cl_runner.streams.recipe import Recipe
 
@@ -38,15 +44,25 @@ class Combined(Strategy):
             raise ConfigError("strategy.parts", f"expected methods that are not combined themselves, got {nested[0]}")
         if alone := self._those(lambda part: part.offline or part.needs_task_id):
             raise ConfigError("strategy.parts", f"expected methods that learn one model task by task, got {alone[0]}")
+        if still := self._those(lambda part: isinstance(part, ClosedForm)):
+            raise ConfigError("strategy.parts", f"expected methods that learn by gradients, got {still[0]}")
+        inside = self._those(lambda part: isinstance(part, Prompting | LoRA | EASE))
+        if len(inside) > 1:
+            got = ", ".join(inside)
+            raise ConfigError("strategy.parts", f"expected one method that puts prompts or branches into it, got {got}")
         with_memory = self._those(lambda part: hasattr(part, "memory"))
         if len(with_memory) > 1:
             # The second would take what the first replays for fresh.
             raise ConfigError("strategy.parts", f"expected one method with a memory, got {', '.join(with_memory)}")
-        if with_memory and (experts := self._those(lambda part: isinstance(part, DualPrompt))):
+        replaying = [*with_memory, *self._those(lambda part: isinstance(part, Cumulative))]
+        if replaying and (experts := self._those(lambda part: isinstance(part, DualPrompt))):
             # What is replayed would be learned by the prompts of the task under way, and draw its key.
-            raise ConfigError(
-                "strategy.parts", f"expected no method with a memory beside {experts[0]}, got {with_memory[0]}"
-            )
+            raise ConfigError("strategy.parts", f"expected no replay beside {experts[0]}, got {replaying[0]}")
+
+    @property
+    def active_logits(self) -> ActiveLogits | None:
+        """Those of the first part that has its own."""
+        return next((part.active_logits for part in self.parts.values() if part.active_logits), None)
 
     def setup(self, model: Model, stream: Stream) -> None:
         super().setup(model, stream)
@@ -54,8 +70,8 @@ class Combined(Strategy):
             names = [name for name, part in self._by_memory if _own(part, hook)]
             if len(names) > 1:
                 log.warning("combined: %s comes from %s alone, not from %s", what, names[0], ", ".join(names[1:]))
-        for part in self.parts.values():
-            part.setup(model, stream)
+        for part in sorted(self.parts.values(), key=lambda part: (not part.rewires, isinstance(part, Taught))):
+            part.setup(model, stream)  # teachers are copies of what the others have made of the model
 
     def before_task(self, task: Task) -> None:
         for part in self.parts.values():

@@ -24,6 +24,7 @@ class LUCIR(Exemplars):
     """
 
     saved = (*Exemplars.saved, "new", "balance")
+    rewires = True
     scenarios = frozenset({Scenario.CLASS})  # elsewhere no old class has a new one beside it
 
     def __init__(

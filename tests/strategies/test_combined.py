@@ -1,4 +1,5 @@
 import re
+from itertools import permutations
 
 import pytest
 import torch
@@ -8,7 +9,24 @@ from cl_runner.fisher.estimators import Probe
 from cl_runner.memory import Herding, Reservoir
 from cl_runner.models.mlp import MLP
 from cl_runner.models.timm import Timm
-from cl_runner.strategies import DER, ER, EWC, SI, Combined, DualPrompt, ICaRL, Joint, LwF
+from cl_runner.strategies import (
+    DER,
+    EASE,
+    ER,
+    EWC,
+    L2P,
+    LFL,
+    LUCIR,
+    NCM,
+    SI,
+    Combined,
+    Cumulative,
+    DualPrompt,
+    ICaRL,
+    Joint,
+    LoRA,
+    LwF,
+)
 from cl_runner.strategies.base import Strategy
 from cl_runner.streams.split import Split
 from tests.strategies.midway import assert_resumes
@@ -123,6 +141,13 @@ def test_other_parts_see_a_batch_before_a_memory_joins_it():
     assert set(seen) == {8}
 
 
+@pytest.mark.parametrize("names", [*permutations(["lwf", "lfl", "lucir", "lora"], 2)], ids="+".join)
+def test_a_teacher_is_a_copy_of_the_model_that_other_parts_have_made_whatever_their_order(names):
+    made = {"lwf": LwF(), "lfl": LFL(), "lucir": LUCIR(memory=Herding(size=12)), "lora": LoRA()}
+    stream = toy_stream("class")
+    learn(Combined(parts={name: made[name] for name in names}), stream, toy_model(stream), tasks=2)
+
+
 def test_each_part_refuses_what_it_cannot_serve():
     combined("ewc", "er").check(digits("domain"), MLP(widths=[8]))
     with pytest.raises(ConfigError, match=r"strategy: expected stream\.scenario="):
@@ -135,7 +160,7 @@ def test_each_part_refuses_what_it_cannot_serve():
         ({"er": PARTS["er"](), "der": PARTS["der"]()}, "expected one method with a memory, got er (ER), der (DER)"),
         (
             {"er": PARTS["er"](), "prompts": DualPrompt()},
-            "expected no method with a memory beside prompts (DualPrompt), got er (ER)",
+            "expected no replay beside prompts (DualPrompt), got er (ER)",
         ),
         (
             {"er": PARTS["er"](), "all": Combined(parts={"er": PARTS["er"]()})},
@@ -144,6 +169,19 @@ def test_each_part_refuses_what_it_cannot_serve():
         (
             {"ewc": PARTS["ewc"](), "joint": Joint()},
             "expected methods that learn one model task by task, got joint (Joint)",
+        ),
+        (
+            {"all": Cumulative(), "prompts": DualPrompt()},
+            "expected no replay beside prompts (DualPrompt), got all (Cumulative)",
+        ),
+        ({"ewc": PARTS["ewc"](), "ncm": NCM()}, "expected methods that learn by gradients, got ncm (NCM)"),
+        (
+            {"one": LoRA(layers=["*qkv"]), "two": LoRA(layers=["*proj"])},
+            "expected one method that puts prompts or branches into it, got one (LoRA), two (LoRA)",
+        ),
+        (
+            {"ease": EASE(), "prompts": L2P()},
+            "expected one method that puts prompts or branches into it, got ease (EASE), prompts (L2P)",
         ),
     ],
 )
