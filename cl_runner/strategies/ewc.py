@@ -45,8 +45,8 @@ class EWC(Strategy):
         """`pretrained_strength`: null for the same as `strength`; `accumulation`: a term a task, or one around the last
         weights: of the sum of all Fishers, each new task multiplying the old sum by `decay`, or of their average, in
         which each class counts once (PyCIL's); the penalty of online EWC's paper has `decay` times that sum, so that
-        its strength is this one divided by `decay`; `head`: whether the new head is held too (the pretrained weights
-        are the backbone's alone)."""
+        its strength is this one divided by `decay`, and it normalises each Fisher first, which is not done here;
+        `head`: whether the new head is held too (the pretrained weights are the backbone's alone)."""
         if factor not in (0.5, 1.0):
             raise ConfigError("strategy.factor", f"expected 0.5 or 1.0, got {factor}")
         self.fisher, self.strength = fisher, strength

@@ -19,7 +19,8 @@ class FeCAM(ClosedForm):
 
     Features are taken to the power of `power` (Tukey's ladder of powers; negative ones keep their sign). Covariances
     are shrunk to C + g1 v1 I + g2 v2 (1 - I), v1 and v2 the means on and off their diagonal, and then made
-    correlations. Means and covariances are those of the transformed features.
+    correlations. Means and covariances are those of the transformed features, where the authors' code transforms the
+    means of the features as they are.
 
     The defaults are those for convolutional networks, which the authors' code shrinks twice: g1 = g2 = 3 here. For its
     vision transformers: power=1 off_diagonal_shrinkage=0 unit_length=first. A shared covariance is that within classes,

@@ -36,12 +36,12 @@ class LwF(Strategy):
         weighting: Literal["constant", "tasks", "average"] = "tasks",
         softmax: Literal["task", "joint", "all"] = "task",
     ) -> None:
-        """`squared_temperature`: multiply by T^2, so that gradients do not shrink with it (Hinton et al., 2015);
-        `softmax`: one for each earlier task's outputs, their losses averaged, one over all of them (joint), or one over
-        all of the head, where outputs to come are active from the start; `weighting`: of
-        the task's loss and of that distillation in task k = 1, 2, …: constant (1, 1), tasks (1, k-1), by which each
-        earlier task counts once (the paper), or average (1/k, 1-1/k), the latter times `strength`;
-        `pretrained_strength`: null for the same as `strength`."""
+        """`squared_temperature`: multiply by T^2, so that gradients do not shrink with it (Hinton et al., 2015; not in
+        the paper); `softmax`: one for each earlier task's outputs, their losses averaged, one over all of them (joint),
+        or one over all of the head, where outputs to come are active from the start; `weighting`: of the task's loss
+        and of that distillation in task k = 1, 2, …: constant (1, 1), tasks (1, k-1), by which each earlier task counts
+        once (the paper), or average (1/k, 1-1/k), the latter times `strength`; `pretrained_strength`: null for the same
+        as `strength`."""
         self.strength = strength
         self.source: Source = teacher
         self.pretrained_strength = strength if pretrained_strength is None else pretrained_strength

@@ -15,7 +15,8 @@ from cl_runner.streams.base import Examples
 class MIR(Rehearsal):
     """Experience replay of those rows whose loss a step on the fresh ones alone would increase most.
 
-    The step that is tried is one of plain SGD in eval mode: it disturbs no statistics.
+    The step that is tried is one of plain SGD in eval mode: it disturbs no statistics. Deviation: rows of the task that
+    is being learned may be drawn too (not with store=task), which the authors' code leaves out.
     """
 
     def __init__(

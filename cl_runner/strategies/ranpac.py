@@ -32,8 +32,9 @@ class RanPAC(ClosedForm):
         ridge: Annotated[float, Field(gt=0)] | None = None,
         batch_size: Annotated[int, Field(ge=1)] = 256,
     ) -> None:
-        """`projection`: M (the statistics take 8 M^2 bytes), or null for the features themselves; `ridge`: l, null to
-        have it chosen, which takes 8 N M bytes in a task of N examples."""
+        """`projection`: M, or null for the features themselves; the statistics take 8 M^2 bytes, and three times as
+        much again while they are solved; `ridge`: l, null to have it chosen, which takes 16 N M bytes and three
+        matrices of min(0.8 N, M)^2 numbers of 8 bytes in a task of N examples."""
         super().__init__(batch_size)
         self.size, self.fixed_ridge = projection, ridge
 

@@ -21,8 +21,9 @@ class RWalk(PathIntegral):
     fall for each unit of KL divergence that it moved the outputs by; both scaled to [0, 1] (section 4.1).
 
     As in the authors' code, the loss is that without the penalty, and what made it rise in an interval counts as none.
-    Deviations: the Fisher is whatever estimator is given, of each fresh batch's own samples, where the authors' code
-    squares the batch's mean gradient (fisher=batched); scaled by the largest value alone, the least being as good as 0.
+    Deviations: the Fisher is whatever estimator is given, of the first batch of each interval, where the authors' code
+    squares the mean gradients (fisher=batched) of all of its batches and averages them; scaled by the largest value
+    alone, the least being as good as 0.
     """
 
     saved = (*PathIntegral.saved, "average", "score", "past", "corner", "made")

@@ -29,10 +29,10 @@ class SI(PathIntegral):
         head: bool = True,
     ) -> None:
         """`strength`: the paper's c; `epsilon`: its damping; `gradient`: that the path integral takes, of the whole
-        loss (van de Ven's code), or without SI's own penalty (the paper's eq. 3); `negative`: what becomes of a task's
-        importance where a weight made the loss rise (the paper keeps it; such a weight is pushed away);
-        `accumulation`: over tasks, the paper's sum, or an average in which each class counts once; `head`: whether the
-        head is held too."""
+        loss (van de Ven's code), or without SI's own penalty (the paper's eq. 3, and its authors' code); `negative`:
+        what becomes of an importance below zero, of a weight that made the losses rise: kept (eq. 5; such a weight is
+        pushed away), or dropped from the sum over tasks (the authors' code); `accumulation`: over tasks, the paper's
+        sum, or an average in which each class counts once; `head`: whether the head is held too."""
         super().__init__(strength, head)
         self.epsilon, self.negative = epsilon, negative
         self.unregularised = gradient == "task"
@@ -51,6 +51,7 @@ class SI(PathIntegral):
             name: self.path[name] / ((value.detach() - self.start[name]).square() + self.epsilon)
             for name, value in trainable(self.model).items()
         }
+        total = self.accumulated(Diagonal(importance), task, self.accumulation)
         if self.negative == "drop":
-            importance = {name: values.clamp(min=0) for name, values in importance.items()}
-        self.hold(self.accumulated(Diagonal(importance), task, self.accumulation))
+            total = Diagonal({name: values.clamp(min=0) for name, values in total.values.items()})
+        self.hold(total)

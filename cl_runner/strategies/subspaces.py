@@ -36,10 +36,11 @@ class Subspaces(nn.Module):
         of how it resembles them (cosine) in the space of its own task, where all of them are known.
         """
         means = self.sums[:spaces] / self.counts[:spaces].clamp(min=1)[..., None]
+        came = self.counts.bool().tolist()  # once: each look would wait for the device
         for space in range(spaces):
             new = list(self.classes[space])
             for earlier in range(space):
-                old = [label for label in self.classes[earlier] if self.counts[space, label] == 0]
+                old = [label for label in self.classes[earlier] if not came[space][label]]
                 alike = F.normalize(means[earlier, old]) @ F.normalize(means[earlier, new]).T
                 means[space, old] = alike.softmax(1) @ means[space, new]
         return means

@@ -165,17 +165,20 @@ def test_the_path_takes_the_gradient_as_it_was_before_it_was_clipped():
         torch.testing.assert_close(found, expected.detach(), rtol=1e-3, atol=1e-9)
 
 
-@pytest.mark.parametrize(("negative", "expected"), [("keep", -2.0), ("drop", 0.0)])
-def test_importance_of_weights_that_made_the_loss_rise_is_kept_or_dropped(negative, expected):
+@pytest.mark.parametrize(("negative", "expected"), [("keep", [2.0, -4.0, -2.0]), ("drop", [2.0, 0.0, 2.0])])
+def test_importance_of_weights_that_made_the_losses_rise_is_kept_or_dropped(negative, expected):
     stream = toy_stream()
     model = toy_model(stream)
     strategy = SI(negative=negative, epsilon=0.5)
     strategy.setup(model, stream)
     model.reveal(stream.tasks[0])
-    strategy.before_task(stream.tasks[0])
-    strategy.path["backbone.1.bias"] -= 1
-    strategy.after_task(stream.tasks[0])  # nothing has moved: the path is divided by epsilon alone
-    assert strategy.importance.values["backbone.1.bias"].unique().tolist() == [expected]
+    found = []
+    for path in (1, -3, 1):  # sums: 1, -2 or 0, -1 or 1
+        strategy.before_task(stream.tasks[0])
+        strategy.path["backbone.1.bias"] += path
+        strategy.after_task(stream.tasks[0])  # nothing has moved: the path is divided by epsilon alone
+        found += strategy.importance.values["backbone.1.bias"].unique().tolist()
+    assert found == expected
 
 
 @pytest.mark.parametrize("scenario", ["task", "class"])
