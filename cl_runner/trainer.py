@@ -145,7 +145,8 @@ class Trainer:
         self.journal = None
 
     def step(self, batch: Examples) -> dict[str, Tensor]:
-        """THE step: the only place in the project where weights learn. Nothing in it waits for the device."""
+        """THE step: the only place in the project where weights learn. Nothing in it waits for the device,
+        unless a strategy's hook does (those of `gem`, `mas` and `rwalk` read what they go on with)."""
         strategy, model, optimizer = self.work.strategy, self.work.model, self.optimizer
         batch = strategy.before_batch(batch)
         optimizer.zero_grad(set_to_none=True)

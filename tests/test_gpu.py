@@ -67,7 +67,10 @@ def test_a_deterministic_run_that_is_stopped_again_and_again_equals_an_uninterru
     assert_equal_runs(whole, carry_out(make(), "stopped"))
 
 
-def test_nothing_in_a_step_waits_for_the_device(cl_runner, monkeypatch):
+@pytest.mark.parametrize(
+    "words", [["strategy.strength=1"], ["strategy=er"], ["strategy=derpp"]], ids=["ewc", "er", "derpp"]
+)
+def test_nothing_in_a_step_waits_for_the_device(words, cl_runner, monkeypatch):
     from cl_runner.trainer import Trainer
 
     step = Trainer.step
@@ -80,7 +83,7 @@ def test_nothing_in_a_step_waits_for_the_device(cl_runner, monkeypatch):
             torch.cuda.set_sync_debug_mode("default")
 
     monkeypatch.setattr(Trainer, "step", watched)
-    status, said = cl_runner("device=cuda", "strategy.strength=1")
+    status, said = cl_runner("device=cuda", *words)
     assert status == 0, said
 
 

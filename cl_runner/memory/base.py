@@ -55,7 +55,7 @@ class Memory(ABC):
         Raises LookupError where there are none yet.
         """
         chosen = torch.randperm(len(self))[:count]
-        return self.examples[chosen.to(self.examples.labels.device)]
+        return self.examples[chosen.to(self.examples.labels.device, non_blocking=True)]
 
     def add(self, batch: Examples) -> None:
         """Offer rows as they stream by: a batch that has just been learned, without what was replayed in it.
@@ -107,7 +107,7 @@ class Memory(ABC):
         # Neither a group nor their sum ever shrinks without a row coming in for each that leaves.
         slots = torch.from_numpy(np.concatenate([freed, np.arange(held, held + len(entering) - len(freed))]))
         chosen = torch.from_numpy(entering)
-        self._put(slots, rows[(chosen - held).to(rows.labels.device)])
+        self._put(slots, rows[(chosen - held).to(rows.labels.device, non_blocking=True)])
         groups[slots], ranks[slots] = groups[chosen], ranks[chosen]
         size = held + len(entering) - len(freed)
         self._groups, self._ranks = groups[:size].clone(), ranks[:size].clone()
@@ -141,7 +141,7 @@ class Memory(ABC):
         if missing > 0:
             spare = max(missing, min(len(own), self.size - len(own)) if self.per == "all" else len(own))
             own = own + rows[torch.zeros(spare, dtype=torch.int64, device=rows.labels.device)].to(own.labels.device)
-        slots = slots.to(own.labels.device)
+        slots = slots.to(own.labels.device, non_blocking=True)
         for held, new in zip(_tensors(own), _tensors(rows), strict=True):
             held[slots] = new.to(held.device)
         self._rows = own

@@ -25,7 +25,7 @@ class Reservoir(Memory):
         worst = self._ranks.max() if len(self) == self.size else torch.inf
         low = (ranks < worst).nonzero()[:, 0]
         if len(low):  # the longer the stream, the rarer: most batches need no sorting
-            self._admit(batch[low.to(batch.labels.device)], ranks[low])
+            self._admit(batch[low.to(batch.labels.device, non_blocking=True)], ranks[low])
 
     def rank(self, rows: Examples) -> Tensor:
         return torch.rand(len(rows), dtype=torch.float64)
