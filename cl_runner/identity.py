@@ -10,6 +10,7 @@ from typing import Any
 CONDUCT = ("device", "data_root", "output_root", "rerun", "tracker", "trainer.log_every", "trainer.checkpoint_every")
 CONDUCT += ("trainer.checkpoint_seconds", "trainer.keep_checkpoint", "stream.download", "stream.max_device_gb")
 NOT_HASHED = (*CONDUCT, "fisher", "memory")  # these two count in the strategy that takes them
+ORDERED = (("strategy", "parts"), ("model", "key_map"))  # mappings whose order is part of what they say
 ANY_SEED = 2**31 - 1  # stands for the seed where runs that differ in nothing else are one group
 
 # Classes whose name in lower case is not what their choice in conf/ is called.
@@ -58,6 +59,9 @@ def digest(config: dict[str, Any]) -> str:
         for parent in parents:
             node = node[parent]
         node.pop(key, None)
+    for parent, key in ORDERED:
+        if isinstance(plain[parent].get(key), dict):
+            plain[parent][key] = [*plain[parent][key].items()]
     weights = Path(str(plain["model"].get("pretrained"))).expanduser()
     if weights.is_file():  # what is in the file counts, not where it lies
         plain["model"]["pretrained"] = _file_digest(weights, weights.stat().st_mtime_ns)

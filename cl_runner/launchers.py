@@ -177,16 +177,12 @@ def _pickled(path: Path) -> str | None:
     return None if result is None else str(result).strip().rpartition("\n")[2]
 
 
-def slots(
-    gpus: Sequence[str], cores: int, at_once: int | None, per_gpu: int, threads: int | None
-) -> list[dict[str, str]]:
+def slots(gpus: Sequence[str], cores: int, at_once: int, per_gpu: int, threads: int | None) -> list[dict[str, str]]:
     """The environment of each of the jobs that run at once on this machine: GPUs in turn, cores shared out.
 
-    gpus: as CUDA_VISIBLE_DEVICES names them. at_once: None for as many as the GPUs, or else the cores, take.
+    gpus: as CUDA_VISIBLE_DEVICES names them. at_once: so many, but no more than the GPUs take.
     """
-    many = at_once or len(gpus) * per_gpu or cores
-    if gpus:
-        many = min(many, len(gpus) * per_gpu)
+    many = min(at_once, len(gpus) * per_gpu) if gpus else at_once
     # submitit hides every GPU from a job that did not ask it for one.
     visible = gpus or [os.environ.get("CUDA_VISIBLE_DEVICES", "")]
     return [

@@ -59,7 +59,7 @@ class State:
         """The task is learned: one more row of every matrix."""
         self.position.tasks = learned = task.index + 1
         self._add(self.rows, task, self.evaluate(learned))
-        if len(task.validation):
+        if any(len(each.validation) for each in self.stream.tasks[:learned]):
             looked_at = self.evaluate(learned, "validation")
             unknown = [math.nan] * (len(self.stream) - learned)
             self._add(self.validation, task, {name: row[:learned] + unknown for name, row in looked_at.items()})

@@ -234,6 +234,15 @@ def test_the_hash_sees_what_does(override):
     assert digest(config(override)) != digest(config())
 
 
+def test_the_hash_sees_the_order_of_parts_and_of_renamings():
+    one, other = config("strategy=combined"), config("strategy=combined")
+    other["strategy"]["parts"] = dict(reversed(other["strategy"]["parts"].items()))
+    assert digest(one) != digest(other)
+    one["model"]["key_map"], other["model"]["key_map"] = {"a": "b", "b": "c"}, {"b": "c", "a": "b"}
+    other["strategy"] = one["strategy"]
+    assert digest(one) != digest(other)
+
+
 def test_a_file_of_weights_is_hashed_by_what_is_in_it(tmp_path):
     hashes = []
     for name, content in (("a.pt", b"one"), ("b.pt", b"one"), ("a.pt", b"other")):

@@ -11,11 +11,13 @@ from pathlib import Path
 
 import pytest
 import yaml
+from omegaconf import OmegaConf
 
 from cl_runner.components import imported
 from cl_runner.compose import CONF
 from cl_runner.launchers import Slurm, Worker, carry_out, slots
 from cl_runner.report import status
+from hydra_plugins.cl_runner.launchers import Local
 
 PRESETS = sorted(CONF.glob("hydra/*/*.yaml"))
 
@@ -92,10 +94,10 @@ def test_ctrl_c_sigterm_and_sighup_stop_the_jobs_that_run_and_begin_no_other(nam
 @pytest.mark.parametrize(
     ("gpus", "at_once", "per_gpu", "expected"),
     [
-        ([], None, 1, [("", "1")] * 8),
+        ([], 8, 1, [("", "1")] * 8),
         ([], 2, 1, [("", "4")] * 2),
-        (["0", "1"], None, 1, [("0", "4"), ("1", "4")]),
-        (["3", "7"], None, 2, [("3", "2"), ("7", "2"), ("3", "2"), ("7", "2")]),
+        (["0", "1"], 2, 1, [("0", "4"), ("1", "4")]),
+        (["3", "7"], 4, 2, [("3", "2"), ("7", "2"), ("3", "2"), ("7", "2")]),
         (["0", "1"], 3, 2, [("0", "2"), ("1", "2"), ("0", "2")]),
         (["0"], 9, 2, [("0", "4"), ("0", "4")]),
     ],
@@ -104,6 +106,15 @@ def test_gpus_are_handed_out_in_turn_and_cores_are_shared_out(gpus, at_once, per
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     given = slots(gpus, 8, at_once, per_gpu, threads=None)
     assert [(slot["CUDA_VISIBLE_DEVICES"], slot["OMP_NUM_THREADS"]) for slot in given] == expected
+
+
+def test_the_cores_are_shared_out_among_the_jobs_that_there_are(monkeypatch):
+    pytest.importorskip("submitit")
+    monkeypatch.setattr("hydra_plugins.cl_runner.launchers._cores", lambda: 64)
+    launcher = Local()
+    launcher.config = OmegaConf.create({"device": "cpu"})
+    pool, at_once = launcher.pool(3)
+    assert (at_once, [slot["OMP_NUM_THREADS"] for slot in pool._environments]) == (3, ["21"] * 3)
 
 
 @pytest.fixture

@@ -87,7 +87,7 @@ class Local(Processes):
         from cl_runner import launchers
 
         gpus = [] if self.config.device == "cpu" else _gpus()
-        at_once = self.at_once and min(self.at_once, jobs)
+        at_once = min(jobs, self.at_once or len(gpus) * self.per_gpu or _cores())
         slots = launchers.slots(gpus, _cores(), at_once, self.per_gpu, self.threads)
         return launchers.Local(slots, self.timeout_min, self.signal_delay_s), len(slots)
 
