@@ -3,6 +3,7 @@
 import os
 import shlex
 import shutil
+import signal
 import socket
 import sys
 import traceback
@@ -30,10 +31,15 @@ def carry_out(experiment: Experiment) -> float | None:
         return _outcome(folder.results)
     try:
         with folder.locked(), interrupt.listening():
-            return _outcome(_carried_out(experiment, folder, interrupt))
+            outcome = _outcome(_carried_out(experiment, folder, interrupt))
     except Stopped as stopped:
         interrupt.hand_on(stopped)
         raise
+    if (
+        interrupt.asked is not None
+    ):  # when there was nothing left to stop here: it is for what comes next, a sweep's job
+        signal.raise_signal(signal.Signals[interrupt.asked])
+    return outcome
 
 
 def _carried_out(experiment: Experiment, folder: RunFolder, interrupt: Interrupt) -> dict[str, Any]:

@@ -57,7 +57,8 @@ class Lock:
         if self._file is None:
             return
         with suppress(OSError):
-            self.path.unlink()  # while it is locked: whoever has opened it sees that it is gone
+            if os.path.samestat(os.fstat(self._file), self.path.stat()):  # the folder may have been moved aside since
+                self.path.unlink()  # while it is locked: whoever has opened it sees that it is gone
         os.close(self._file)
         self._file = None
         self._own.pop(self._key, None)

@@ -296,6 +296,39 @@ def test_validation_is_measured_after_each_task_on_the_tasks_learned_so_far(whol
     assert set(results["validation"]) == set(results["accuracy"])
 
 
+def test_a_task_without_validation_images_is_left_out_and_no_reason_to_look_no_more(tmp_path):
+    made = experiment(tmp_path, "strategy=finetune", *OFTEN)
+    load = made.stream.load
+
+    def without(*words):
+        stream = load(*words)
+        build = stream.tasks[4]._build
+        stream.tasks[4]._build = lambda split: build(split)[:0] if split == "validation" else build(split)
+        return stream
+
+    object.__setattr__(made.stream, "load", without)
+    carry_out(made)
+    results = RunFolder(made.folder).results
+    last = results["validation"]["task"][-1]
+    assert [value is None for value in last] == [False] * 4 + [True]
+    assert results["metrics"]["validation_accuracy"] == pytest.approx(sum(last[:4]) / 4)
+
+
+def test_a_signal_that_comes_when_all_is_done_is_for_what_comes_next(tmp_path, monkeypatch):
+    made = experiment(tmp_path, "strategy=finetune")
+    update = RunFolder.update_status
+
+    def late(folder, **values):
+        if values.get("state") == "done":
+            send(signal.SIGINT)
+        update(folder, **values)
+
+    monkeypatch.setattr(RunFolder, "update_status", late)
+    with pytest.raises(KeyboardInterrupt):
+        carry_out(made)
+    assert RunFolder(made.folder).done
+
+
 def test_where_tasks_share_their_classes_validation_still_does_not_look_ahead(tmp_path):
     results, _ = finished(experiment(tmp_path, "strategy=finetune", "stream.scenario=domain", *OFTEN))
     assert results["accuracy"]["domain"][0][4] is not None

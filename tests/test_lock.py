@@ -102,3 +102,15 @@ def test_a_lock_is_released_though_a_child_lives_on(tmp_path):
 
 def held_in_the_eyes_of_another(folder):
     return subprocess.run([sys.executable, "-c", ASK, folder], check=False).returncode == 0
+
+
+def test_releasing_leaves_the_lock_of_whoever_has_a_folder_of_that_name_by_then(tmp_path):
+    old = tmp_path / "run"
+    old.mkdir()
+    lock = Lock(old)
+    lock.acquire()
+    old.rename(tmp_path / "run.1")
+    old.mkdir()
+    (old / "lock").touch()
+    lock.release()
+    assert (old / "lock").exists()

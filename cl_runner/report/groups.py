@@ -279,9 +279,15 @@ def _settings(runs: Sequence[Run]) -> list[Settings]:
         for key, value in own.items():
             if type(value) is int and value != run.seed:
                 follows[key] = False
+    fixed = {
+        (run.group, key)
+        for run, own in zip(runs, settings, strict=True)
+        for key, value in own.items()
+        if key.endswith(".seed") and run.group and value != run.seed
+    }
     for run, own in zip(runs, settings, strict=True):
         for key, value in own.items():
-            is_seed = key.endswith(".seed") and value == run.seed
+            is_seed = key.endswith(".seed") and value == run.seed and (run.group, key) not in fixed
             if is_seed or (type(value) is int and follows[key] and _seeds_differ(runs)):
                 own[key] = SEED
     return settings

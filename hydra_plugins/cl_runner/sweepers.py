@@ -3,6 +3,7 @@
 Hydra reads this file whenever it starts: nothing heavy is imported before it is needed.
 """
 
+import gc
 import hashlib
 import json
 from collections.abc import Sequence
@@ -61,6 +62,9 @@ class Planned(Sweeper):
                 for job, ended in zip(todo, self.launcher.launch(overrides, first), strict=True):
                     if ended.status is JobStatus.FAILED:
                         self._failed(job, ended._return_value)
+                        ended._return_value = None  # whose traceback holds all that the run was made of
+                if alone:
+                    gc.collect()  # models lie in cycles, and Python knows nothing of a GPU's memory
 
     def _unchanged(self, job: "Job") -> bool:
         """Whether the job's overrides still ask for what they asked for when the sweep was planned."""

@@ -54,6 +54,15 @@ def test_what_changes_no_number_makes_no_group(tmp_path):
     assert len(grouped(tmp_path)) == 1
 
 
+def test_a_seed_set_apart_names_the_rows_though_one_run_of_each_has_the_same(tmp_path):
+    for fixed in (0, 1):
+        for seed in (0, 1):
+            settings = config(seed=seed)
+            settings["stream"]["seed"] = fixed
+            write(tmp_path, settings, status={"group": f"fixed-{fixed}"})
+    assert labels(grouped(tmp_path)) == {"finetune seed=0": [0, 1], "finetune seed=1": [0, 1]}
+
+
 def test_a_key_that_follows_the_seed_makes_no_group(tmp_path):
     for seed in (1, 2, 3):
         settings = config(seed=seed)
