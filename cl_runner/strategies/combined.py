@@ -9,11 +9,14 @@ from torch import Tensor
 from cl_runner.errors import ConfigError
 from cl_runner.models.architecture import Architecture
 from cl_runner.models.model import ActiveLogits, Model, Output
+from cl_runner.strategies.anchors import NormPenalty
 from cl_runner.strategies.base import Strategy
 from cl_runner.strategies.cumulative import Cumulative
 from cl_runner.strategies.dualprompt import DualPrompt
 from cl_runner.strategies.ease import EASE
+from cl_runner.strategies.ewc import EWC
 from cl_runner.strategies.features import ClosedForm
+from cl_runner.strategies.importance import Importance
 from cl_runner.strategies.lora import LoRA
 from cl_runner.strategies.prompting import Prompting
 from cl_runner.strategies.taught import Taught
@@ -50,6 +53,13 @@ class Combined(Strategy):
         if len(inside) > 1:
             got = ", ".join(inside)
             raise ConfigError("strategy.parts", f"expected one method that puts prompts or branches into it, got {got}")
+        anew = self._those(lambda part: isinstance(part, LoRA | EASE))
+        if anew and (holding := self._those(_holds_earlier_weights)):
+            raise ConfigError(
+                "strategy.parts",
+                f"expected none that holds earlier weights beside {anew[0]}, whose branches "
+                f"begin anew in each task, got {holding[0]}",
+            )
         with_memory = self._those(lambda part: hasattr(part, "memory"))
         if len(with_memory) > 1:
             # The second would take what the first replays for fresh.
@@ -139,3 +149,9 @@ class Combined(Strategy):
 
 def _own(part: Strategy, hook: str) -> bool:
     return getattr(type(part), hook) is not getattr(Strategy, hook)
+
+
+def _holds_earlier_weights(part: Strategy) -> bool:
+    """Whether it pulls weights to where an earlier task left them."""
+    to_previous = isinstance(part, NormPenalty) and part.towards == "previous"
+    return to_previous or isinstance(part, EWC | Importance)

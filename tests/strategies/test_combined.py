@@ -174,6 +174,11 @@ def test_each_part_refuses_what_it_cannot_serve():
             {"all": Cumulative(), "prompts": DualPrompt()},
             "expected no replay beside prompts (DualPrompt), got all (Cumulative)",
         ),
+        (
+            {"ewc": PARTS["ewc"](), "lora": LoRA(layers=["*qkv"])},
+            "expected none that holds earlier weights beside lora (LoRA), whose branches begin anew in each task, "
+            "got ewc (EWC)",
+        ),
         ({"ewc": PARTS["ewc"](), "ncm": NCM()}, "expected methods that learn by gradients, got ncm (NCM)"),
         (
             {"one": LoRA(layers=["*qkv"]), "two": LoRA(layers=["*proj"])},
