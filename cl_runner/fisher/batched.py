@@ -15,6 +15,7 @@ from cl_runner.fisher.curvature import Diagonal
 from cl_runner.fisher.engine import wide
 from cl_runner.fisher.estimators import Count, Estimator, unit
 from cl_runner.models.model import Model, PretrainedView
+from cl_runner.models.substitute import nothing_kept
 from cl_runner.streams.base import Examples
 
 
@@ -89,7 +90,7 @@ class Batched(Estimator):
     def _gradients(
         self, model: Model | PretrainedView, parameters: list[Tensor], batch: Examples
     ) -> tuple[Tensor | None, ...]:
-        with torch.enable_grad():
+        with torch.enable_grad(), nothing_kept(model):
             logits = model(batch.images).logits
         entering = wide(self._entering(model, logits.detach(), batch))
         vectors = self.vectors(entering, batch.labels, torch.empty(0)).to(logits)

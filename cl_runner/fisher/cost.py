@@ -25,7 +25,7 @@ def announce(
     passes = estimator.passes(model.head.out_features) * samples
     if passes <= LONG * len(examples):
         return
-    estimator(model, examples[:1])  # what is only made once, or only the first time
+    estimator(model, examples[:TRIAL])  # what is only made once, or only the first time for that many
     start = clock()
     estimator(model, examples[:TRIAL])
     seconds = (clock() - start) * samples / min(TRIAL, samples)

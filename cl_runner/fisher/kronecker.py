@@ -287,7 +287,7 @@ class KroneckerFactors:
         reason = objection(self.model, inputs[[0, -1]]) if self.parameters else None
         if reason is not None:
             raise _not_held(reason)
-        uses = Taps(self.model, inputs[:1]).uses
+        uses = Taps(self.model, inputs[[0, -1]]).uses
         calls = Counter(name for use in uses for name in use.names.values())
         for use in uses:
             if any(calls[name] > 1 for name in use.names.values()):

@@ -17,6 +17,7 @@ from cl_runner.fisher import kernels
 from cl_runner.fisher.curvature import Parameters
 from cl_runner.fisher.kernels import Adder, Precision
 from cl_runner.fisher.products import (
+    ROOM,
     add_gram,
     add_product_squares,
     add_squares,
@@ -182,8 +183,9 @@ class Affine(Use):
         self.normalised, self.axes, self.scale = normalised, list(axes), scale
 
     def per_sample(self, gradient: Tensor) -> Parameters:
-        # A few samples at a time: what is written stays in the cache until it is read.
-        parts = [self._some(some, gradient) for some in slices(len(gradient), gradient[0].numel())]
+        # On a CPU a few samples at a time: what is written stays in the cache until it is read.
+        room = None if gradient.device.type == "cpu" else ROOM
+        parts = [self._some(some, gradient) for some in slices(len(gradient), gradient[0].numel(), room)]
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]} if len(parts) > 1 else parts[0]
 
     def _some(self, some: slice, gradient: Tensor) -> Parameters:

@@ -11,6 +11,7 @@ from torch.func import functional_call, vjp, vmap
 from cl_runner.fisher.curvature import Parameters
 from cl_runner.fisher.taps import ToLogits
 from cl_runner.models.model import Model, PretrainedView
+from cl_runner.models.substitute import nothing_kept, places
 
 # All gradients of one vmap call together, in numbers.
 BUDGET = 64_000_000
@@ -51,18 +52,26 @@ def vmapped_gradients(
         all_vectors = vectors(logits(inputs))
     if all_vectors.shape[1] == 0:
         return
-    parameters = {f"model.{name}": p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    names = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
+    parameters = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    places_of = {f"model.{place}": names[id(p)] for place, p in places(model).items() if id(p) in names}
     most = _most_gradients(parameters)
 
     def gradients(image: Tensor, outputs: Tensor) -> Parameters:
         """Of one sample: `image` [C, H, W], `outputs` [V, K] -> [V, ...] for every parameter."""
-        pull = vjp(lambda values: functional_call(logits, values, (image[None],)), parameters)[1]
+
+        def answer(values: Parameters) -> Tensor:
+            placed = {place: values[name] for place, name in places_of.items()}
+            return functional_call(logits, placed, (image[None],), tie_weights=False)
+
+        pull = vjp(answer, parameters)[1]
         return vmap(pull)(outputs[:, None])[0]
 
     for rows in even_slices(len(inputs), max(1, most // all_vectors.shape[1])):
         for some in all_vectors[rows].split(most, dim=1):
-            found = _vmapped(gradients, inputs[rows], some)
-            receive({name.removeprefix("model."): values for name, values in found.items()})
+            with nothing_kept(model):
+                found = _vmapped(gradients, inputs[rows], some)
+            receive(found)
 
 
 def add_looped_squares(
@@ -89,7 +98,7 @@ def looped_gradients(
         all_vectors = vectors(model.encode(inputs).logits)
     # Not `image[None]`, whose strides lead PyTorch to wrong gradients of grouped convolutions in channels_last.
     for image, some in zip(inputs.split(1), all_vectors, strict=True):
-        with torch.enable_grad():
+        with torch.enable_grad(), nothing_kept(model):
             logits = model.encode(image).logits
         for vector in some if logits.requires_grad else ():
             gradients = torch.autograd.grad(

@@ -16,6 +16,7 @@ from torch import Tensor
 from cl_runner.fisher.curvature import Diagonal, Parameters
 from cl_runner.fisher.estimators import Logits
 from cl_runner.models.model import Model, PretrainedView
+from cl_runner.models.substitute import nothing_kept
 from cl_runner.streams.base import Examples
 
 
@@ -126,7 +127,8 @@ class _Sample:
 
 def _samples(model: Model | PretrainedView, examples: Examples, logits: Logits) -> Iterator[_Sample]:
     for batch in examples.to(model.device).batches(1):
-        z = model(batch.images).logits
+        with nothing_kept(model):
+            z = model(batch.images).logits
         if logits == "visible":
             entering = model.restrict(z, batch.task_ids)[0] > -torch.inf
         else:

@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from cl_runner.fisher.convolutions import Convolution, strided
 from cl_runner.fisher.layers import Affine, Direct, Embedding, Linear, Uncovered, Use
 from cl_runner.models.model import Model, PretrainedView
+from cl_runner.models.substitute import nothing_kept, places
 
 Gradients = Callable[[Use, Tensor], None]
 
@@ -83,14 +84,17 @@ class Taps:
         self.uses: list[Use] = []
         self._receiver = _Receiver()
         self._wanted = torch.zeros((), device=inputs.device, requires_grad=True)  # what keeps the graph alive
-        named = dict(model.named_parameters(remove_duplicate=False))  # asked once: it takes a small net's time
+        named = {
+            name: p for name, p in places(model).items() if isinstance(p, nn.Parameter)
+        }  # takes a small net's time
         plain = {id(values): values.detach() for values in named.values()}
         trainable: dict[int, str] = {}
         for name, values in named.items():
             if values.requires_grad:
                 trainable.setdefault(id(plain[id(values)]), name)
         parameters = {f"model.{name}": plain[id(values)] for name, values in named.items()}
-        with torch.enable_grad(), _Interception(self, trainable, len(inputs)):
+        weights = {id(values) for values in plain.values()}
+        with torch.enable_grad(), nothing_kept(model), _Interception(self, trainable, weights, len(inputs)):
             self.logits = functional_call(ToLogits(model), parameters, (inputs,), tie_weights=False)
         for use in self.uses:
             use.check_unchanged()
@@ -136,9 +140,10 @@ class _Tap(torch.autograd.Function):
 class _Interception(TorchFunctionMode):
     """Sees every torch function that is called, and puts taps where a trainable parameter takes part."""
 
-    def __init__(self, taps: Taps, trainable: dict[int, str], size: int) -> None:
+    def __init__(self, taps: Taps, trainable: dict[int, str], weights: set[int], size: int) -> None:
+        """`weights`: ids of all parameters, the frozen ones among them."""
         super().__init__()
-        self.taps, self.size = taps, size
+        self.taps, self.weights, self.size = taps, weights, size
         self.names = dict(trainable)  # id of a tensor -> the parameter that it is, or is a view of
         self.kept: list[Tensor] = []  # the views, lest their ids are given to others
 
@@ -154,13 +159,16 @@ class _Interception(TorchFunctionMode):
             if func in CONVOLUTIONS:
                 return self.convolution(func, *args, **kwargs)
             return getattr(self, RULES[func])(*args, **kwargs)
-        met = [value for value in _tensors((*args, *kwargs.values())) if id(value) in self.names]
+        met = [value for value in _tensors((*args, *kwargs.values())) if id(value) in self.weights]
         if not met:
             return func(*args, **kwargs)
         name = getattr(func, "__name__", str(func)).strip("_")
         if name in VIEWS:
             result = func(*args, **kwargs)  # of something else, where only the parameter's shape or type was asked for
-            return self.view(args[0], result) if id(args[0]) in self.names else result
+            return self.view(args[0], result) if id(args[0]) in self.weights else result
+        met = [value for value in met if id(value) in self.names]
+        if not met:
+            return func(*args, **kwargs)
         if name == "expand":
             return self.expanded(met[0], func(*args, **kwargs))
         if name.removeprefix("r") in BROADCAST or func.__name__ in BROADCAST:
@@ -219,7 +227,9 @@ class _Interception(TorchFunctionMode):
         momentum: float = 0.1,
         eps: float = 1e-5,
     ) -> Tensor:
-        if training and input.shape[0] == self.size:  # not of a weight, as some layers standardise theirs
+        if (
+            training and input.shape[0] == self.size and id(input) not in self.weights
+        ):  # some layers standardise a weight
             raise ValueError(
                 "the Fisher needs each sample's own gradient, and a batch norm in it takes the statistics of its "
                 "batch in eval mode too; only fisher=batched with train_mode takes it as it is"
@@ -329,10 +339,13 @@ class _Interception(TorchFunctionMode):
 
     def view(self, parameter: Tensor, result: Tensor) -> Tensor:
         """A reshaped parameter is still that parameter: its squares are reshaped back."""
+        self.weights.add(id(result))
+        self.kept.append(result)
+        if id(parameter) not in self.names:
+            return result
         if result.numel() != parameter.numel() or result.dtype != parameter.dtype:
             raise Uncovered(f"{self.names[id(parameter)]} is converted before it is used")
         self.names[id(result)] = self.names[id(parameter)]
-        self.kept.append(result)
         return result
 
     def expanded(self, parameter: Tensor, result: Tensor) -> Tensor:

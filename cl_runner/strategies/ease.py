@@ -5,12 +5,12 @@ from typing import Annotated
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from cl_runner.models.adapters import Bottleneck
 from cl_runner.models.architecture import Architecture
 from cl_runner.models.model import Model
 from cl_runner.models.prompts import vision_transformer
+from cl_runner.models.substitute import call_with
 from cl_runner.strategies.base import Strategy
 from cl_runner.strategies.features import gathered, home
 from cl_runner.strategies.subspaces import Subspaces
@@ -78,5 +78,5 @@ class EASE(Strategy):
 
     def predict(self, images: Tensor, task_ids: Tensor) -> Tensor:
         spaces = self.learned or [{}]  # asked before the first task, there are no means yet to compare with
-        features = [functional_call(self.model, weights, (images,)).features for weights in spaces]
+        features = [call_with(self.model, weights, images).features for weights in spaces]
         return self.subspaces.scores(features, self.alpha).to(images.device, torch.float32)

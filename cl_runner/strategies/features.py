@@ -6,9 +6,9 @@ from hashlib import blake2b
 
 import torch
 from torch import Tensor
-from torch.func import functional_call
 
 from cl_runner.models.model import Model
+from cl_runner.models.substitute import call_with
 from cl_runner.strategies.base import Strategy
 from cl_runner.streams.base import Examples, Stream, Task
 
@@ -28,7 +28,7 @@ def gathered(
     """
     model.eval()
     parts = list(examples.batches(batch_size))
-    features = [functional_call(model, weights or {}, (part.images.to(model.device),)).features for part in parts]
+    features = [call_with(model, weights or {}, part.images.to(model.device)).features for part in parts]
     place = home(model.device)
     return torch.cat(features).to(place).double(), torch.cat([part.labels for part in parts]).to(place)
 

@@ -2,9 +2,9 @@
 
 import torch
 from torch import Tensor
-from torch.func import functional_call
 
 from cl_runner.models.model import Model
+from cl_runner.models.substitute import call_with
 from cl_runner.strategies.base import Strategy
 from cl_runner.streams.base import Scenario, Stream, Task
 
@@ -33,7 +33,7 @@ class Independent(Strategy):
         for task in task_ids.unique().tolist():
             of_task = task_ids == task
             weights = self.learned.get(task, self.fresh)
-            scores[of_task] = functional_call(self.model, weights, (images[of_task],)).logits.float()
+            scores[of_task] = call_with(self.model, weights, images[of_task]).logits.float()
         return scores
 
 

@@ -7,12 +7,12 @@ from typing import Annotated
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from cl_runner.errors import ConfigError
 from cl_runner.models.adapters import LowRank, called_in, low_rank_layers
 from cl_runner.models.architecture import Architecture, norm_layers
 from cl_runner.models.model import Model
+from cl_runner.models.substitute import call_with
 from cl_runner.strategies.base import Strategy
 from cl_runner.strategies.rehearsal import evaluating
 from cl_runner.streams.base import Scenario, Stream, Task
@@ -96,7 +96,7 @@ class LoRA(Strategy):
         for task in task_ids.unique().tolist():
             rows = task_ids == task
             branches = self.learned.get(task, {})
-            scores[rows] = functional_call(self.model, branches, (images[rows],)).logits.float()
+            scores[rows] = call_with(self.model, branches, images[rows]).logits.float()
         return scores
 
     def _branches(self) -> dict[str, Tensor]:

@@ -4,10 +4,10 @@ from typing import Annotated
 
 import torch
 from pydantic import Field
-from torch.func import functional_call
 
 from cl_runner.errors import ConfigError
 from cl_runner.memory.base import Memory
+from cl_runner.models.substitute import call_with
 from cl_runner.strategies.rehearsal import Count, Rehearsal, Store, evaluating
 from cl_runner.streams.base import Examples
 
@@ -45,6 +45,6 @@ class MIR(Rehearsal):
                 parts = zip(names, self.learning, gradient, strict=True)
                 moved = {name: value - self.virtual_lr * slope for name, value, slope in parts}
                 before = self.row_losses(drawn, self.model(drawn.images))
-                after = self.row_losses(drawn, functional_call(self.model, moved, (drawn.images,)))
+                after = self.row_losses(drawn, call_with(self.model, moved, drawn.images))
         worst = (after - before).topk(min(self.replay_batch_size or len(batch), len(drawn))).indices
         return drawn[worst]

@@ -53,6 +53,21 @@ class Tied(nn.Module):
         return self.second(self.first(self.enter(inputs.flatten(1)).tanh()).tanh())
 
 
+class LookedUpOnce(nn.Module):
+    """A table of biases that is indexed once and kept, as long as it is in eval mode: as timm's TinyViT does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.attention_biases = nn.Linear(PIXELS, FEATURES), nn.Parameter(torch.rand(FEATURES))
+        self.attention_bias_cache: dict[str, Tensor] = {}
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        biases = self.attention_biases[torch.arange(FEATURES).flip(0)]
+        if not self.training:
+            biases = self.attention_bias_cache.setdefault("", biases)
+        return (self.enter(inputs.flatten(1)) + biases).tanh()
+
+
 class Bare(nn.Module):
     """A parameter that is no layer's, and one that no output depends on."""
 
@@ -88,6 +103,11 @@ def batch_norm() -> nn.Module:
     )
 
 
+def registered_twice() -> nn.Module:
+    shared = nn.Linear(FEATURES, FEATURES)
+    return nn.Sequential(nn.Flatten(), nn.Linear(PIXELS, FEATURES), nn.Tanh(), shared, nn.Tanh(), shared)
+
+
 def partly_frozen() -> nn.Module:
     layers = mlp()
     layers[1].requires_grad_(False)
@@ -108,9 +128,11 @@ BACKBONES: dict[str, Callable[[], nn.Module]] = {
     "attention": Attention,
     "called twice": Twice,
     "tied": Tied,
+    "registered twice": registered_twice,
     "bare parameters": Bare,
     "frozen": partly_frozen,
 }
+UNCOVERED: dict[str, Callable[[], nn.Module]] = {"looked up once": LookedUpOnce}  # by taps, on which others fall back
 
 
 def stream(scenario: Scenario) -> Stream:
@@ -126,7 +148,7 @@ def model(
 ) -> Model:
     """In float64, every task revealed, in train mode with augmentation, so that nothing rests on eval mode."""
     torch.manual_seed(0)
-    layers = BACKBONES[backbone]() if isinstance(backbone, str) else backbone
+    layers = (BACKBONES | UNCOVERED)[backbone]() if isinstance(backbone, str) else backbone
     preprocess = Preprocess(CHANNELS, mean=[0.5] * CHANNELS, std=[0.25] * CHANNELS, augment=("crop", "flip"))
     built = Model(preprocess, layers, FEATURES, stream(scenario), pretrained_head=pretrained_head).double()
     for task in stream(scenario).tasks:

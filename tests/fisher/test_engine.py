@@ -24,7 +24,7 @@ from cl_runner.fisher.trial import objection
 from cl_runner.models.model import Model
 from cl_runner.streams.base import Examples
 
-from .cases import BACKBONES, CHANNELS, FEATURES, PIXELS, SIDE, distance, examples, model
+from .cases import BACKBONES, CHANNELS, FEATURES, PIXELS, SIDE, UNCOVERED, distance, examples, model
 from .test_estimators import untouched
 
 
@@ -109,7 +109,7 @@ def test_layers_that_leave_samples_to_themselves_in_eval_mode_are_not_refused(la
 
 
 @pytest.mark.parametrize("way", [add_vmapped_squares, add_looped_squares])
-@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("name", [*BACKBONES, *UNCOVERED])
 def test_what_the_taps_fall_back_on_is_the_definition_too(
     name: str, way: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -355,3 +355,20 @@ def test_a_model_that_kronecker_has_no_factors_for_is_refused_before_training() 
     subject = model(Undecided())
     with pytest.raises(ConfigError, match=r"fisher\.representation: expected diagonal or full for this model, since"):
         Probe(representation="kronecker").check(subject, (CHANNELS, SIDE, SIDE))
+
+
+class Standardised(nn.Module):
+    """A convolution whose weight is standardised by a batch norm, as timm's are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(FEATURES, CHANNELS, SIDE, SIDE), requires_grad=False)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        weight = F.batch_norm(self.weight.reshape(1, FEATURES, -1), None, None, training=True)
+        return F.conv2d(inputs, weight.reshape_as(self.weight)).flatten(1)
+
+
+def test_a_standardised_weight_that_is_frozen_is_no_batch_of_one_sample() -> None:
+    subject, data = model(Standardised()), examples(5)
+    assert distance(Exact(batch_size=4)(subject, data), reference.exact(subject, data)) < 1e-10

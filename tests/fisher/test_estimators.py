@@ -32,7 +32,7 @@ from cl_runner.fisher.representations import Representation
 from cl_runner.models.model import Model, PretrainedView
 from cl_runner.streams.base import Examples, Scenario
 
-from .cases import BACKBONES, CHANNELS, FEATURES, OUTPUTS, SIDE, distance, examples, model
+from .cases import BACKBONES, CHANNELS, FEATURES, OUTPUTS, SIDE, UNCOVERED, distance, examples, model
 
 ESTIMATORS: dict[str, Estimator] = {
     "exact": Exact(),
@@ -61,7 +61,7 @@ def by_definition(estimator: Estimator, model: Model | PretrainedView, examples:
     return definition(model, examples, logits=estimator.logits, **drawn.get(definition.__name__, {}))
 
 
-@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize("backbone", [*BACKBONES, *UNCOVERED])
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_it_is_its_definition(name: str, backbone: str) -> None:
     estimator, subject = replace(ESTIMATORS[name], batch_size=4), model(backbone)

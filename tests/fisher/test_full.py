@@ -15,7 +15,7 @@ from cl_runner.fisher.quadratic import Penalty
 from cl_runner.models.model import Model
 from cl_runner.streams.base import Examples
 
-from .cases import BACKBONES, FEATURES, PIXELS, distance, examples, model
+from .cases import BACKBONES, FEATURES, PIXELS, UNCOVERED, distance, examples, model
 from .holding import held
 
 
@@ -44,7 +44,7 @@ def test_it_is_its_definition() -> None:
     torch.testing.assert_close(whole(Exact(batch_size=4), model(), examples()).matrix, expected, rtol=1e-10, atol=1e-14)
 
 
-@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize("backbone", [*BACKBONES, *UNCOVERED])
 @pytest.mark.parametrize("estimator", [Exact(batch_size=4), Probe(batch_size=4, draws=3), Empirical(batch_size=4)])
 def test_its_diagonal_is_the_diagonal_fisher(estimator: Estimator, backbone: str) -> None:
     subject = model(backbone)
