@@ -7,6 +7,7 @@ import signal
 import socket
 import sys
 import traceback
+from pathlib import Path
 from typing import Any
 
 from cl_runner.checkpoint import FOLDER as CHECKPOINTS
@@ -26,6 +27,7 @@ def carry_out(experiment: Experiment) -> float | None:
     raises; FolderInUseError where another process is at it; Stopped where a signal ended it and no launcher took over.
     """
     folder, interrupt = RunFolder(experiment.folder), Interrupt(experiment.config["rerun"])
+    refuse_other_images(experiment)
     if folder.done:
         show(experiment)
         return _outcome(folder.results)
@@ -55,6 +57,7 @@ def _carried_out(experiment: Experiment, folder: RunFolder, interrupt: Interrupt
         pid=os.getpid(),
         host=socket.gethostname(),
         command=shlex.join(["cl-runner", *sys.argv[1:]]),
+        images=experiment.stream.contents(experiment.config["data_root"]),
         environment=environment(experiment.device),
     )
     console = the_console()
@@ -79,6 +82,20 @@ def _outcome(results: dict[str, Any]) -> float | None:
 
 def is_done(experiment: Experiment) -> bool:
     return RunFolder(experiment.folder).done
+
+
+def refuse_other_images(experiment: Experiment) -> None:
+    """Folders of images are no part of a run's hash, and may be others under the same name.
+
+    Raises ConfigError where the run was begun with others than are there now.
+    """
+    then = RunFolder(experiment.folder).status.get("images")
+    now = experiment.stream.contents(experiment.config["data_root"]) if then else None
+    if now and then != now:
+        images = Path(experiment.config["data_root"]) / experiment.config["stream"]["name"]
+        raise ConfigError(
+            str(experiment.folder), f"was begun with other images than are in {images} now; rerun=true runs it again"
+        )
 
 
 def move_aside(experiment: Experiment) -> None:

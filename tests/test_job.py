@@ -1,16 +1,21 @@
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from functools import partial
+from itertools import product
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from cl_runner.checkpoint import load
+from cl_runner.errors import ConfigError
 from cl_runner.folder import CannotWriteError, RunFolder
 from cl_runner.interrupt import Stopped
 from cl_runner.job import carry_out, move_aside
@@ -387,3 +392,26 @@ def test_runs_killed_at_random_moments_end_as_if_they_had_not_been(tmp_path):
     command = [sys.executable, "tests/soak.py", "--kills", "3", "--strategies", "finetune,ewc,lwf"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_run_is_not_shown_and_does_not_go_on_where_its_images_have_become_others(tmp_path):
+    def laid_out(size):
+        for place in product(("train", "test"), "abcd", range(3)):
+            part, label, number = place
+            path = tmp_path / "data" / "marks" / part / label / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            pixels = np.random.default_rng(abs(hash(place)) % 1000).integers(0, 255, (size, size, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(path)
+
+    words = ["stream=image_folder", "stream.name=marks", "stream.image_size=8", "stream.num_tasks=2"]
+    make = partial(experiment, tmp_path, "strategy=finetune", *words, f"data_root={tmp_path / 'data'}")
+    laid_out(8)
+    with pytest.raises(Stopped):
+        carry_out(at_step(make(), 1, partial(send, signal.SIGINT)))
+    carry_out(make())
+    assert RunFolder(make().folder).done
+    laid_out(9)
+    with pytest.raises(ConfigError, match=r"begun with other images than are in .*marks now; rerun=true"):
+        carry_out(make())
+    shutil.rmtree(tmp_path / "data")
+    carry_out(make())  # nothing there to compare with: what was measured is shown

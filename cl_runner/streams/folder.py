@@ -3,9 +3,11 @@
 import json
 import logging
 import os
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -51,11 +53,19 @@ class ImageFolder:
         key = f"{self.folder.name}-{self._fingerprint()}"
         return cached(self.folder.parent, key, self._decode, verify)
 
+    @property
+    def contents(self) -> str:
+        """Changes with every image that comes, goes or is of another size in bytes; not when all are copied."""
+        return _digest([(name, stat.st_size) for name, stat in self._named()])
+
     def _fingerprint(self) -> str:
         """Changes with every image that comes, goes or is written anew."""
+        files = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in self._named()]
+        return _digest([self.image_size, self.channels, files])
+
+    def _named(self) -> Iterator[tuple[str, os.stat_result]]:
         root = len(str(self.folder))
-        files = [(file.path[root:], file.stat().st_size, file.stat().st_mtime_ns) for file in self._files()]
-        return sha256(json.dumps([self.image_size, self.channels, files]).encode()).hexdigest()[:16]
+        return ((file.path[root:], file.stat()) for file in self._files())
 
     def _files(self) -> list[os.DirEntry[str]]:
         return [file for part in (self.train, self.test) for files in part for file in files]
@@ -92,6 +102,10 @@ def decode(paths: list[Path], size: int | None, channels: int | None) -> Tensor:
     with ThreadPoolExecutor(threads) as pool:
         fits = all(pool.map(fill, range(0, len(paths), CHUNK)))
     return torch.from_numpy(images) if fits else decode(paths, size, channels=3)
+
+
+def _digest(what: list[Any]) -> str:
+    return sha256(json.dumps(what).encode()).hexdigest()[:16]
 
 
 def _open(path: Path, size: int | None) -> Image.Image:

@@ -16,6 +16,7 @@ from cl_runner.errors import ConfigError
 from cl_runner.streams.base import Examples, Scenario, Seed, Stream, Task
 from cl_runner.streams.cache import DataSet
 from cl_runner.streams.datasets import KNOWN, find
+from cl_runner.streams.folder import ImageFolder
 
 Count = Annotated[int, Field(ge=1)]
 
@@ -104,6 +105,15 @@ class Recipe(ABC):
         """
         found = examine(self.name, Path(data_root).expanduser(), self.image_size, self.download)
         self._check(*found)
+
+    def contents(self, data_root: str) -> str | None:
+        """A digest of the images by name and size where they are files in folders, which a user may change; None where
+        they are not, or not there."""
+        try:
+            source = find(self.name, Path(data_root).expanduser(), self.image_size, download=False)
+        except ConfigError:
+            return None
+        return source.contents if isinstance(source, ImageFolder) else None
 
     def load(self, data_root: str, device: torch.device) -> Stream:
         """The stream, its images on `device` unless they are larger than `max_device_gb`."""
