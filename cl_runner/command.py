@@ -60,11 +60,12 @@ def try_composing(argv: list[str]) -> None:
 
 def run_alone(experiment: Experiment) -> None:
     """Carry out one experiment; show it, where it is done."""
-    from cl_runner.job import is_done, refuse_other_images, show
+    from cl_runner.job import is_done, join, refuse_other_images, show
 
     make_room(experiment)
     refuse_other_images(experiment)
     if is_done(experiment):  # Hydra would write into its folder
+        join(experiment)
         show(experiment)
         return
     try:
@@ -92,7 +93,7 @@ def make_room(experiment: Experiment) -> None:
 def run_sweep(request: Asked, experiments: list[Experiment]) -> int:
     """Have those jobs carried out that are not done, and say what has become of all. Returns the exit status."""
     from cl_runner.interrupt import same_command
-    from cl_runner.job import move_aside, refuse_other_images
+    from cl_runner.job import join, move_aside, refuse_other_images
     from cl_runner.sweep import Job, Sweep, of_this_command, this_command
 
     sys.argv[1:] = request.argv
@@ -104,6 +105,7 @@ def run_sweep(request: Asked, experiments: list[Experiment]) -> int:
         for folder, (words, experiment) in once.items():
             move_aside(experiment)
             refuse_other_images(experiment)
+            join(experiment)
             sweep.jobs.append(Job(words, folder.name, experiment.hash))
         if same := len(request.jobs) - len(sweep.jobs):
             print(f"{same} of {len(request.jobs)} jobs compute what another one computes: they are run once")

@@ -29,6 +29,7 @@ def carry_out(experiment: Experiment) -> float | None:
     folder, interrupt = RunFolder(experiment.folder), Interrupt(experiment.config["rerun"])
     refuse_other_images(experiment)
     if folder.done:
+        join(experiment)
         show(experiment)
         return _outcome(folder.results)
     try:
@@ -82,6 +83,16 @@ def _outcome(results: dict[str, Any]) -> float | None:
 
 def is_done(experiment: Experiment) -> bool:
     return RunFolder(experiment.folder).done
+
+
+def join(experiment: Experiment) -> None:
+    """Note of a finished run that it is also one of this experiment's group: with `stream.seed=0` the run of seed 0 is
+    that of `seed=0` alone, and others go with it."""
+    folder = RunFolder(experiment.folder)
+    if folder.done:
+        groups = folder.status.get("groups") or [folder.status.get("group")]
+        if experiment.group not in groups:
+            folder.update_status(groups=[*groups, experiment.group])
 
 
 def refuse_other_images(experiment: Experiment) -> None:

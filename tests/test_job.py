@@ -394,6 +394,16 @@ def test_runs_killed_at_random_moments_end_as_if_they_had_not_been(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_a_finished_run_becomes_one_of_the_group_of_whoever_asks_for_it_again(tmp_path):
+    plain = experiment(tmp_path, "strategy=finetune", "seed=0")
+    carry_out(plain)
+    fixed = experiment(tmp_path, "strategy=finetune", "seed=0", "stream.seed=0")
+    assert (fixed.folder, fixed.group == plain.group) == (plain.folder, False)
+    carry_out(fixed)
+    carry_out(plain)
+    assert RunFolder(plain.folder).status["groups"] == [plain.group, fixed.group]
+
+
 def test_a_run_is_not_shown_and_does_not_go_on_where_its_images_have_become_others(tmp_path):
     def laid_out(size):
         for place in product(("train", "test"), "abcd", range(3)):

@@ -104,14 +104,11 @@ def group_runs(runs: Sequence[Run], by: Sequence[str] = ()) -> Groups:
     settings = _settings(runs)
     if by:
         return _by_keys(runs, settings, by)
-    whole = all(run.group for run in runs)  # an older run's status does not say its group
-    identity = [
-        (run.group if whole else json.dumps(own, sort_keys=True), run.num_tasks)
-        for run, own in zip(runs, settings, strict=True)
-    ]
+    whole = all(run.groups for run in runs)  # an older run's status does not say its group
     members: dict[tuple, list[int]] = defaultdict(list)
-    for index, name in enumerate(identity):
-        members[name].append(index)
+    for index, (run, own) in enumerate(zip(runs, settings, strict=True)):
+        for name in run.groups if whole else [json.dumps(own, sort_keys=True)]:
+            members[name, run.num_tasks].append(index)
     keys = ["strategy", *(key for key in _differing(settings) if key != "strategy")]
     keys = [key for key in keys if all(len({settings[i].get(key) for i in own}) == 1 for own in members.values())]
     rows = [[*(settings[own[0]].get(key, ABSENT) for key in keys)] for own in members.values()]
@@ -280,14 +277,16 @@ def _settings(runs: Sequence[Run]) -> list[Settings]:
             if type(value) is int and value != run.seed:
                 follows[key] = False
     fixed = {
-        (run.group, key)
+        (group, key)
         for run, own in zip(runs, settings, strict=True)
         for key, value in own.items()
-        if key.endswith(".seed") and run.group and value != run.seed
+        for group in run.groups
+        if key.endswith(".seed") and value != run.seed
     }
     for run, own in zip(runs, settings, strict=True):
         for key, value in own.items():
-            is_seed = key.endswith(".seed") and value == run.seed and (run.group, key) not in fixed
+            apart = any((group, key) in fixed for group in run.groups)
+            is_seed = key.endswith(".seed") and value == run.seed and not apart
             if is_seed or (type(value) is int and follows[key] and _seeds_differ(runs)):
                 own[key] = SEED
     return settings

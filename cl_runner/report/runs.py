@@ -26,7 +26,7 @@ class Run:
 
     folder: str  # its name
     config: dict[str, Any]
-    group: str | None  # alike for runs that differ in their seed only; None: its status does not say
+    groups: tuple[str, ...]  # alike for runs that differ in their seed only; none: its status does not say
     finished: float  # epoch seconds; 0 where unknown
     metrics: dict[str, float | None]  # by their flat names, with seconds, seconds/<phase> and peak_memory/<phase>
     accuracy: np.ndarray  # float64 [T, T] of the run's own scenario, NaN where nothing was measured
@@ -121,7 +121,7 @@ def _run(path: Path, status: dict[str, Any], results: dict[str, Any]) -> Run:
         return Run(
             folder=path.name,
             config={**config, "seed": int(config["seed"])},
-            group=status.get("group"),
+            groups=tuple(filter(None, status.get("groups") or [status.get("group")])),
             finished=status.get("finished") or 0.0,
             metrics=dict(_metrics(results)),
             accuracy=_matrix(results["accuracy"][scenario]),

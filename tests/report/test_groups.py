@@ -63,6 +63,14 @@ def test_a_seed_set_apart_names_the_rows_though_one_run_of_each_has_the_same(tmp
     assert labels(grouped(tmp_path)) == {"finetune seed=0": [0, 1], "finetune seed=1": [0, 1]}
 
 
+def test_a_run_counts_in_every_group_that_it_is_one_of(tmp_path):
+    for seed in (0, 1, 2):
+        settings = config(seed=seed)
+        settings["stream"]["seed"] = 0
+        write(tmp_path, settings, status={"groups": ["alone", "fixed"] if seed == 0 else ["fixed"]})
+    assert sorted(labels(grouped(tmp_path)).values()) == [[0], [0, 1, 2]]
+
+
 def test_a_key_that_follows_the_seed_makes_no_group(tmp_path):
     for seed in (1, 2, 3):
         settings = config(seed=seed)
