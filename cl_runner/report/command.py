@@ -133,7 +133,7 @@ def _write(
         contents["selection.md"] = f"{markdown(*_selection(picks, asked, table))}\n{below}\n"
     for name, figure in pictures.draw(table.groups, curves):
         contents[name] = pictures.to_png(figure)
-    runs, groups = sum(len(group.runs) for group in table.groups), len(table.groups)
+    runs, groups = len({run.folder for group in table.groups for run in group.runs}), len(table.groups)
     grouped = f"in {groups} group{'s' * (groups != 1)}"
     contents["index.html"] = page.make_page(
         table,
