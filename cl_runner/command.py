@@ -60,13 +60,10 @@ def try_composing(argv: list[str]) -> None:
 
 def run_alone(experiment: Experiment) -> None:
     """Carry out one experiment; show it, where it is done."""
-    from cl_runner.job import is_done, join, refuse_other_images, show
+    from cl_runner.job import shown_if_done
 
     make_room(experiment)
-    refuse_other_images(experiment)
-    if is_done(experiment):  # Hydra would write into its folder
-        join(experiment)
-        show(experiment)
+    if shown_if_done(experiment):  # Hydra would write into its folder
         return
     try:
         _hydra_run()

@@ -17,7 +17,7 @@ from cl_runner.lock import Lock
 
 log = logging.getLogger("cl_runner")
 
-LASTING = ("id", "images", "task", "tasks", "num_tasks", "step")  # what a status keeps when the run goes on
+LASTING = ("id", "task", "tasks", "num_tasks", "step")  # what a status keeps when the run goes on
 DRAFT = re.compile(r"\..+\.\d+")
 
 

@@ -1,5 +1,6 @@
 """One job of the command line: its experiment, carried out in its folder."""
 
+import gc
 import os
 import shlex
 import shutil
@@ -27,20 +28,17 @@ def carry_out(experiment: Experiment) -> float | None:
     raises; FolderInUseError where another process is at it; Stopped where a signal ended it and no launcher took over.
     """
     folder, interrupt = RunFolder(experiment.folder), Interrupt(experiment.config["rerun"])
-    refuse_other_images(experiment)
-    if folder.done:
-        join(experiment)
-        show(experiment)
+    if shown_if_done(experiment):
         return _outcome(folder.results)
+    gc.collect()  # an earlier job's model, which lies in cycles: Python knows nothing of a GPU's memory
     try:
         with folder.locked(), interrupt.listening():
             outcome = _outcome(_carried_out(experiment, folder, interrupt))
     except Stopped as stopped:
         interrupt.hand_on(stopped)
         raise
-    if (
-        interrupt.asked is not None
-    ):  # when there was nothing left to stop here: it is for what comes next, a sweep's job
+    if interrupt.asked is not None:
+        # There was nothing left to stop here: it is for what comes next, a sweep's job.
         signal.raise_signal(signal.Signals[interrupt.asked])
     return outcome
 
@@ -81,8 +79,17 @@ def _outcome(results: dict[str, Any]) -> float | None:
     return measured["average_accuracy"] if validation is None else validation
 
 
-def is_done(experiment: Experiment) -> bool:
-    return RunFolder(experiment.folder).done
+def shown_if_done(experiment: Experiment) -> bool:
+    """Whether the run is done; then it is shown.
+
+    Raises ConfigError as `refuse_other_images` does, done or not.
+    """
+    refuse_other_images(experiment)
+    done = RunFolder(experiment.folder).done
+    if done:
+        join(experiment)
+        show(experiment)
+    return done
 
 
 def join(experiment: Experiment) -> None:

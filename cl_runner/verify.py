@@ -4,7 +4,6 @@ A row is run over its seeds like any other sweep, so that what is done is not do
 """
 
 import argparse
-import gc
 import os
 import shlex
 from collections.abc import Iterator, Sequence
@@ -171,8 +170,6 @@ def _values(row: Row, arguments: argparse.Namespace, failed: list[str]) -> Itera
             except Exception as error:
                 failed.append(f"{row.name} seed={seed}: {type(error).__name__}: {error}")
                 continue
-            finally:
-                gc.collect()  # models lie in cycles, and Python knows nothing of a GPU's memory
         yield 100 * folder.results["metrics"][row.metric]
 
 

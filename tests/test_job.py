@@ -1,4 +1,5 @@
 import errno
+import gc
 import json
 import os
 import shutil
@@ -6,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -392,6 +394,20 @@ def test_runs_killed_at_random_moments_end_as_if_they_had_not_been(tmp_path):
     command = [sys.executable, "tests/soak.py", "--kills", "3", "--strategies", "finetune,ewc,lwf"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_nothing_of_an_earlier_job_is_left_when_the_next_begins(tmp_path):
+    earlier = experiment(tmp_path, "strategy=finetune", "seed=1")
+    carry_out(earlier)
+    model = weakref.ref(earlier.strategy.model)
+    del earlier
+    gone = []
+    gc.disable()
+    try:
+        carry_out(at_step(experiment(tmp_path, "strategy=finetune"), 1, lambda: gone.append(model() is None)))
+    finally:
+        gc.enable()
+    assert gone[0]
 
 
 def test_a_finished_run_becomes_one_of_the_group_of_whoever_asks_for_it_again(tmp_path):

@@ -84,9 +84,8 @@ class Taps:
         self.uses: list[Use] = []
         self._receiver = _Receiver()
         self._wanted = torch.zeros((), device=inputs.device, requires_grad=True)  # what keeps the graph alive
-        named = {
-            name: p for name, p in places(model).items() if isinstance(p, nn.Parameter)
-        }  # takes a small net's time
+        # Asked once: it takes a small net's time.
+        named = {name: held for name, held in places(model).items() if isinstance(held, nn.Parameter)}
         plain = {id(values): values.detach() for values in named.values()}
         trainable: dict[int, str] = {}
         for name, values in named.items():
@@ -227,9 +226,8 @@ class _Interception(TorchFunctionMode):
         momentum: float = 0.1,
         eps: float = 1e-5,
     ) -> Tensor:
-        if (
-            training and input.shape[0] == self.size and id(input) not in self.weights
-        ):  # some layers standardise a weight
+        standardised = id(input) in self.weights  # as some layers do with theirs
+        if training and input.shape[0] == self.size and not standardised:
             raise ValueError(
                 "the Fisher needs each sample's own gradient, and a batch norm in it takes the statistics of its "
                 "batch in eval mode too; only fisher=batched with train_mode takes it as it is"

@@ -31,9 +31,7 @@ class Strategy:
     scenarios: ClassVar[frozenset[Scenario]] = frozenset(Scenario)  # where the method can work
     needs_task_id: ClassVar[bool] = False  # predicts only where the task is told
     offline: ClassVar[bool] = False  # learns all the tasks in one go once the last has come
-    active_logits: ClassVar[ActiveLogits | None] = (
-        None  # of the loss, where trainer.active_logits is null; None: all seen
-    )
+    active_logits: ClassVar[ActiveLogits | None] = None  # where trainer.active_logits is null; None: the scenario's
     rewires: ClassVar[bool] = False  # changes in `setup` what the model is made of
 
     model: Model

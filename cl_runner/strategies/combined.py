@@ -57,8 +57,8 @@ class Combined(Strategy):
         if anew and (holding := self._those(_holds_earlier_weights)):
             raise ConfigError(
                 "strategy.parts",
-                f"expected none that holds earlier weights beside {anew[0]}, whose branches "
-                f"begin anew in each task, got {holding[0]}",
+                f"expected none that holds earlier weights beside {anew[0]}, whose branches begin anew in each task, "
+                f"got {holding[0]}",
             )
         with_memory = self._those(lambda part: hasattr(part, "memory"))
         if len(with_memory) > 1:

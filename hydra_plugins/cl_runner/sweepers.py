@@ -3,7 +3,6 @@
 Hydra reads this file whenever it starts: nothing heavy is imported before it is needed.
 """
 
-import gc
 import hashlib
 import json
 from collections.abc import Sequence
@@ -63,8 +62,6 @@ class Planned(Sweeper):
                     if ended.status is JobStatus.FAILED:
                         self._failed(job, ended._return_value)
                         ended._return_value = None  # whose traceback holds all that the run was made of
-                if alone:
-                    gc.collect()  # models lie in cycles, and Python knows nothing of a GPU's memory
 
     def _unchanged(self, job: "Job") -> bool:
         """Whether the job's overrides still ask for what they asked for when the sweep was planned."""
