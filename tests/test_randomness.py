@@ -1,0 +1,39 @@
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from cl_runner.randomness import random_state, restore_random_state, seed_all
+
+
+def drawn():
+    return torch.rand(3).tolist(), np.random.rand(3).tolist(), random.random()
+
+
+def test_all_generators_go_back_to_where_they_were():
+    seed_all(3)
+    state = random_state(torch.device("cpu"))
+    first = drawn()
+    assert drawn() != first
+    restore_random_state(state, torch.device("cpu"))
+    assert drawn() == first
+
+
+@pytest.mark.parametrize(("name", "given"), [("cuda:1", (torch.device("cuda:1"),)), ("mps", ())])
+def test_the_generator_that_is_saved_is_that_of_the_device(name, given, monkeypatch):
+    asked = []
+
+    class Module:
+        @staticmethod
+        def get_rng_state(*words):
+            asked.append(words)
+            return torch.zeros(1, dtype=torch.uint8)
+
+        @staticmethod
+        def set_rng_state(state, *words):
+            asked.append(words)
+
+    monkeypatch.setattr(torch, "get_device_module", lambda device: Module)
+    restore_random_state(random_state(torch.device(name)), torch.device(name))
+    assert asked == [given, given]
