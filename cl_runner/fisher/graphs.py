@@ -15,31 +15,42 @@ class Replayed:
     and timed, libraries loaded. Call it within `side_stream`, where the leaves must have been made and the forward pass
     have run too, since autograd runs a backward pass on its forward's stream. What the function reads and adds to must
     stay where it is in memory for as long as this object is called, and it must not wait for the device. Off CUDA,
-    calls go straight through.
+    and where the memory that a graph keeps to itself is not to be had, calls go straight through.
 
     Args:
         function: of one tensor, which it must not change.
         example: of the shape, dtype and device of all the tensors to come.
+        forget: lets go of what a call of the function that ended early has left in Python's hands.
     """
 
-    def __init__(self, function: Callable[[Tensor], object], example: Tensor) -> None:
-        self._function = function
+    def __init__(
+        self, function: Callable[[Tensor], object], example: Tensor, forget: Callable[[], object] = lambda: None
+    ) -> None:
+        self._function, self._forget = function, forget
         self._input = torch.empty_like(example)
+        self._replays = example.is_cuda
         self._warm = False
         self._graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self, values: Tensor) -> None:
-        if not self._input.is_cuda:
-            self._function(values)
+        if not self._replays:
+            self._function(values.detach())
             return
         self._input.copy_(values.detach())
-        if not self._warm:
+        if self._warm and self._graph is None:
+            self._capture()
+        if self._graph is None:
             self._function(self._input)
             self._warm = True
-            return
-        if self._graph is None:
+        else:
+            self._graph.replay()
+
+    def _capture(self) -> None:
+        try:
             self._graph = _captured(lambda: self._function(self._input), _anchor(self._input.device))
-        self._graph.replay()
+        except torch.OutOfMemoryError:  # nothing of what was captured has run
+            self._forget()
+            self._replays = False
 
 
 @contextmanager

@@ -68,6 +68,9 @@ class Use(ABC):
     def flush(self, totals: Parameters) -> None:  # noqa: B027
         """A block of passes has come: add what is faster added together."""
 
+    def forget(self) -> None:  # noqa: B027
+        """A block of passes has ended early and is to be made again: let go of what waits for its end."""
+
     def close(self, totals: Parameters) -> None:  # noqa: B027
         """All passes have come: add what was held back."""
 
@@ -99,6 +102,9 @@ class Weighted(Use):
                 self.add_weight_squares(total, gradient)
 
         self.add_fused_squares(totals[self.names["weight"]], gradients, eagerly)
+
+    def forget(self) -> None:
+        self.waiting.clear()
 
     @abstractmethod
     def add_weight_squares(self, total: Tensor, gradient: Tensor) -> None:

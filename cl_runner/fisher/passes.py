@@ -96,10 +96,15 @@ def add_passes(
         for use in taps.uses:
             use.flush(totals)
 
+    def forget() -> None:
+        summed.clear()
+        for use in taps.uses:
+            use.forget()
+
     for use in taps.uses:
         use.passes, use.precision = outputs.shape[1], precision
     *repeated, last = outputs.split(TOGETHER, dim=1)
-    run = block if any(use.waits for use in taps.uses) else Replayed(block, outputs[:, :TOGETHER])
+    run = block if any(use.waits for use in taps.uses) else Replayed(block, outputs[:, :TOGETHER], forget)
     for some in repeated:
         run(some)
     block(last, last=True)
