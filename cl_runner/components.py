@@ -48,10 +48,11 @@ def checked_node(
     if kind and not (inspect.isclass(target) and issubclass(target, imported(kind))):
         raise ConfigError(f"{path}._target_", f"expected a {kind.rpartition('.')[2]}, got {node['_target_']!r}")
     parameters = inspect.signature(target).parameters
+    known = parameters.keys() - provided
     for key in node:
-        if key != "_target_":
+        if key != "_target_" and key not in known:
             meant = suggestion(_within(node, key, path, parameters)) or _those_with(key, node["_target_"], kind)
-            refuse_unknown(path, [key], parameters.keys() - provided, meant)
+            refuse_unknown(path, [key], known, meant)
     missing = [
         name
         for name, parameter in parameters.items()

@@ -9,7 +9,9 @@ from cl_runner.__main__ import main
 
 torch.set_num_threads(1)  # the suite runs in several processes,
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # and starts others: threads that wait for a core spin
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has what it starts in the background ignore Ctrl-C
+# A shell has what it starts in the background ignore Ctrl-C, and nohup has it ignore the terminal's end.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def pytest_collection_modifyitems(items):
