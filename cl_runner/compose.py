@@ -1,5 +1,6 @@
 """From the command line to the configurations that it asks for."""
 
+import copy
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -133,7 +134,7 @@ def _asked_of_a_sweep(words: "_Words", given: list[Override], argv: list[str]) -
         jobs = list(itertools.product(*(list(_values(override)) for override in keys.values())))
     else:
         jobs = _one_at_a_time([list(_values(override, ends=True)) for override in keys.values()])
-    composed = [(list(job), words.composed(job)) for job in jobs]
+    composed = [(list(job), words.of_a_sweep(job)) for job in jobs]
     return Asked(composed, master.hydra, words.for_hydra(argv, single), sweep=True)
 
 
@@ -182,6 +183,7 @@ class _Words:
         self._search = search
         self._loader = GlobalHydra.instance().config_loader()
         self._groups = set(self._loader.list_groups(""))
+        self._chosen: dict[tuple[str, ...], DictConfig] = {}  # choices -> what they alone compose to
 
     def parsed(self, words: Sequence[str]) -> list[Override]:
         try:
@@ -197,6 +199,23 @@ class _Words:
         """The configuration that the words ask for."""
         return _composed([*self._search, *(self._lenient(word) for word in words)], with_hydra)
 
+    def of_a_sweep(self, words: Sequence[str]) -> DictConfig:
+        """The same, for one job of many: Hydra composes each combination of choices once, and values go into a copy
+        of that, as Hydra puts them."""
+        values = [word for word in words if self._sets_a_value(word)]
+        chosen = tuple(word for word in words if word not in values)
+        if any(word.startswith(("+", "~")) for word in chosen):
+            return self.composed(words)
+        if chosen not in self._chosen:
+            self._chosen[chosen] = self.composed(chosen)
+        cfg = copy.deepcopy(self._chosen[chosen])
+        try:
+            for override in self.parsed(values):
+                OmegaConf.update(cfg, override.key_or_group, override.value(), force_add=True)
+        except OmegaConfBaseException:
+            return self.composed(words)  # which says in Hydra's words what is wrong
+        return cfg
+
     def for_hydra(self, argv: list[str], single: list[str]) -> list[str]:
         """A sweep's command line as Hydra takes it.
 
@@ -211,9 +230,12 @@ class _Words:
 
     def _lenient(self, word: str) -> str:
         """An unknown key is let in, for the check to name it together with the nearest valid one."""
+        return f"++{word}" if self._sets_a_value(word) else word
+
+    def _sets_a_value(self, word: str) -> bool:
+        """Rather than to make a choice, or to add or delete something."""
         key = word.partition("=")[0]
-        plain = not key.startswith(("+", "~", "hydra")) and "/" not in key and key.partition("@")[0] not in self._groups
-        return f"++{word}" if plain else word
+        return not key.startswith(("+", "~", "hydra")) and "/" not in key and key.partition("@")[0] not in self._groups
 
 
 def choices() -> dict[str, dict[str, str]]:

@@ -7,7 +7,7 @@ import yaml
 from omegaconf import OmegaConf
 
 from cl_runner.components import PROVIDED, build, imported
-from cl_runner.compose import CONF, choices, compose_jobs, in_order
+from cl_runner.compose import CONF, asked, choices, compose_jobs, in_order
 from cl_runner.config import check, validated
 from cl_runner.errors import ConfigError
 from cl_runner.identity import called, digest, run_folder
@@ -188,6 +188,28 @@ def test_a_multirun_is_the_product_of_its_sweeps():
     assert len(set(seen)) == 12
     assert seen[0] == ("Finetune", 1, 0.1)
     assert seen[-1] == ("LwF", 3, 0.2)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["strategy=ewc,l2", "strategy.strength=1,2e3,null", "strategy.accumulation=sum"],
+        ["experiment=vandeven_split_cifar100", "strategy=lwf,si", "stream.class_order=[2,1],'${seed}'"],
+        ["trainer.first_task={epochs:3},{iterations:7}", "trainer.first_task.epochs=2", "model.widths=[8],[8,8]"],
+        [
+            "strategy=finetune,ewc",
+            "+trainer.first_task.epochs=2",
+            "trainer.first_task.epochs=1,3",
+            "~trainer.log_every",
+        ],
+        ["strategy=combined", "+strategy.parts.l2={strength:1}", "trainer.epoch=3,4", "seed='1',2"],
+    ],
+)
+def test_a_job_of_a_sweep_is_what_its_words_alone_ask_for(words):
+    jobs = asked(["-m", *MLP, *words]).jobs
+    assert len(jobs) > 1
+    for own, cfg in jobs:
+        assert [OmegaConf.to_yaml(cfg)] == [OmegaConf.to_yaml(alone) for alone in compose_jobs(own)]
 
 
 def test_an_experiment_and_its_protocol_can_be_overridden():
