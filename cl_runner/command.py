@@ -27,7 +27,8 @@ def run(argv: list[str]) -> None:
     with log_to(the_console()):  # data may have to be downloaded and decoded
         sys.argv[1:] = in_order(argv)
         request = asked(sys.argv[1:])
-        jobs = [check(cfg) for _, cfg in request.jobs]
+        tried: list[Any] = []
+        jobs = [check(cfg, tried) for _, cfg in request.jobs]
         if request.sweep:
             _check_sweep(request, jobs)
         _say_unused(request, jobs)

@@ -81,8 +81,10 @@ class Experiment:
         return run_folder(self.config)
 
 
-def check(cfg: DictConfig) -> Experiment:
+def check(cfg: DictConfig, tried: list[Any] | None = None) -> Experiment:
     """Check everything that can be known before data are loaded, unless the run is done, and build the components.
+
+    `tried`: what earlier jobs of a sweep have shown to fit, which takes a network to be built; this one's is added.
 
     Raises ConfigError, which names the field.
     """
@@ -97,7 +99,7 @@ def check(cfg: DictConfig) -> Experiment:
     experiment.strategy.check(experiment.stream, experiment.model)
     _check_active_logits(config["trainer"]["active_logits"], experiment.stream.scenario)
     experiment.stream.prepare(config["data_root"])  # late: it may download and decode
-    experiment.model.check_images(experiment.stream.image_shape)
+    _check_images(experiment, [] if tried is None else tried)
     return experiment
 
 
@@ -183,6 +185,14 @@ def _check_optimizer(experiment: Experiment) -> None:
             optimizer.step()
         with naming(f"{prefix}scheduler"):
             experiment.make_scheduler(optimizer=optimizer, steps=100, **(own.get("scheduler") or {}))
+
+
+def _check_images(experiment: Experiment, tried: list[Any]) -> None:
+    shape = experiment.stream.image_shape
+    pair = {**experiment.config["model"], "seed": ANY_SEED}, shape  # the seed draws numbers alone
+    if pair not in tried:
+        experiment.model.check_images(shape)
+        tried.append(pair)
 
 
 def _check_output_root(output_root: str) -> None:

@@ -11,6 +11,7 @@ from cl_runner.compose import CONF, asked, choices, compose_jobs, in_order
 from cl_runner.config import check, validated
 from cl_runner.errors import ConfigError
 from cl_runner.identity import called, digest, run_folder
+from cl_runner.models import mlp
 
 MLP = ["model=mlp"]
 COMPONENT_FILES = sorted(
@@ -319,3 +320,12 @@ def test_a_plugin_may_lie_where_the_command_is_given(tmp_path, monkeypatch):
 def test_a_plugin_that_is_nowhere_is_refused():
     with pytest.raises(ConfigError, match="plugins: expected packages that can be imported, or lie here, got 'nowh"):
         checked("plugins=[nowhere_]")
+
+
+def test_a_sweep_tries_each_network_on_its_images_once(monkeypatch):
+    shapes = []
+    monkeypatch.setattr(mlp.MLP, "check_images", lambda model, shape: shapes.append((list(model.widths), shape)))
+    tried = []
+    for cfg in compose_jobs(["-m", *MLP, "stream=split_digits", "seed=0,1", "strategy=ewc,l2", "model.widths=[8],[9]"]):
+        check(cfg, tried)
+    assert shapes == [([8], (1, 8, 8)), ([9], (1, 8, 8))]
