@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -16,6 +16,7 @@ from cl_runner.fisher.engine import wide
 from cl_runner.fisher.estimators import Count, Estimator, unit
 from cl_runner.models.model import Model, PretrainedView
 from cl_runner.models.substitute import nothing_kept
+from cl_runner.randomness import random_state, restore_random_state
 from cl_runner.streams.base import Examples
 
 
@@ -100,10 +101,12 @@ class Batched(Estimator):
 @contextmanager
 def _own_generators(seed: int, device: torch.device) -> Iterator[None]:
     """What is drawn inside follows the seed, and the generators outside go on as if nothing had been."""
-    on_device = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(on_device):
-        torch.default_generator.manual_seed(seed)
-        for each in on_device:
-            with torch.cuda.device(each):
-                torch.cuda.manual_seed(seed)
+    outside = random_state(device)
+    torch.default_generator.manual_seed(seed)
+    if device.type != "cpu":
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            torch.get_device_module(device).manual_seed(seed)
+    try:
         yield
+    finally:
+        restore_random_state(outside, device)
