@@ -103,10 +103,11 @@ def run_sweep(request: Asked, experiments: list[Experiment]) -> int:
         for folder, (words, experiment) in once.items():
             move_aside(experiment)
             refuse_other_images(experiment)
-            join(experiment)
             sweep.jobs.append(Job(words, folder.name, experiment.hash))
         if same := len(request.jobs) - len(sweep.jobs):
             print(f"{same} of {len(request.jobs)} jobs compute what another one computes: they are run once")
+    for experiment in experiments:  # those too that compute what another one computes
+        join(experiment)
     sweep.write()
     done_before = sweep.counts()["done"]
     stopped: KeyboardInterrupt | None = None
@@ -117,6 +118,8 @@ def run_sweep(request: Asked, experiments: list[Experiment]) -> int:
         stopped = error
     except Exception as error:  # of the launcher itself: a job's own is in the plan
         _say_failed(error)
+    for experiment in experiments:
+        join(experiment)
     sweep = of_this_command(root)
     sweep.close()
     for line in sweep.summary(done_before):

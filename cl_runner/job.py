@@ -15,7 +15,7 @@ from cl_runner.checkpoint import FOLDER as CHECKPOINTS
 from cl_runner.clock import environment
 from cl_runner.config import Experiment
 from cl_runner.errors import ConfigError
-from cl_runner.folder import RunFolder
+from cl_runner.folder import RunFolder, groups
 from cl_runner.interrupt import Interrupt, Stopped
 from cl_runner.run import run
 from cl_runner.trackers.console import Console, log_file, log_to, show_results, the_console
@@ -96,10 +96,9 @@ def join(experiment: Experiment) -> None:
     """Note of a finished run that it is also one of this experiment's group: with `stream.seed=0` the run of seed 0 is
     that of `seed=0` alone, and others go with it."""
     folder = RunFolder(experiment.folder)
-    if folder.done:
-        groups = folder.status.get("groups") or [folder.status.get("group")]
-        if experiment.group not in groups:
-            folder.update_status(groups=[*groups, experiment.group])
+    if folder.done and experiment.group not in groups(folder.status):
+        with folder.locked():
+            folder.update_status(groups=[*groups(folder.status), experiment.group])
 
 
 def refuse_other_images(experiment: Experiment) -> None:

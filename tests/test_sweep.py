@@ -11,6 +11,8 @@ import pytest
 from cl_runner.command import run_submitted
 from cl_runner.compose import asked, compose_jobs, in_order
 from cl_runner.errors import ConfigError
+from cl_runner.report.groups import group_runs
+from cl_runner.report.runs import read
 from cl_runner.sweep import Job, Sweep, sweeps
 
 MLP = ["model=mlp"]
@@ -156,6 +158,13 @@ def test_jobs_that_compute_the_same_are_run_once(cl_runner, tmp_path):
     assert status == 0, said
     assert "3 of 4 jobs compute what another one computes" in said
     assert len(plan(tmp_path)["jobs"]) == 1
+
+
+def test_a_run_that_stands_for_several_jobs_is_one_of_each_ones_row(cl_runner, tmp_path):
+    status, said = cl_runner("-m", *TINY, "strategy=finetune", "stream.seed=0,${seed}", "seed=0,1")
+    assert status == 0, said
+    assert "1 of 4 jobs compute what another one computes" in said
+    assert sorted(len(group.runs) for group in group_runs(read(tmp_path / "outputs").runs, [])) == [2, 2]
 
 
 def test_every_command_into_one_folder_keeps_its_plan(cl_runner, tmp_path):

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from cl_runner.errors import ConfigError
-from cl_runner.folder import RunFolder
+from cl_runner.folder import RunFolder, groups
 
 REPORT = "report"  # the folder that a report is written to, among the runs
 SCHEMA = 1  # of results.json
@@ -121,7 +121,7 @@ def _run(path: Path, status: dict[str, Any], results: dict[str, Any]) -> Run:
         return Run(
             folder=path.name,
             config={**config, "seed": int(config["seed"])},
-            groups=tuple(filter(None, status.get("groups") or [status.get("group")])),
+            groups=tuple(groups(status)),
             finished=status.get("finished") or 0.0,
             metrics=dict(_metrics(results)),
             accuracy=_matrix(results["accuracy"][scenario]),
