@@ -49,7 +49,7 @@ def defined(name: str, estimator: Any, model: Model, examples: Examples) -> Diag
     definition: Callable[..., Diagonal] = getattr(reference, name)
     drawn: dict[str, Any] = {}
     if name in ("sampled", "probe"):
-        generator = torch.Generator().manual_seed(estimator.seed)
+        generator = torch.Generator().manual_seed(estimator.seed_for(examples))
         noise = estimator.noise(len(examples), len(model.revealed), generator).to(model.device)
         drawn = {"clocks": noise} if name == "sampled" else {"signs": noise}
     elif name == "batched":

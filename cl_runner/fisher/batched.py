@@ -71,7 +71,7 @@ class Batched(Estimator):
         parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         squares = {name: torch.zeros_like(p, requires_grad=False) for name, p in parameters.items()}
         batches = list(self._batches(prepared))
-        with _own_generators(self.seed, model.device):
+        with _own_generators(self.seed_for(prepared), model.device):
             for batch in batches:
                 gradients = self._gradients(model, list(parameters.values()), batch.to(model.device))
                 for total, gradient in zip(squares.values(), gradients, strict=True):

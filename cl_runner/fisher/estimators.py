@@ -65,7 +65,7 @@ class Estimator(ABC):
         pretrained_samples: the same, where the pretrained model is estimated under its own head.
         batch_size: samples in memory at a time; it does not change the result (but see `Batched`).
         logits: which outputs enter: those that the sample's task may see, those revealed so far, or all.
-        seed: of the choice of samples and of the vectors' noise.
+        seed: of the choice of samples and of the vectors' noise, together with the task.
         precision: of the products that make a weight's gradients; forward pass and activations stay as they are.
         representation: what is kept of the matrix: its diagonal, a Kronecker product a layer (Martens & Grosse, 2015,
             https://arxiv.org/abs/1503.05671), or all of it, of a few thousand parameters.
@@ -163,9 +163,13 @@ class Estimator(ABC):
         """Whether the vectors are drawn, so that there is an error to estimate."""
         return False
 
+    def seed_for(self, examples: Examples) -> int:
+        """Another one for each task: drawn alike, the errors of their Fishers would add up in the sum of these."""
+        return self.seed + 15_485_863 * int(examples.task_ids.max()) if len(examples) else self.seed
+
     @contextmanager
     def _begun(self, model: Model | PretrainedView, examples: Examples) -> Iterator[tuple[Examples, torch.Generator]]:
-        generator = torch.Generator().manual_seed(self.seed)
+        generator = torch.Generator().manual_seed(self.seed_for(examples))
         if self.num_samples is not None and self.num_samples < len(examples):
             examples = examples[torch.randperm(len(examples), generator=generator)[: self.num_samples]]
         if len(examples) == 0:

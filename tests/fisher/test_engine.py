@@ -226,7 +226,7 @@ def test_a_rule_that_is_wrong_is_found_out_and_not_used(
 
 def of_definition(subject: Model, data: Examples) -> Diagonal:
     """What `Probe()` estimates."""
-    signs = Probe().noise(len(data), len(subject.revealed), torch.Generator().manual_seed(0))
+    signs = Probe().noise(len(data), len(subject.revealed), torch.Generator().manual_seed(Probe().seed_for(data)))
     return reference.probe(subject, data, signs)
 
 

@@ -49,7 +49,7 @@ PER_SAMPLE = [name for name in ESTIMATORS if name != "batched"]
 
 def by_definition(estimator: Estimator, model: Model | PretrainedView, examples: Examples) -> Diagonal:
     """What `reference` says `estimator` is."""
-    generator = torch.Generator().manual_seed(estimator.seed)
+    generator = torch.Generator().manual_seed(estimator.seed_for(examples))
     if isinstance(estimator, Hybrid):
         with undisturbed(model):
             prepared = estimator.prepared(model, examples)
@@ -241,6 +241,18 @@ def test_its_seed_chooses_the_samples_and_the_draws(name: str) -> None:
     first, same, other = (replace(estimator, seed=seed)(subject, examples()) for seed in (0, 0, 1))
     assert distance(first, same) == 0
     assert distance(first, other) > 1e-3
+
+
+@pytest.mark.parametrize("estimator", [Sampled(), Probe(), Exact(num_samples=6)], ids=["labels", "signs", "samples"])
+def test_errors_of_several_tasks_do_not_add_up(estimator: Estimator) -> None:
+    subject, data = model(scenario=Scenario.DOMAIN), examples()
+    tasks = [replace(data, task_ids=torch.full_like(data.task_ids, task)) for task in range(20)]
+    expected = Exact(logits="all")(subject, data)
+    mean, *others = (replace(estimator, logits="all")(subject, task) for task in tasks)
+    error = distance(mean, expected)
+    for other in others:
+        mean = mean.plus(other)
+    assert distance(mean.scaled(1 / 20), expected) < error / 2
 
 
 def test_samples_are_drawn_without_replacement() -> None:

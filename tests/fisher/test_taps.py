@@ -431,7 +431,7 @@ def nothing_said():
 def error(subject: Model) -> float:
     """How far `Probe` is from its definition, in batches of four and three; no parameter may be far from its own."""
     estimator, data = Probe(draws=2, batch_size=4), examples(7)
-    signs = estimator.noise(len(data), OUTPUTS, torch.Generator().manual_seed(estimator.seed))
+    signs = estimator.noise(len(data), OUTPUTS, torch.Generator().manual_seed(estimator.seed_for(data)))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Using padding='same' with even kernel lengths")
         warnings.filterwarnings("ignore", "The .grad attribute of a Tensor")  # of a scripted module that is copied
