@@ -40,6 +40,7 @@ def run(argv: list[str]) -> None:
             sys.exit(_say_failed(error))
     if request.hydra.sweeper.get("params"):
         print("this experiment holds a grid, of which -m runs every job; now it is the one configuration alone")
+    sys.argv[1:] = request.argv
     run_alone(jobs[0])
 
 
@@ -50,7 +51,7 @@ def try_composing(argv: list[str]) -> None:
     """
     words = in_order(argv)
     first, *others = compose_jobs(words)
-    if others:
+    if others or "--multirun" in words:
         raise ConfigError("command line", "--cfg shows one configuration, not those of a sweep")
     if OmegaConf.missing_keys(first):  # those are for the user to see
         return

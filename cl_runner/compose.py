@@ -15,6 +15,7 @@ from hydra.core.override_parser.types import IntervalSweep, Override
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from cl_runner.arguments import refuse_arguments
 from cl_runner.errors import ConfigError, did_you_mean
@@ -40,6 +41,7 @@ def in_order(argv: list[str]) -> list[str]:
     parser = get_args_parser()
     parser.error = lambda message: refuse_arguments(parser, "command line", message)
     arguments = parser.parse_intermixed_args(argv)
+    arguments.overrides = [_at_home(word) for word in arguments.overrides]
     for word in arguments.overrides:
         if "=" not in word and not word.startswith("~"):
             raise ConfigError("command line", f"expected KEY=VALUE, or a command before all else, got {word!r}")
@@ -52,6 +54,12 @@ def in_order(argv: list[str]) -> list[str]:
         raise ConfigError("--config-dir", f"expected a folder, got {arguments.config_dir!r}")
     options = ["--multirun"] if arguments.multirun else []
     return [*options, *(["--config-dir", arguments.config_dir] if arguments.config_dir else []), *arguments.overrides]
+
+
+def _at_home(word: str) -> str:
+    """`data_root=~/data`, which a shell leaves as it is, and of which Hydra knows no ~."""
+    key, equals, value = word.partition("=")
+    return f"{key}={Path(value).expanduser()}" if equals and value.startswith("~/") else word
 
 
 @dataclass(frozen=True)
@@ -117,7 +125,7 @@ def _asked_of_a_run(words: "_Words", given: list[Override], argv: list[str]) -> 
     overrides = [_word(override) for override in given]
     cfg = words.composed(overrides, with_hydra=True)
     own = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
-    return Asked([(overrides, own)], cfg.hydra, argv, sweep=False)
+    return Asked([(overrides, own)], cfg.hydra, words.for_hydra(argv, overrides), sweep=False)
 
 
 def _asked_of_a_sweep(words: "_Words", given: list[Override], argv: list[str]) -> Asked:
@@ -164,7 +172,13 @@ def _values(override: Override, ends: bool = False) -> Iterator[str]:
     if not override.is_sweep_override():
         yield _word(override)
     elif override.is_discrete_sweep():
-        yield from (f"{key}={value}" for value in override.sweep_string_iterator())
+        try:
+            values = [f"{key}={value}" for value in override.sweep_string_iterator()]
+        except ValueError as error:  # a step of 0
+            raise ConfigError(key, str(error)) from None
+        if not values:
+            raise ConfigError(key, f"expected values to take in turn, got none in {override.input_line}")
+        yield from values
     elif ends and isinstance(interval := override.value(), IntervalSweep):
         yield from (f"{key}={value}" for value in (interval.start, interval.end))
     else:
@@ -217,10 +231,11 @@ class _Words:
         return cfg
 
     def for_hydra(self, argv: list[str], single: list[str]) -> list[str]:
-        """A sweep's command line as Hydra takes it.
+        """A command line as Hydra takes it.
 
         It begins by composing what is not swept over, where `strategy.batch_size=8` beside a sweep over strategies may
-        name a key that the default one does not have: such words have to say that they mean it.
+        name a key that the default one does not have, and `trainer.first_task.epochs=3` one below null: such words
+        have to say that they mean it.
         """
         try:
             _composed([*self._search, *single])
@@ -258,6 +273,8 @@ def _composed(overrides: list[str], with_hydra: bool = False) -> DictConfig:
         near = did_you_mean(choice, options, most=3)
         says = "; ".join(filter(None, [f"expected one of {', '.join(options)}, got {choice!r}", near]))
         raise ConfigError(group or "command line", says) from None
+    except YAMLError as error:
+        raise ConfigError("conf", f"expected YAML, got {' '.join(str(error).split())}") from None
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise ConfigError("command line", _first_lines(error)) from None
 

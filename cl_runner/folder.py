@@ -13,10 +13,12 @@ from typing import Any, BinaryIO
 
 import yaml
 
+from cl_runner.errors import ConfigError
 from cl_runner.lock import Lock
 
 log = logging.getLogger("cl_runner")
 
+RESULTS = "results.json"
 LASTING = ("id", "task", "tasks", "num_tasks", "step")  # what a status keeps when the run goes on
 DRAFT = re.compile(r"\..+\.\d+")
 
@@ -46,7 +48,7 @@ class RunFolder:
         """pending, running, done, failed, or killed: it says that it is running and no living process has its lock."""
         said = self.status.get("state", "pending")
         if said == "done":
-            return said
+            return said if self.done else "pending"
         if self.held is not None:
             return "running"
         return "killed" if said == "running" else said
@@ -58,11 +60,11 @@ class RunFolder:
 
     @property
     def done(self) -> bool:
-        return self.status.get("state") == "done"
+        return self.status.get("state") == "done" and (self.path / RESULTS).exists()
 
     @property
     def results(self) -> dict[str, Any]:
-        return read_json(self.path / "results.json")
+        return read_json(self.path / RESULTS)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -132,7 +134,21 @@ class RunFolder:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text()) if path.exists() else {}
+    """What the file holds; nothing where there is none.
+
+    Raises ConfigError where something has damaged it: what this project writes is never torn.
+    """
+    if not path.exists():
+        return {}
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError:
+        content = None
+    if not isinstance(content, dict):
+        raise ConfigError(
+            str(path), "expected JSON, and is damaged; without it the same command goes on or runs it again"
+        )
+    return content
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:

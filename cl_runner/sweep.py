@@ -126,6 +126,8 @@ def reason(run: RunFolder, state: str) -> str:
     if state == "running":
         holder = run.held or status
         return f"in process {holder.get('pid')} on {holder.get('host')}"
+    if state == "pending" and status.get("state") == "done":
+        return "its results.json is missing"
     return f"stopped by {status['stopped']}" if state == "pending" and status.get("stopped") else ""
 
 

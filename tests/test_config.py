@@ -176,6 +176,27 @@ def test_a_sweep_may_name_choices_by_a_pattern():
 def test_a_sweep_that_names_no_values_is_refused():
     with pytest.raises(ConfigError, match="trainer.epochs: expected values"):
         compose_jobs(["-m", *MLP, "trainer.epochs=interval(1,3)"])
+    with pytest.raises(ConfigError, match=r"seed: expected values to take in turn, got none in seed=range\(3,0\)"):
+        compose_jobs(["-m", *MLP, "seed=range(3,0)"])
+    with pytest.raises(ConfigError, match="seed: .*must not be zero"):
+        compose_jobs(["-m", *MLP, "seed=range(1,3,0)"])
+
+
+def test_a_file_that_is_no_yaml_is_named(tmp_path):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text("a: [\n")
+    with pytest.raises(ConfigError, match=r"conf: expected YAML, got .*experiment/mine\.yaml"):
+        compose_jobs(["--config-dir", str(tmp_path), "experiment=mine"])
+
+
+def test_a_folder_may_be_named_from_home():
+    assert in_order(["data_root=~/data", "x=a~/b"]) == [f"data_root={Path.home() / 'data'}", "x=a~/b"]
+
+
+def test_a_key_below_null_may_be_set(cl_runner, the_run):
+    status, said = cl_runner("strategy=finetune", "stream.max_tasks=1", "trainer.first_task.epochs=1")
+    assert status == 0, said
+    assert yaml.safe_load((the_run() / "config.yaml").read_text())["trainer"]["first_task"]["epochs"] == 1
 
 
 def test_a_config_folder_that_is_not_there_is_refused(tmp_path):

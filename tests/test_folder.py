@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from cl_runner.errors import ConfigError
 from cl_runner.folder import CannotWriteError, RunFolder, write_atomically
 from cl_runner.lock import FolderInUseError, Lock
 
@@ -28,7 +29,21 @@ def test_a_folder_that_is_not_there_is_pending(tmp_path):
 def test_a_run_that_nobody_works_on_is_in_the_state_that_it_says(state, tmp_path):
     folder = RunFolder(tmp_path)
     folder.update_status(state=state)
+    (tmp_path / "results.json").write_text("{}")
     assert folder.state == state
+
+
+def test_a_run_whose_results_are_gone_is_not_done(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.update_status(state="done")
+    assert (folder.state, folder.done) == ("pending", False)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", "\0"])
+def test_a_file_that_is_damaged_is_named(content, tmp_path):
+    (tmp_path / "status.json").write_text(content)
+    with pytest.raises(ConfigError, match=r"status\.json: expected JSON, and is damaged"):
+        assert RunFolder(tmp_path).state
 
 
 def test_a_run_that_says_running_is_running_only_if_a_living_process_has_its_lock(tmp_path):

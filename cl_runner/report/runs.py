@@ -174,7 +174,8 @@ def _never_begun(folder: Path, names: set[str]) -> Iterator[LeftOut]:
     for name, job in jobs.items():
         if name not in names:
             error = str(job.get("error") or "").partition("\n")[0]
-            yield LeftOut(name, job.get("state") or ("failed" if error else "pending"), error, there=False)
+            state = job.get("state") if job.get("state") != "done" else "pending"  # done, and removed since
+            yield LeftOut(name, state or ("failed" if error else "pending"), error, there=False)
 
 
 def _instead(folder: Path, left_out: list[LeftOut]) -> str:

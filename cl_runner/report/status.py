@@ -121,16 +121,26 @@ class Board:
         for job in sweep.jobs:
             path = sweep.root / job.folder
             why, differs = job.error or "", differing[job.folder]
-            rows[path] = Row(self._name(path), job.state or "pending", reason=why, differs=differs)
+            state = "pending" if job.state in (None, "done") else job.state  # done, and removed since
+            rows[path] = Row(self._name(path), state, reason=why, differs=differs)
         return rows
 
     def _row(self, path: Path) -> Row:
         written = (path / "status.json").stat().st_mtime_ns
         if path in self._ended and self._ended[path][0] == written:
             return self._ended[path][1]
+        try:
+            row = self._read(path)
+        except ConfigError as damaged:
+            return Row(self._name(path), "failed", reason=f"{Path(damaged.field).name}: {damaged.message}")
+        if row.state in ("done", "failed"):
+            self._ended[path] = written, row
+        return row
+
+    def _read(self, path: Path) -> Row:
         run = RunFolder(path)
         status, state = run.status, run.state
-        row = Row(
+        return Row(
             self._name(path),
             state,
             status.get("tasks"),
@@ -141,9 +151,6 @@ class Board:
             "" if state == "running" else reason(run, state),
             tuple(shlex.split(status.get("command", ""))),
         )
-        if state in ("done", "failed"):
-            self._ended[path] = written, row
-        return row
 
     def _name(self, path: Path) -> str:
         return str(path.relative_to(self.root)) if path != self.root else path.name

@@ -193,8 +193,11 @@ def _wanted(groups: Groups, asked: str) -> dict[str, str]:
     """finetune -> {"strategy": "finetune"}; strategy=ewc,strength=100 as it says."""
     wanted = {}
     for part in asked.split(","):
-        key, _, value = part.rpartition("=")
-        wanted[groups.key(key.strip(), "--baseline") if key else "strategy"] = value.strip()
+        name, _, value = part.rpartition("=")
+        key = groups.key(name.strip(), "--baseline") if name else "strategy"
+        if key in wanted:
+            raise ConfigError("--baseline", f"expected one value of {key}, got {asked!r}")
+        wanted[key] = value.strip()
     return wanted
 
 

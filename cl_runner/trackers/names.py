@@ -1,6 +1,7 @@
 """What people call a run."""
 
 import shlex
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,7 @@ def run_name(config: dict[str, Any], overrides: Sequence[str]) -> str:
     strategy, stream, _ = parts(config)
     chosen = dict(override.split("=", 1) for override in overrides if "=" in override)
     strategy, stream = chosen.get("strategy", strategy), chosen.get("stream", stream)
-    said = filter(None, map(_shown, overrides))
-    return " · ".join([" ".join([strategy, *said]), stream, f"s{config['seed']}"])
+    return " · ".join([" ".join([strategy, *_said(overrides)]), stream, f"s{config['seed']}"])
 
 
 def overrides_of(run: Path) -> list[str]:
@@ -37,9 +37,20 @@ def command_of(run: Path, argv: Sequence[str]) -> str:
     return shlex.join(["cl-runner", *words])
 
 
-def _shown(override: str) -> str:
-    """E.g. "strength=100" for "++strategy.strength=100"; empty for what a name need not say."""
-    key, _, value = override.lstrip("+").partition("=")
-    if key.startswith("~") or key in IN_THE_NAME or {key, key.replace("/", ".").partition(".")[0]} & LEFT_OUT:
-        return ""
-    return f"{key.rpartition('.')[2]}={value}"
+def _said(overrides: Sequence[str]) -> list[str]:
+    """E.g. "strength=100" for "++strategy.strength=100", "~l2" for "~strategy@strategy.parts.l2"; of several words on
+    one key the last, which counts; nothing for what a name need not say."""
+    last: dict[str, str] = {}
+    for override in overrides:
+        word, _, value = override.lstrip("+").partition("=")
+        key = word.lstrip("~")
+        if key not in IN_THE_NAME and not {key, key.replace("/", ".").partition(".")[0]} & LEFT_OUT:
+            last.pop(key, None)
+            last[key] = "~" if word.startswith("~") else f"={value}"
+    ends = Counter(key.rpartition(".")[2] for key in last)
+    said = []
+    for key, value in last.items():
+        *_, parent, end = ["", *key.split(".")]
+        name = f"{parent}.{end}" if parent and ends[end] > 1 else end
+        said.append(f"~{name}" if value == "~" else f"{name}{value}")
+    return said

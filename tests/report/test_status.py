@@ -79,6 +79,23 @@ def test_jobs_of_a_sweep_that_have_no_folder_yet_are_shown(run, said, tmp_path):
     ]
 
 
+def test_a_job_whose_folder_is_gone_is_no_longer_done(run, said, tmp_path):
+    run("a", state="done", results={"average_accuracy": 1.0})
+    jobs = [Job([f"seed={seed}"], name, "0", state="done") for seed, name in enumerate("ab")]
+    Sweep(tmp_path, "cl-runner -m", jobs).write()
+    assert said()[1][-1] == "2 runs: 1 done, 1 pending"
+
+
+@pytest.mark.parametrize("name", ["status.json", "results.json"])
+def test_a_run_with_a_damaged_file_hides_no_other(run, said, name):
+    run("a", state="done", results={"average_accuracy": 1.0})
+    (run("b", state="done", results={}) / name).write_text("")
+    status, lines = said()
+    assert status == 1
+    assert any(line.startswith(f"b failed {name}: expected JSON") for line in lines)
+    assert lines[-1] == "2 runs: 1 done, 1 failed"
+
+
 def test_a_run_is_told_by_the_keys_of_the_sweep_that_made_it(run, said, tmp_path):
     run("sweep/a", state="done", results={"average_accuracy": 1.0})
     first = Sweep(tmp_path / "sweep", "cl-runner -m first", [Job(["lr=1"], "a", "0"), Job(["lr=2"], "b", "1")])

@@ -48,11 +48,24 @@ def test_a_name_says_which_choices_were_made() -> None:
         "tracker.mode=offline",
         "hydra/launcher=local",
         "trainer.log_every=2",
-        "~optimizer",
     ],
 )
 def test_a_name_leaves_out_how_a_run_is_carried_out(override: str) -> None:
     assert run_name(config(), [override]) == "ewc · split_cifar100 · s3"
+
+
+def test_a_name_says_what_counts_of_what_was_set() -> None:
+    overrides = [
+        "trainer.epochs=3",
+        "model=mlp",
+        "++trainer.epochs=4",
+        "+trainer.first_task.epochs=9",
+        "~trainer.clip_norm",
+    ]
+    named = "ewc model=mlp trainer.epochs=4 first_task.epochs=9 ~clip_norm · split_cifar100 · s3"
+    assert run_name(config(), overrides) == named
+    overrides = ["strategy=combined", "~strategy@strategy.parts.ewc", "+strategy@strategy.parts.si=si"]
+    assert run_name(config(), overrides) == "combined ~ewc si=si · split_cifar100 · s3"
 
 
 def test_what_was_set_is_read_from_the_runs_folder(tmp_path: Path) -> None:
