@@ -59,10 +59,9 @@ class State:
         """The task is learned: one more row of every matrix."""
         self.position.tasks = learned = task.index + 1
         self._add(self.rows, task, self.evaluate(learned))
-        if any(len(each.validation) for each in self.stream.tasks[:learned]):
-            looked_at = self.evaluate(learned, "validation")
-            unknown = [math.nan] * (len(self.stream) - learned)
-            self._add(self.validation, task, {name: row[:learned] + unknown for name, row in looked_at.items()})
+        new = self.stream.tasks[:learned] if self.strategy.offline else [task]
+        if any(self.validation.values()) or any(len(each.validation) for each in new):
+            self._add(self.validation, task, self.evaluate(learned, "validation"))
         self.moved = self.drift.measure() if self.drift else {}
 
     def _add(self, matrices: Rows, task: Task, rows: dict[Scenario, list[float]]) -> None:

@@ -43,11 +43,22 @@ class Herding(Memory):
         found = F.normalize(found) if self.normalize else found
         ranks = torch.full((len(examples),), torch.inf, dtype=torch.float64)
         cells = torch.stack([examples.task_ids, examples.labels], 1).cpu()
-        for cell in cells.unique(dim=0):
-            rows = (cells == cell).all(1).nonzero()[:, 0]
-            picked = herd(found[rows.to(found.device)], min(len(rows), self.size), self.normalize_mean).cpu()
+        rows_of = [(cells == cell).all(1).nonzero()[:, 0] for cell in cells.unique(dim=0)]
+        for rows, most in zip(rows_of, self._room(examples, rows_of), strict=True):
+            picked = herd(found[rows.to(found.device)], most, self.normalize_mean).cpu()
             ranks[rows[picked]] = torch.arange(len(picked), dtype=torch.float64)
         self._admit(examples, ranks)
+
+    def _room(self, examples: Examples, rows_of: list[Tensor]) -> list[int]:
+        """How many rows of each class in a task can stay at most, whichever herding picks."""
+        ranks = torch.empty(len(examples), dtype=torch.float64)
+        for rows in rows_of:
+            ranks[rows] = torch.arange(len(rows), dtype=torch.float64)
+        groups = torch.cat([self._groups, self._groups_of(examples)])
+        kept = torch.from_numpy(self._kept(groups.numpy(), torch.cat([self._ranks, ranks]).numpy()))[len(self) :]
+        return [
+            min(len(rows), int(kept[rows].sum()) + 1) for rows in rows_of
+        ]  # one: which of equal ranks stay, is open
 
 
 def herd(features: Tensor, count: int, normalize_mean: bool = False) -> Tensor:

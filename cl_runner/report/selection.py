@@ -10,8 +10,8 @@ from cl_runner.report.groups import TASKS, Group, Groups, Value
 from cl_runner.report.runs import Run
 from cl_runner.report.statistics import Summary, summarise
 
-# Between these nobody chooses: they say what is to be learned. The strategy is what is compared.
-GIVEN = ("strategy", "stream", "stream.scenario", "stream.num_tasks", "stream.max_tasks", TASKS)
+LOOKS = ("stream.augment", "stream.crop_padding", "stream.normalize", "stream.mean", "stream.std")
+ROOM = (".memory.size", ".memory.per")
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +30,7 @@ def select(groups: Groups, tasks: int | None, within: Sequence[str]) -> tuple[li
     tasks: look at the validation splits of the first so many tasks, after the last of these was learned; None: all.
     Raises ConfigError where a run had no validation split, or fewer tasks.
     """
-    keys = [groups.key(key, "--within") for key in within] or [key for key in groups.keys if key in GIVEN]
+    keys = [groups.key(key, "--within") for key in within] or [key for key in groups.keys if _given(key)]
     rivals: dict[tuple[Value, ...], list[Group]] = defaultdict(list)
     for group in groups:
         rivals[tuple(groups.value(group, key) for key in keys)].append(group)
@@ -69,6 +69,13 @@ def validation_accuracy(run: Run, tasks: int | None) -> float | None:
         "--select",
         f"expected runs with a validation split (stream.validation=0.1, say), got {run.folder} without {lack}",
     )
+
+
+def _given(key: str) -> bool:
+    """Whether nobody chooses between values of this key: they say what is to be learned, and with how much room for
+    the past. The strategy is what is compared."""
+    task = key.partition(".")[0] == "stream" and key not in LOOKS
+    return task or key in ("strategy", TASKS) or key.endswith(ROOM)
 
 
 def _score(group: Group, tasks: int | None) -> Summary:

@@ -22,7 +22,7 @@ from cl_runner.folder import RunFolder
 from cl_runner.sweep import FILE, STATES, Sweep, reason, sweeps
 
 EVERY = 2.0  # seconds between two looks
-TAIL = 1 << 16  # bytes at the journal's end among which the last task's row is looked for
+TAIL = 1 << 16  # bytes at the journal's end among which the last task's row is looked for first
 BAD = ("failed", "killed")
 COLOURS = {"running": "cyan", "done": "green", "failed": "bold red", "killed": "bold red", "pending": "dim"}
 URGENCY = ("running", "failed", "killed", "pending", "done")  # what is shown first where not all fits
@@ -187,13 +187,16 @@ def _last_task(journal: Path) -> dict[str, Any]:
     """The last task's row of a journal that may be being written to."""
     if not journal.exists():
         return {}
+    size, tail = journal.stat().st_size, TAIL
     with journal.open("rb") as file:
-        file.seek(max(0, journal.stat().st_size - TAIL))
-        lines = file.read().splitlines()
-    for line in reversed(lines):
-        if line.startswith(b'{"kind": "task"') and line.endswith(b"}"):
-            return json.loads(line)
-    return {}
+        while True:
+            file.seek(max(0, size - tail))
+            for line in reversed(file.read().splitlines()):
+                if line.startswith(b'{"kind": "task"') and line.endswith(b"}"):
+                    return json.loads(line)
+            if tail >= size:
+                return {}
+            tail *= 8
 
 
 def _table(rows: list[Row]) -> Table:

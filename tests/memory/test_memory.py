@@ -5,7 +5,7 @@ import io
 import pytest
 import torch
 
-from cl_runner.memory import ClassBalanced, Herding, Reservoir
+from cl_runner.memory import ClassBalanced, Herding, Reservoir, herding
 from cl_runner.memory.herding import herd
 from cl_runner.streams.base import Examples, concatenate
 
@@ -236,6 +236,23 @@ def test_herded_rows_are_the_first_picks_of_their_class_however_many_classes_cam
             picks = herd(torch.nn.functional.normalize(encode(ours.images)), 2)
             kept = number(memory.examples)[memory.examples.labels == label]
             assert sorted(kept.tolist()) == sorted(number(ours)[picks].tolist())
+
+
+@pytest.mark.parametrize("per", ["all", "class", "task", "task_class"])
+@pytest.mark.parametrize("share", ["class", "task", "task_class"])
+def test_herding_picks_no_more_than_can_stay_and_keeps_what_it_would_otherwise(per, share, monkeypatch):
+    def filled(room=None):
+        memory, counts = Herding(size=7, per=per, share=share), []
+        monkeypatch.setattr(herding, "herd", lambda *given: counts.append(given[1]) or herd(*given))
+        if room:
+            monkeypatch.setattr(memory, "_room", room)
+        for task, labels in enumerate(([0, 1, 1] * 9, [1, 2, 3] * 9, [0, 3, 4] * 9)):
+            memory.add_task(rows(labels, task, 27 * task), features)
+        return sorted(number(memory.examples).tolist()), counts
+
+    kept, counts = filled()
+    assert kept == filled(room=lambda examples, rows_of: [len(rows) for rows in rows_of])[0]
+    assert max(counts) <= 8
 
 
 def test_a_class_that_comes_back_is_herded_in_each_task_and_shares_its_room():

@@ -66,6 +66,21 @@ def test_streams_are_never_chosen_between(tmp_path):
     assert len(choice(tmp_path)[0]) == 2
 
 
+@pytest.mark.parametrize(("key", "values"), [("class_order", ([0, 1], [1, 0])), ("max_per_class", (50, None))])
+def test_tasks_of_several_kinds_are_never_chosen_between(tmp_path, key, values):
+    for value, validation in zip(values, (0.9, 0.5), strict=True):
+        settings = config("EWC")
+        settings["stream"][key] = value
+        write(tmp_path, settings, validation=stairs(0.5, validation))
+    assert len(choice(tmp_path)[0]) == 2
+
+
+def test_memories_of_several_sizes_are_never_chosen_between(tmp_path):
+    for size, validation in ((200, 0.5), (500, 0.9)):
+        write(tmp_path, config("ER", memory={"size": size}), validation=stairs(0.5, validation))
+    assert len(choice(tmp_path)[0]) == 2
+
+
 def test_the_last_accuracy_is_enough_where_all_tasks_decide(tmp_path):
     write(tmp_path, config("EWC", strength=1.0), metrics={"validation_accuracy": 0.4})
     write(tmp_path, config("EWC", strength=2.0), metrics={"validation_accuracy": 0.6})

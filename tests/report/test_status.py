@@ -51,6 +51,13 @@ def test_a_line_a_run_says_how_far_it_has_come_and_how_well(run, said):
     assert lines[-1] == "2 runs: 1 done, 1 pending"
 
 
+def test_the_accuracy_of_the_last_task_is_found_however_long_the_next_one_takes(run, said):
+    journal = run("a", state="pending", tasks=1, num_tasks=2, journal={"average_accuracy": 0.5}) / "steps.jsonl"
+    steps = "".join(json.dumps({"kind": "step", "seq": seq, "loss": 0.1}) + "\n" for seq in range(3, 9000))
+    journal.write_text(journal.read_text().rpartition("\n")[0] + "\n" + steps)
+    assert "a pending 1/2 50.0 %" in said()[1]
+
+
 def test_a_failed_run_gives_its_reason_in_a_line_and_the_exit_status(run, said):
     run("a", state="failed", error="RuntimeError: it broke\nin two lines", traceback="...")
     status, lines = said()
