@@ -70,12 +70,16 @@ def cached(data_root: Path, key: str, build: Callable[[], DataSet], verify: bool
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Hold the lock file `path` against other processes; it is gone afterwards."""
+    lock = FileLock(path)
     with no_empty_folders(path.parent):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        while not lock.is_locked:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with suppress(FileNotFoundError):  # whoever held it has failed, and taken its empty folder with it
+                lock.acquire()
         try:
-            with FileLock(path):
-                yield
+            yield
         finally:
+            lock.release()
             # Whoever still waits on the removed file finds the work done once let in.
             path.unlink(missing_ok=True)
 

@@ -120,6 +120,9 @@ def find(name: str, data_root: Path, image_size: int | None = None, download: bo
             expected = f"expected one of {', '.join(KNOWN)} or a folder of images {folder}/{LAYOUT}, got {name!r}"
             raise ConfigError("stream.name", "; ".join(filter(None, [expected, did_you_mean(name, KNOWN)])))
         return ImageFolder(folder, image_size)
+    if (lock := _lock(name, data_root)).exists():
+        with contextlib.suppress(OSError), locked(lock):  # whoever downloads it has files there that are not whole yet
+            pass
     if not _present(known, data_root):
         if (folder / "train").is_dir():
             return KnownFolder(folder, known)
@@ -194,6 +197,10 @@ class KnownFolder(ImageFolder):
         return data
 
 
+def _lock(name: str, data_root: Path) -> Path:
+    return data_root / ".cl_runner" / f"{name}.lock"
+
+
 def _present(known: Known, data_root: Path) -> bool:
     return all(path.is_file() for path in known.paths(data_root))
 
@@ -211,7 +218,7 @@ def _fetch(name: str, known: Known, data_root: Path, download: bool) -> None:
     reason = "stream.download is false"
     if download:
         try:
-            with no_empty_folders(data_root / known.folder), locked(data_root / ".cl_runner" / f"{name}.lock"):
+            with no_empty_folders(data_root / known.folder), locked(_lock(name, data_root)):
                 if _present(known, data_root):  # another process downloaded it while this one waited
                     return
                 log.info("downloading %s into %s", known.title, data_root)

@@ -1,8 +1,9 @@
 import logging
 import multiprocessing
 import os
+import threading
 import time
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -129,6 +130,22 @@ def test_of_two_processes_one_builds_and_both_read(tmp_path: Path) -> None:
     with ProcessPoolExecutor(2, multiprocessing.get_context("fork")) as pool:
         assert all(pool.map(read_slowly, [tmp_path, tmp_path]))
     assert len(list(tmp_path.glob("built-by-*"))) == 1
+
+
+def test_who_waits_for_a_build_that_fails_builds_it_instead(tmp_path: Path) -> None:
+    building = threading.Event()
+
+    def fail() -> DataSet:
+        building.set()
+        time.sleep(0.3)
+        raise RuntimeError("no")
+
+    with ThreadPoolExecutor(2) as pool:
+        failing = pool.submit(cached, tmp_path / "data", "birds-0", fail)
+        building.wait()
+        waiting = pool.submit(cached, tmp_path / "data", "birds-0", Builder())
+        assert same(waiting.result(), DATA)
+        assert isinstance(failing.exception(), RuntimeError)
 
 
 def test_a_folder_that_changes_is_decoded_again(tmp_path: Path) -> None:

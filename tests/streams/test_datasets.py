@@ -2,6 +2,8 @@ import gzip
 import hashlib
 import pickle
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -13,6 +15,7 @@ import torch
 from torchvision import datasets
 
 from cl_runner.errors import ConfigError
+from cl_runner.streams.cache import locked
 from cl_runner.streams.datasets import KNOWN, Digits, find
 from tests.streams.data import write_folder, write_mnist
 
@@ -167,6 +170,18 @@ def test_what_is_absent_is_downloaded_by_torchvision(
     server.server_close()
     assert np.array_equal(data.train_images[:, 0].numpy(), written["train"][0])
     assert capfd.readouterr() == ("", "")
+
+
+def test_files_that_another_process_is_downloading_are_waited_for(tmp_path: Path) -> None:
+    (tmp_path / "KMNIST" / "raw").mkdir(parents=True)
+    for path in KNOWN["kmnist"].paths(tmp_path):
+        path.touch()
+    with ThreadPoolExecutor(1) as pool:
+        with locked(tmp_path / ".cl_runner" / "kmnist.lock"):
+            found = pool.submit(lambda: find("kmnist", tmp_path).read())
+            time.sleep(0.2)
+            written = write_mnist(tmp_path, "KMNIST")
+        assert np.array_equal(found.result().train_images[:, 0].numpy(), written["train"][0])
 
 
 def test_an_unknown_name_is_answered_with_the_known_ones(tmp_path: Path) -> None:
