@@ -116,7 +116,10 @@ class Recipe(ABC):
         return source.contents if isinstance(source, ImageFolder) else None
 
     def load(self, data_root: str, device: torch.device) -> Stream:
-        """The stream, its images on `device` unless they are larger than `max_device_gb`."""
+        """The stream, its images on `device` unless they are larger than `max_device_gb`.
+
+        Raises ConfigError as `prepare` does, and for a share of validation images that comes to none.
+        """
         source = find(self.name, Path(data_root).expanduser(), self.image_size, self.download)
         data = source.read()
         self._check(source.num_classes, data.image_shape)
@@ -178,6 +181,10 @@ class Recipe(ABC):
         train, test = (self._pad(images) for images in (data.train_images, data.test_images))
         place = device if train.nbytes + test.nbytes <= self.max_device_gb * 1e9 else torch.device("cpu")
         kept, held = select(data.train_labels, self.max_per_class, self.validation, self.seed)
+        if self.validation and not len(held):
+            most = int(data.train_labels[kept].bincount().max())
+            expected = f"expected a share that sets aside one of the {most} training images a class"
+            raise ConfigError("stream.validation", f"{expected}, got {self.validation}")
         train, train_labels = train.to(place), data.train_labels.to(place)
         everything = torch.arange(len(test), device=place)
         return {

@@ -55,9 +55,15 @@ def test_the_limit_a_class_is_of_the_training_images_only() -> None:
     assert len(task.test) == len(one_task().test)
 
 
-def test_some_images_are_left_to_learn_from(tmp_path: Path) -> None:
-    task = one_task(max_per_class=1, validation=0.9)
-    assert counts(task.train) == [1] * 10
+def test_some_images_are_left_to_learn_from() -> None:
+    task = one_task(max_per_class=2, validation=0.9)
+    assert (counts(task.train), counts(task.validation)) == ([1] * 10, [1] * 10)
+
+
+@pytest.mark.parametrize(("most", "share"), [(1, 0.9), (4, 0.1)])
+def test_a_share_that_sets_nothing_aside_is_refused(most: int, share: float) -> None:
+    with pytest.raises(ConfigError, match=f"stream.validation: .* one of the {most} training images .*, got {share}"):
+        one_task(max_per_class=most, validation=share)
 
 
 def test_the_seed_chooses_the_images() -> None:
