@@ -2,6 +2,7 @@
 
 import os
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ def run(argv: list[str]) -> None:
         sys.argv[1:] = in_order(argv)
         request = asked(sys.argv[1:])
         tried: list[Any] = []
-        jobs = [check(cfg, tried) for _, cfg in request.jobs]
+        jobs = [_checked(words, cfg, tried, request) for words, cfg in request.jobs]
         if request.sweep:
             _check_sweep(request, jobs)
         _say_unused(request, jobs)
@@ -42,6 +43,18 @@ def run(argv: list[str]) -> None:
         print("this experiment holds a grid, of which -m runs every job; now it is the one configuration alone")
     sys.argv[1:] = request.argv
     run_alone(jobs[0])
+
+
+def _checked(words: list[str], cfg: DictConfig, tried: list[Any], request: Asked) -> Experiment:
+    """Raises ConfigError, which names the job where there are several."""
+    try:
+        return check(cfg, tried)
+    except ConfigError as error:
+        if len(request.jobs) == 1:
+            raise
+        common = set.intersection(*(set(others) for others, _ in request.jobs))
+        own = " ".join(word for word in words if word not in common)
+        raise ConfigError(error.field, f"{error.message} (in the job {own})") from None
 
 
 def try_composing(argv: list[str]) -> None:
@@ -72,7 +85,8 @@ def run_alone(experiment: Experiment) -> None:
     except ConfigError:  # what only building can tell: weights that cannot be fetched, say
         raise
     except Exception as error:
-        sys.exit(_say_failed(error))
+        log = experiment.folder / "run.log"
+        sys.exit(_say_failed(error, _place(error) + (f"; {log} has the whole of it" if log.exists() else "")))
 
 
 def make_room(experiment: Experiment) -> None:
@@ -91,8 +105,9 @@ def make_room(experiment: Experiment) -> None:
 
 def run_sweep(request: Asked, experiments: list[Experiment]) -> int:
     """Have those jobs carried out that are not done, and say what has become of all. Returns the exit status."""
+    from cl_runner.folder import RunFolder
     from cl_runner.interrupt import same_command
-    from cl_runner.job import join, move_aside, refuse_other_images
+    from cl_runner.job import changed_plugins, join, move_aside, refuse_other_code, refuse_other_images
     from cl_runner.sweep import Job, Sweep, of_this_command, this_command
 
     sys.argv[1:] = request.argv
@@ -104,7 +119,11 @@ def run_sweep(request: Asked, experiments: list[Experiment]) -> int:
         for folder, (words, experiment) in once.items():
             move_aside(experiment)
             refuse_other_images(experiment)
+            refuse_other_code(experiment)
             sweep.jobs.append(Job(words, folder.name, experiment.hash))
+        old = [each for _, each in once.values() if RunFolder(each.folder).done and changed_plugins(each)]
+        if old:
+            print(f"{len(old)} of {len(sweep.jobs)} jobs were done with other code of a plugin than is there now")
         if same := len(request.jobs) - len(sweep.jobs):
             print(f"{same} of {len(request.jobs)} jobs compute what another one computes: they are run once")
     for experiment in experiments:  # those too that compute what another one computes
@@ -207,7 +226,16 @@ def _takes(strategy: dict[str, Any], name: str) -> bool:
     return name in parts or any(_takes(part, name) for part in parts.values())
 
 
-def _say_failed(error: Exception) -> int:
+def _say_failed(error: Exception, where: str = "") -> int:
     """In a line. Returns the exit status."""
-    print(f"cl-runner: {type(error).__name__}: {error}".partition("\n")[0], file=sys.stderr)
+    print(f"cl-runner: {type(error).__name__}: {error}".partition("\n")[0] + where, file=sys.stderr)
     return 1
+
+
+def _place(error: Exception) -> str:
+    """Where it came up in code that is not installed: a user's own, for whom a line says more than a type."""
+    if isinstance(error, OSError):  # of a disk
+        return ""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if "site-packages" not in frame.filename and Path(frame.filename).is_file()]
+    return f" ({os.path.relpath(own[-1].filename)}:{own[-1].lineno})" if own else ""

@@ -1,7 +1,9 @@
 """What a run is called: the hash of what it computes, and its folder."""
 
 import hashlib
+import importlib.util
 import json
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -66,6 +68,20 @@ def digest(config: dict[str, Any]) -> str:
     if weights.is_file():  # what is in the file counts, not where it lies
         plain["model"]["pretrained"] = _file_digest(weights, weights.stat().st_mtime_ns)
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def sources(plugins: Sequence[str]) -> dict[str, str]:
+    """plugin -> eight hex digits of its source: no part of a run's hash, since most of what changes in a package of
+    methods changes nothing of the others."""
+    found = {}
+    for name in plugins:
+        spec = importlib.util.find_spec(name)
+        folders = [Path(place) for place in (spec and spec.submodule_search_locations) or []]
+        files = [file for folder in folders for file in sorted(folder.rglob("*.py"))]
+        if not files and spec and spec.origin:
+            files = [Path(spec.origin)]
+        found[name] = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:8]
+    return found
 
 
 @lru_cache

@@ -16,6 +16,7 @@ from cl_runner.clock import environment
 from cl_runner.config import Experiment
 from cl_runner.errors import ConfigError
 from cl_runner.folder import RunFolder, groups
+from cl_runner.identity import sources
 from cl_runner.interrupt import Interrupt, Stopped
 from cl_runner.run import run
 from cl_runner.trackers.console import Console, log_file, log_to, show_results, the_console
@@ -57,6 +58,7 @@ def _carried_out(experiment: Experiment, folder: RunFolder, interrupt: Interrupt
         host=socket.gethostname(),
         command=shlex.join(["cl-runner", *sys.argv[1:]]),
         images=experiment.stream.contents(experiment.config["data_root"]),
+        code=sources(experiment.config["plugins"]),
         environment=environment(experiment.device),
     )
     console = the_console()
@@ -82,9 +84,10 @@ def _outcome(results: dict[str, Any]) -> float | None:
 def shown_if_done(experiment: Experiment) -> bool:
     """Whether the run is done; then it is shown.
 
-    Raises ConfigError as `refuse_other_images` does, done or not.
+    Raises ConfigError as `refuse_other_images` does, done or not, and as `refuse_other_code` does.
     """
     refuse_other_images(experiment)
+    refuse_other_code(experiment)
     done = RunFolder(experiment.folder).done
     if done:
         join(experiment)
@@ -115,6 +118,25 @@ def refuse_other_images(experiment: Experiment) -> None:
         )
 
 
+def changed_plugins(experiment: Experiment) -> list[str]:
+    """Those whose code is another now than it was when the run began."""
+    then = RunFolder(experiment.folder).status.get("code") or {}
+    return [name for name, code in sources(experiment.config["plugins"]).items() if then.get(name, code) != code]
+
+
+def refuse_other_code(experiment: Experiment) -> None:
+    """A run that goes on would be half the work of the one, half of the other.
+
+    Raises ConfigError where it was saved with other code of a plugin than is there now.
+    """
+    folder = RunFolder(experiment.folder)
+    if not folder.done and (folder.path / CHECKPOINTS).exists() and (names := changed_plugins(experiment)):
+        raise ConfigError(
+            str(experiment.folder),
+            f"was saved with other code of {', '.join(names)} than is there now; rerun=true runs it again",
+        )
+
+
 def move_aside(experiment: Experiment) -> None:
     """Make room for a run that is to be made again."""
     folder = RunFolder(experiment.folder)
@@ -130,6 +152,8 @@ def show(experiment: Experiment) -> None:
     console = the_console()
     console.print("This run is done (rerun=true runs it again).")
     show_results(results, folder.path, console)
+    for name in changed_plugins(experiment):
+        console.print(f"warning: it was made with other code of {name} than is there now")
     for package in ("cl_runner", "torch"):
         if then.get(package) != now[package]:
             console.print(f"warning: it was made with {package} {then.get(package)}; {now[package]} is installed now")

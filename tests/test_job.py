@@ -2,6 +2,7 @@ import errno
 import gc
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -441,3 +442,37 @@ def test_a_run_is_not_shown_and_does_not_go_on_where_its_images_have_become_othe
         carry_out(make())
     shutil.rmtree(tmp_path / "data")
     carry_out(make())  # nothing there to compare with: what was measured is shown
+
+
+MINE = """
+from pathlib import Path
+
+from cl_runner.strategies import Finetune
+
+
+class Mine(Finetune):
+    def after_task(self, task):
+        if task.index == 1 and Path("broken").exists():
+            raise RuntimeError("my own fault")
+"""
+
+
+def test_a_run_does_not_go_on_with_other_code_of_a_plugin_than_it_was_saved_with(cl_runner, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    code, words = tmp_path / "my_own_methods.py", ["strategy._target_=my_own_methods.Mine", "plugins=[my_own_methods]"]
+    code.write_text(MINE)
+    (tmp_path / "broken").touch()
+    status, said = cl_runner("strategy=finetune", *words)
+    assert status == 1
+    place = MINE[: MINE.index("raise")].count("\n") + 1
+    assert re.search(rf"RuntimeError: my own fault \(my_own_methods.py:{place}\); .*/run.log has the whole of it", said)
+    (tmp_path / "broken").unlink()
+    code.write_text(MINE + "\n")
+    status, said = cl_runner("strategy=finetune", *words)
+    assert status == 2
+    assert "was saved with other code of my_own_methods than is there now; rerun=true runs it again" in said
+    code.write_text(MINE)
+    assert cl_runner("strategy=finetune", *words)[0] == 0
+    code.write_text(MINE + "\n")
+    assert "warning: it was made with other code of my_own_methods" in cl_runner("strategy=finetune", *words)[1]
+    assert "1 of 1 jobs were done with other code of a plugin" in cl_runner("-m", "strategy=finetune", *words)[1]

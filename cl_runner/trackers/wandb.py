@@ -17,8 +17,10 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any, Concatenate, Literal, ParamSpec
+from typing import Annotated, Any, Concatenate, Literal, ParamSpec
 from urllib.parse import urlsplit
+
+from pydantic import Field
 
 from cl_runner.identity import parts
 from cl_runner.trackers import sending
@@ -61,7 +63,7 @@ class Wandb(Null):
 
     def __init__(
         self,
-        project: str = "cl_runner",
+        project: Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[^/\\#?%:]+$")] = "cl_runner",
         entity: str | None = None,
         mode: Literal["auto", "online", "offline"] = "auto",
         tags: list[str] | None = None,
