@@ -119,7 +119,9 @@ def _search_path(config_dir: str | None) -> list[str]:
 def _asked_of_a_run(words: "_Words", given: list[Override], argv: list[str]) -> Asked:
     for override in given:
         if override.is_sweep_override():
-            raise ConfigError(override.get_key_element(), "a sweep over several values needs -m (--multirun)")
+            key = override.get_key_element()
+            quoted = f"; a comma within a value needs quotes that the shell leaves: '{key}=\"a, b\"'"
+            raise ConfigError(key, f"a sweep over several values needs -m (--multirun){quoted}")
         if override.key_or_group in ("hydra/launcher", "hydra/sweeper"):
             raise ConfigError(override.key_or_group, "expected -m (--multirun) beside it: it carries out sweeps")
     overrides = [_word(override) for override in given]
@@ -205,9 +207,17 @@ class _Words:
         except HydraException as error:
             raise ConfigError("command line", _first_lines(error)) from None
         for override in overrides:
-            if override.key_or_group in RESERVED:
-                raise ConfigError(override.key_or_group, RESERVED[override.key_or_group])
+            group = override.key_or_group
+            if group in RESERVED:
+                raise ConfigError(group, RESERVED[group])
+            if group in self._groups and not override.is_sweep_override() and not override.is_delete():
+                self._refuse_no_name(group, override.value())
         return overrides
+
+    def _refuse_no_name(self, group: str, value: object) -> None:
+        if not isinstance(value, (str, list)):
+            known = ", ".join(self._loader.get_group_options(group))
+            raise ConfigError(group, f"expected one of {known}, got {'null' if value is None else value}")
 
     def composed(self, words: Sequence[str], with_hydra: bool = False) -> DictConfig:
         """The configuration that the words ask for."""

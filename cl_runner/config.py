@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cl_runner.components import ALLOWED, PROVIDED, build, checked_node, named, naming, one_line, refuse_unknown
@@ -37,7 +37,7 @@ class Settings(BaseModel):
     seed: Annotated[int, Field(ge=0, lt=2**32)]
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")]
     data_root: str
-    output_root: str
+    output_root: Annotated[str, Field(min_length=1)]
     rerun: bool
     plugins: list[str]
     stream: dict[str, Any]
@@ -129,6 +129,8 @@ def with_valid_settings(cfg: DictConfig) -> dict[str, Any]:
     own = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key not in NOT_OURS])
     try:
         plain: Any = OmegaConf.to_container(own, resolve=True, throw_on_missing=True)
+    except MissingMandatoryValue as error:
+        raise ConfigError(str(error.full_key), "expected a value, got nothing") from None
     except OmegaConfBaseException as error:
         field = error.full_key or "config"
         raise ConfigError(str(field), str(error).splitlines()[0]) from None

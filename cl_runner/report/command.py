@@ -191,6 +191,6 @@ def _selection(picks: Sequence[Pick], asked: argparse.Namespace, table: Table) -
 
 
 def _notes(warnings: Sequence[str], out: Sequence[LeftOut]) -> str:
-    lines = [*(f"{warning[0].upper()}{warning[1:]}." for warning in warnings)]
+    lines = [f"{warning[0].upper()}{warning[1:].removesuffix('.')}." for warning in warnings]
     named = [f"- {run.state}: {run.folder}" + (f" ({run.why})" if run.why else "") for run in out]
     return "".join(f"\n{line}\n" for line in lines) + ("\n" + "\n".join(named) + "\n" if named else "")
