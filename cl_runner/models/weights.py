@@ -103,6 +103,10 @@ def read(path: Path, key_map: Mapping[str, str] | None, device: Literal["cpu", "
     `key_map`: regular expressions and what to put in their place, in order, in every key; a key that becomes empty is
     left out. On "meta" only names and shapes are read. Raises ConfigError.
     """
+    if path.is_dir():
+        raise ConfigError(
+            FIELD, f"expected a file of weights, got the folder {str(path)!r}; a run's is model.safetensors"
+        )
     if not path.is_file():
         raise ConfigError(FIELD, f"expected a file of weights, got {str(path)!r}, which is not there")
     try:
@@ -110,7 +114,8 @@ def read(path: Path, key_map: Mapping[str, str] | None, device: Literal["cpu", "
         inputs = Inputs.of(metadata)
     except Exception as error:  # a file may be damaged in any way, and PyTorch raises whatever it stumbles over
         expected = "a safetensors file, or a PyTorch one that holds tensors only"
-        reason = str(error).partition("\n")[0]
+        own = isinstance(error, (safetensors.SafetensorError, ValueError)) and str(error).partition("\n")[0]
+        reason = own or "it holds something else, or is damaged"  # PyTorch's own advice would be to let code run
         raise ConfigError(FIELD, f"expected {expected}, got {str(path)!r} ({reason})") from error
     return WeightsFile(path, _renamed(state, key_map or {}), inputs)
 

@@ -144,6 +144,18 @@ def test_a_file_that_is_not_there_is_named(name):
         recipe(name).check()
 
 
+def test_a_folder_is_said_to_be_one(tmp_path):
+    with pytest.raises(ConfigError, match=r"got the folder .*; a run's is model\.safetensors"):
+        read(tmp_path, None)
+
+
+@pytest.mark.parametrize("content", ["", "x: [1]\n", "root:x:0:0:root:/root:/bin/sh\n"])
+def test_a_file_of_something_else_is_said_to_be_none_in_one_line(content, tmp_path):
+    (tmp_path / "w.pt").write_text(content)
+    with pytest.raises(ConfigError, match=r"w\.pt' \(it holds something else, or is damaged\)$"):
+        read(tmp_path / "w.pt", None)
+
+
 class Sneaky:
     def __reduce__(self):
         return print, ("code ran",)
