@@ -1,6 +1,7 @@
 """From a configuration to a checked experiment: its schema, and all that can be known before data are loaded."""
 
 import importlib.util
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -14,8 +15,19 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from cl_runner.components import ALLOWED, PROVIDED, build, checked_node, named, naming, one_line, refuse_unknown
-from cl_runner.errors import ConfigError, suggestion
+from cl_runner.components import (
+    ALLOWED,
+    KINDS,
+    PROVIDED,
+    build,
+    checked_node,
+    imported,
+    named,
+    naming,
+    one_line,
+    refuse_unknown,
+)
+from cl_runner.errors import ConfigError, did_you_mean, suggestion
 from cl_runner.folder import RunFolder
 from cl_runner.identity import ANY_SEED, digest, run_folder
 
@@ -25,6 +37,7 @@ if TYPE_CHECKING:  # torch takes seconds to import: `--help` and completion do w
 OmegaConf.register_new_resolver("run_folder", lambda *, _root_: str(run_folder(validated(_root_))), replace=True)
 OmegaConf.register_new_resolver("run_folder_name", lambda *, _root_: run_folder(validated(_root_)).name, replace=True)
 
+log = logging.getLogger("cl_runner")
 COMPONENTS = ("stream", "model", "strategy", "optimizer", "scheduler", "trainer", "tracker")
 NOT_OURS = ("hydra", "published")  # Hydra's own, and what an experiment's file says of published results
 
@@ -96,6 +109,7 @@ def check(cfg: DictConfig, tried: list[Any] | None = None) -> Experiment:
     _check_optimizer(experiment)
     _check_output_root(config["output_root"])
     experiment.model.check()
+    _warn_of_misspelt_hooks(type(experiment.strategy))
     experiment.strategy.check(experiment.stream, experiment.model)
     _check_active_logits(config["trainer"]["active_logits"], experiment.stream.scenario)
     experiment.stream.prepare(config["data_root"])  # late: it may download and decode
@@ -187,6 +201,14 @@ def _check_optimizer(experiment: Experiment) -> None:
             optimizer.step()
         with naming(f"{prefix}scheduler"):
             experiment.make_scheduler(optimizer=optimizer, steps=100, **(own.get("scheduler") or {}))
+
+
+def _warn_of_misspelt_hooks(strategy: type) -> None:
+    """A hook of another name than the base class's is never called, and the method silently is fine-tuning."""
+    hooks = dir(imported(KINDS["strategy"]))
+    for name in sorted(name for name in set(dir(strategy)).difference(hooks) if not name.startswith("_")):
+        if near := did_you_mean(name, [hook for hook in hooks if not hook.startswith("_")], cutoff=0.85):
+            log.warning("strategy: nothing calls %s.%s; %s", strategy.__name__, name, near)
 
 
 def _check_images(experiment: Experiment, tried: list[Any]) -> None:

@@ -26,9 +26,9 @@ def hint(word: str, known: Iterable[str], most: int = 1) -> str:
     return did_you_mean(word, known, most) or f"known: {', '.join(known) or 'none'}"
 
 
-def did_you_mean(word: str, known: Iterable[str], most: int = 1) -> str:
-    """The nearest of the known words, at most so many; empty where none is near."""
-    return suggestion(get_close_matches(word, list(known), n=most))
+def did_you_mean(word: str, known: Iterable[str], most: int = 1, cutoff: float = 0.6) -> str:
+    """The nearest of the known words, at most so many; empty where none is near: as alike as `cutoff`, of 1."""
+    return suggestion(get_close_matches(word, list(known), most, cutoff))
 
 
 def suggestion(words: Iterable[str]) -> str:
