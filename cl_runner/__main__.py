@@ -49,7 +49,7 @@ def _answer(argv: list[str]) -> None:
         )
     else:
         from cl_runner.command import hydra_main, run, try_composing
-        from cl_runner.compose import in_order
+        from cl_runner.compose import compose_jobs, in_order
 
         words = {word.partition("=")[0] for word in argv}
         if not words & ASKS_HYDRA:
@@ -58,7 +58,11 @@ def _answer(argv: list[str]) -> None:
         if words & {"--cfg", "-c"}:
             try_composing(argv)
         else:
-            in_order(argv)  # what is no option and no override is refused in a line, not with Hydra's usage
+            given = in_order(argv)  # what is no option and no override is refused in a line, not with Hydra's usage
+            if "--multirun" in given:
+                raise ConfigError("command line", "expected no -m (--multirun) where one configuration is shown")
+            if words & {"--help", "-h"}:
+                compose_jobs(given)  # of a choice that is not there Hydra says so in several lines
         hydra_main()
 
 

@@ -245,6 +245,8 @@ def test_what_a_command_cannot_do_is_one_line_and_status_2(cl_runner):
         (["--multirn"], "command line: unrecognized arguments: --multirn; did you mean --multirun?"),
         (["stream=split_digits", "stream.name=minst"], "got 'minst'; did you mean mnist?"),
         (["epoch=1"], "epoch: unknown key; did you mean trainer.epochs?"),
+        (["--help", "strategy=lwff"], "strategy: expected one of agem, "),
+        (["--help", "-m", "seed=0,1"], "command line: expected no -m (--multirun) where one configuration is shown"),
         (["--help", "strategy"], "command line: expected KEY=VALUE, or a command before all else, got 'strategy'"),
         (["--cfg", "job", "lr=0.1"], "lr: unknown key; did you mean optimizer.lr?"),
         (
