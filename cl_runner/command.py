@@ -237,5 +237,6 @@ def _place(error: Exception) -> str:
     if isinstance(error, OSError):  # of a disk
         return ""
     frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if "site-packages" not in frame.filename and Path(frame.filename).is_file()]
+    files = {frame.filename for frame in frames if "site-packages" not in frame.filename} - {__file__}
+    own = [frame for frame in frames if frame.filename in files and Path(frame.filename).is_file()]
     return f" ({os.path.relpath(own[-1].filename)}:{own[-1].lineno})" if own else ""

@@ -258,9 +258,14 @@ class _Words:
         return f"++{word}" if self._sets_a_value(word) else word
 
     def _sets_a_value(self, word: str) -> bool:
-        """Rather than to make a choice, or to add or delete something."""
-        key = word.partition("=")[0]
-        return not key.startswith(("+", "~", "hydra")) and "/" not in key and key.partition("@")[0] not in self._groups
+        """Rather than to make a choice, to add or delete something, or to name the folder of --config-dir."""
+        key, equals, _ = word.partition("=")
+        return (
+            bool(equals)
+            and not key.startswith(("+", "~", "hydra"))
+            and "/" not in key
+            and key.partition("@")[0] not in self._groups
+        )
 
 
 def choices() -> dict[str, dict[str, str]]:

@@ -211,8 +211,10 @@ def test_a_folder_may_be_named_from_home():
     assert in_order(["data_root=~/data", "x=a~/b"]) == [f"data_root={Path.home() / 'data'}", "x=a~/b"]
 
 
-def test_a_key_below_null_may_be_set(cl_runner, the_run):
-    status, said = cl_runner("strategy=finetune", "stream.max_tasks=1", "trainer.first_task.epochs=1")
+@pytest.mark.parametrize("words", [[], ["--config-dir", "mine"]])
+def test_a_key_below_null_may_be_set(words, cl_runner, the_run, tmp_path):
+    (tmp_path / "mine").mkdir()
+    status, said = cl_runner(*words, "strategy=finetune", "stream.max_tasks=1", "trainer.first_task.epochs=1")
     assert status == 0, said
     assert yaml.safe_load((the_run() / "config.yaml").read_text())["trainer"]["first_task"]["epochs"] == 1
 
