@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 from torch import Tensor
@@ -86,6 +86,9 @@ def _captured(function: Callable[[], object], anchor: torch.cuda.CUDAGraph | Non
     graph.capture_begin(pool=None if anchor is None else anchor.pool())
     try:
         function()
-    finally:
-        graph.capture_end()
+    except BaseException:
+        with suppress(RuntimeError):  # of a capture that is worth nothing any more: it would hide why
+            graph.capture_end()
+        raise
+    graph.capture_end()
     return graph
