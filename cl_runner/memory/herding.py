@@ -50,15 +50,14 @@ class Herding(Memory):
         self._admit(examples, ranks)
 
     def _room(self, examples: Examples, rows_of: list[Tensor]) -> list[int]:
-        """How many rows of each class in a task can stay at most, whichever herding picks."""
+        """How many rows of each class in a task can stay at most, whichever herding picks: one more than do if they come
+        in any order, since of equal ranks those stay that come first."""
         ranks = torch.empty(len(examples), dtype=torch.float64)
         for rows in rows_of:
             ranks[rows] = torch.arange(len(rows), dtype=torch.float64)
         groups = torch.cat([self._groups, self._groups_of(examples)])
         kept = torch.from_numpy(self._kept(groups.numpy(), torch.cat([self._ranks, ranks]).numpy()))[len(self) :]
-        return [
-            min(len(rows), int(kept[rows].sum()) + 1) for rows in rows_of
-        ]  # one: which of equal ranks stay, is open
+        return [min(len(rows), int(kept[rows].sum()) + 1) for rows in rows_of]
 
 
 def herd(features: Tensor, count: int, normalize_mean: bool = False) -> Tensor:
