@@ -18,7 +18,6 @@ from cl_runner.lock import Lock
 
 log = logging.getLogger("cl_runner")
 
-RESULTS = "results.json"
 LASTING = ("id", "task", "tasks", "num_tasks", "step")  # what a status keeps when the run goes on
 DRAFT = re.compile(r"\..+\.\d+")
 
@@ -60,11 +59,11 @@ class RunFolder:
 
     @property
     def done(self) -> bool:
-        return self.status.get("state") == "done" and (self.path / RESULTS).exists()
+        return self.status.get("state") == "done" and (self.path / "results.json").exists()
 
     @property
     def results(self) -> dict[str, Any]:
-        return read_json(self.path / RESULTS)
+        return read_json(self.path / "results.json")
 
     @contextmanager
     def locked(self) -> Iterator[None]:

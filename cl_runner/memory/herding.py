@@ -50,8 +50,8 @@ class Herding(Memory):
         self._admit(examples, ranks)
 
     def _room(self, examples: Examples, rows_of: list[Tensor]) -> list[int]:
-        """How many rows of each class in a task can stay at most, whichever herding picks: one more than do if they come
-        in any order, since of equal ranks those stay that come first."""
+        """How many rows of each class in a task can stay at most, whichever herding picks: one more than do if they
+        come in any order, since of equal ranks those stay that come first."""
         ranks = torch.empty(len(examples), dtype=torch.float64)
         for rows in rows_of:
             ranks[rows] = torch.arange(len(rows), dtype=torch.float64)
