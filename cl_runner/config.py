@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from difflib import get_close_matches
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -203,8 +203,12 @@ def _check_optimizer(experiment: Experiment) -> None:
             experiment.make_scheduler(optimizer=optimizer, steps=100, **(own.get("scheduler") or {}))
 
 
+@cache
 def _warn_of_misspelt_hooks(strategy: type) -> None:
-    """A hook of another name than the base class's is never called, and the method silently is fine-tuning."""
+    """A hook of another name than the base class's is never called, and the method silently is fine-tuning.
+
+    Once for all jobs of a sweep.
+    """
     hooks = dir(imported(KINDS["strategy"]))
     for name in sorted(name for name in set(dir(strategy)).difference(hooks) if not name.startswith("_")):
         if near := did_you_mean(name, [hook for hook in hooks if not hook.startswith("_")], cutoff=0.85):

@@ -174,13 +174,14 @@ def test_a_plugin_may_be_named_once_it_is_listed(tmp_path, monkeypatch):
     assert type(checked(*overrides, "plugins=[my_methods]").strategy).__name__ == "Mine"
 
 
-def test_a_hook_that_is_misspelt_is_warned_of_and_no_other_method_is(tmp_path, monkeypatch, caplog):
+def test_a_hook_that_is_misspelt_is_warned_of_once_and_no_other_method_is(tmp_path, monkeypatch, caplog):
     (tmp_path / "my_typos.py").write_text(
         "from cl_runner.strategies import EWC\nclass Mine(EWC):\n    def before_taskk(self, task): ...\n"
         "    def importance_of(self, task): ...\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    checked("strategy=ewc", "strategy._target_=my_typos.Mine", "plugins=[my_typos]")
+    for seed in (0, 1):
+        checked("strategy=ewc", "strategy._target_=my_typos.Mine", "plugins=[my_typos]", f"seed={seed}")
     assert [record.getMessage() for record in caplog.records] == [
         "strategy: nothing calls Mine.before_taskk; did you mean before_task?"
     ]

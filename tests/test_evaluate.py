@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -6,7 +7,7 @@ import torch
 from cl_runner.evaluate import Drift, accuracies
 from cl_runner.models.model import PretrainedView
 from cl_runner.strategies import Finetune, Independent
-from cl_runner.streams.base import Scenario
+from cl_runner.streams.base import Scenario, Task
 from tests.toys import learn, toy_model, toy_stream
 
 
@@ -42,6 +43,18 @@ def test_tasks_without_outputs_yet_are_not_measured():
 def test_shared_outputs_are_measured_before_they_are_learned():
     rows = accuracies(fixed(toy_stream("domain"), [[1.0, 0]] * 3), 0, 7)
     assert rows == {Scenario.DOMAIN: [0.5] * 3}
+
+
+def test_validation_splits_are_looked_at_once_their_task_is_learned():
+    stream, looked_at = toy_stream("domain"), []
+
+    def watched(task):
+        return Task(task.index, task.classes, lambda split: looked_at.append((split, task.index)) or task.test)
+
+    stream = replace(stream, tasks=[watched(task) for task in stream.tasks])
+    (row,) = accuracies(fixed(stream, [[1.0, 0]] * 3), 1, 7, "validation").values()
+    assert (row[0], [math.isnan(value) for value in row[1:]]) == (0.5, [True, True])
+    assert looked_at == [("validation", 0)]
 
 
 def test_every_image_counts_once_whatever_the_batch():

@@ -164,7 +164,8 @@ class Estimator(ABC):
         return False
 
     def seed_for(self, examples: Examples) -> int:
-        """Another one for each task: drawn alike, the errors of their Fishers would add up in the sum of these."""
+        """Another one for each task: drawn alike, the errors of their Fishers would add up in the sum of these. The
+        distance is a prime that no other component's seeds are apart by."""
         return self.seed + 15_485_863 * int(examples.task_ids.max()) if len(examples) else self.seed
 
     @contextmanager
