@@ -1,6 +1,7 @@
-"""The states of all random number generators that belong to no component of a run."""
+"""Seeds, and the states of all random number generators that belong to no component of a run."""
 
 import random
+from hashlib import blake2b
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,11 @@ def seed_all(seed: int) -> None:
     torch.manual_seed(seed)
     np.random.seed(seed % 2**32)
     random.seed(seed)
+
+
+def derived(seed: int, purpose: str) -> int:
+    """A seed of its own for `purpose`: generators that start from `seed` itself draw other numbers."""
+    return int.from_bytes(blake2b(f"{seed} {purpose}".encode(), digest_size=7).digest())
 
 
 def random_state(device: torch.device) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from cl_runner.randomness import random_state, restore_random_state, seed_all
+from cl_runner.randomness import derived, random_state, restore_random_state, seed_all
 
 
 def drawn():
@@ -18,6 +18,14 @@ def test_all_generators_go_back_to_where_they_were():
     assert drawn() != first
     restore_random_state(state, torch.device("cpu"))
     assert drawn() == first
+
+
+def test_a_seed_is_another_for_every_purpose_and_for_every_seed():
+    seeds = {derived(seed, purpose) for seed in range(100) for purpose in ("backbone", "head")}
+    assert len(seeds) == 200
+    assert derived(3, "backbone") == derived(3, "backbone")
+    for seed in seeds:
+        torch.Generator().manual_seed(seed)
 
 
 @pytest.mark.parametrize(("name", "given"), [("cuda:1", (torch.device("cuda:1"),)), ("mps", ())])

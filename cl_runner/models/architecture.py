@@ -22,6 +22,7 @@ from cl_runner.models.heads import Init
 from cl_runner.models.model import ActiveLogits, Model
 from cl_runner.models.preprocess import Interpolation, Preprocess
 from cl_runner.models.weights import Inputs, Net, Shape
+from cl_runner.randomness import derived
 from cl_runner.streams.base import Scenario, Seed, Stream
 
 Positive = Annotated[int, Field(ge=1)]
@@ -41,7 +42,7 @@ class Architecture(ABC):
     pretrained nets, adapt for fresh ones. image_size: side in pixels that images are resized to; null: the weights'
     own, or for fresh nets the stream's. interpolation: how they are resized. normalize: false leaves them in [0, 1],
     whatever the weights, or the stream, say of mean and standard deviation. head_init, seed: how the new head's rows
-    are drawn; the seed is the fresh backbone's too.
+    are drawn; a fresh backbone is drawn by it too, apart from the head.
     """
 
     channels: ClassVar[int | None] = None  # that nets without pretrained weights take; None: the stream's
@@ -138,7 +139,7 @@ class Architecture(ABC):
 
         Raises ConfigError where weights, images and network do not fit together.
         """
-        with seeded(self.seed):
+        with seeded(derived(self.seed, "backbone")):  # the head's rows would repeat the first layer's numbers
             inputs, net = self._assembled(stream)
             num_features = self._num_features(net, inputs)
             still = still_names(net.backbone, self.freeze)
