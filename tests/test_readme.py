@@ -1,5 +1,6 @@
 """What the documents tell people to type."""
 
+import json
 import re
 import shlex
 from importlib import import_module
@@ -76,3 +77,15 @@ def test_the_method_that_contributing_shows_works_as_it_stands(cl_runner, tmp_pa
     status, said = cl_runner("--config-dir", str(tmp_path / "conf"), "strategy=coma", "plugins=[my_coma]")
     assert status == 0, said
     assert any("forgetting" in line for line in said.splitlines())
+
+
+def test_what_is_shown_of_python_works_as_it_stands(cl_runner, capsys):
+    for command in commands("docs/python.md"):
+        status, said = cl_runner(*shlex.split(command)[1:], small=False)
+        assert status == 0, said
+    (learned,) = Path("outputs").glob("ewc-*")
+    exec("".join(blocks("docs/python.md", "python")), {})
+    said = capsys.readouterr().out
+    last = json.loads((learned / "results.json").read_text())["accuracy"]["class"][-1]
+    answers = [line.rpartition(" ")[2] for line in said.splitlines() if re.match(r"\(\d, \d\) ", line)]
+    assert [float(answer) for answer in answers] == pytest.approx(last, abs=1e-6)
