@@ -55,7 +55,9 @@ def _answer(argv: list[str]) -> None:
         if not words & ASKS_HYDRA:
             run(argv)
             return
-        if words & {"--cfg", "-c"}:
+        if "--hydra-help" in words:
+            sys.argv[1:] = ["--hydra-help"]  # beside a choice of a strategy, Hydra's help is a traceback
+        elif words & {"--cfg", "-c"}:
             try_composing(argv)
         else:
             given = in_order(argv)  # what is no option and no override is refused in a line, not with Hydra's usage

@@ -50,10 +50,17 @@ def in_order(argv: list[str]) -> list[str]:
             raise ConfigError(
                 "command line", f"--{option.replace('_', '-')} is not supported; --config-dir adds to conf/"
             )
-    if arguments.config_dir and not Path(arguments.config_dir).is_dir():
-        raise ConfigError("--config-dir", f"expected a folder, got {arguments.config_dir!r}")
+    if arguments.config_dir:
+        _added(arguments.config_dir)
     options = ["--multirun"] if arguments.multirun else []
     return [*options, *(["--config-dir", arguments.config_dir] if arguments.config_dir else []), *arguments.overrides]
+
+
+def _added(config_dir: str) -> Path:
+    """The folder that adds to conf/. Raises ConfigError where it is none."""
+    if not Path(config_dir).is_dir():
+        raise ConfigError("--config-dir", f"expected a folder, got {config_dir!r}")
+    return Path(config_dir)
 
 
 def _at_home(word: str) -> str:
@@ -268,13 +275,18 @@ class _Words:
         )
 
 
-def choices() -> dict[str, dict[str, str]]:
-    """group -> choice -> what its YAML's first line says of it."""
-    files = sorted([*CONF.glob("[a-z]*/*.yaml"), *CONF.glob("hydra/*/*.yaml")])
+def choices(config_dir: str | None = None) -> dict[str, dict[str, str]]:
+    """group -> choice -> what its YAML's first line says of it; with those of --config-dir.
+
+    Raises ConfigError where that is no folder.
+    """
     found: dict[str, dict[str, str]] = {}
-    for file in files:
-        first = next((line for line in file.read_text().splitlines() if line.startswith("# ") and "@" not in line), "")
-        found.setdefault(str(file.parent.relative_to(CONF)), {})[file.stem] = first.removeprefix("# ")
+    for root in (CONF, *([_added(config_dir)] if config_dir else [])):
+        for file in sorted([*root.glob("[a-z]*/*.yaml"), *root.glob("hydra/*/*.yaml")]):
+            lines = file.read_text().splitlines()
+            first = next((line for line in lines if line.startswith("# ") and "@" not in line), "")
+            group = found.setdefault(str(file.parent.relative_to(root)), {})
+            group.setdefault(file.stem, first.removeprefix("# "))  # of two of one name Hydra takes that of conf/
     found["hydra/launcher"]["basic"] = "One job after another, in this process: the default, of Hydra itself"
     return found
 

@@ -8,10 +8,10 @@ from cl_runner.errors import ConfigError, hint
 def main(argv: list[str]) -> int:
     """Print every choice of every group, or of those named, a line each. Returns the exit status.
 
-    Raises ConfigError for a group that is not there.
+    Raises ConfigError for a group, or a folder of --config-dir, that is not there.
     """
     asked = parser().parse_args(argv)
-    found = choices()
+    found = choices(asked.config_dir)
     for group in asked.groups:
         if group not in found:
             raise ConfigError("list", f"expected a group, got {group!r}; {hint(group, found)}")
@@ -27,4 +27,5 @@ def main(argv: list[str]) -> int:
 def parser() -> Parser:
     parser = Parser(prog="cl-runner list", description="Say everything there is to choose from, a line each.")
     parser.add_argument("groups", nargs="*", metavar="GROUP", help="e.g. strategy fisher; none: all")
+    parser.add_argument("--config-dir", "-cd", metavar="DIR", help="a folder of yours that adds to conf/")
     return parser

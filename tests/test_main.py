@@ -1,6 +1,7 @@
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -212,6 +213,23 @@ def test_list_names_every_choice(cl_runner):
         assert word in said
 
 
+def test_list_names_the_choices_of_a_folder_of_ones_own_too(cl_runner, tmp_path):
+    (tmp_path / "mine" / "strategy").mkdir(parents=True)
+    (tmp_path / "mine" / "strategy" / "coma.yaml").write_text("# Averages of weights\n_target_: coma.CoMA\n")
+    (tmp_path / "mine" / "strategy" / "ewc.yaml").write_text("# Never reached: conf/ has one of this name\n")
+    status, said = cl_runner("list", "strategy", "--config-dir", "mine", small=False)
+    assert status == 0
+    assert re.search("coma +Averages of weights", said)
+    assert re.search("ewc +Elastic", said)
+    assert "Never reached" not in said
+
+
+def test_hydras_own_help_is_shown_whatever_is_beside_it(cl_runner):
+    status, said = cl_runner("--hydra-help", "strategy=ewc", small=False)
+    assert status == 0
+    assert "--config-dir" in said
+
+
 def test_what_a_command_cannot_do_is_one_line_and_status_2(cl_runner):
     status, said = cl_runner("status", "nothing", small=False)
     assert status == 2
@@ -253,6 +271,7 @@ def test_what_a_command_cannot_do_is_one_line_and_status_2(cl_runner):
             ["strategy=finetune", "strategy.strength=1"],
             "strategy.strength: unknown key; coda_prompt, dualprompt, ewc, l1",
         ),
+        (["list", "--config-dir", "nowhere"], "--config-dir: expected a folder, got 'nowhere'"),
         (["list", "colours"], "list: expected a group, got 'colours'; known: "),
     ],
 )

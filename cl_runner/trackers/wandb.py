@@ -164,7 +164,8 @@ class Wandb(Null):
         if asked not in ("auto", "online"):
             return asked
         if not has_key(settings):
-            log.info("W&B: no API key (`wandb login` stores one), so the run is kept offline")
+            level = logging.INFO if asked == "auto" else logging.WARNING
+            log.log(level, "W&B: no API key (`wandb login` stores one), so the run is kept offline")
             return "offline"
         if asked == "auto" and not answers(settings.base_url):
             log.warning("W&B: %s does not answer, so the run is kept offline", settings.base_url)

@@ -14,7 +14,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from threading import Thread
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -255,6 +255,27 @@ def test_with_a_key_and_no_server_a_run_is_kept_offline(tmp_path: Path, monkeypa
     assert tracker.line().startswith("W&B: offline; send it with: cl-runner sync ")
     assert str(tmp_path) in tracker.line()
     assert seconds < 6
+
+
+@pytest.mark.parametrize(("mode", "level"), [("auto", "INFO"), ("online", "WARNING")])
+def test_who_asked_for_online_is_warned_where_there_is_no_key(
+    mode: Literal["auto", "online"],
+    level: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    import wandb
+
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    wandb.teardown()  # it reads the environment once a process
+    tracker = Wandb(mode=mode)
+    with caplog.at_level("INFO"):
+        tracker.start(run_info(tmp_path))
+    tracker.close()
+    wandb.teardown()
+    (record,) = [record for record in caplog.records if "no API key" in record.message]
+    assert record.levelname == level
 
 
 def test_a_server_that_takes_the_call_and_says_nothing_is_given_three_seconds() -> None:
