@@ -19,7 +19,7 @@ from cl_runner.config import Experiment, check
 from cl_runner.folder import RunFolder
 from cl_runner.job import carry_out
 from cl_runner.models.model import Model
-from cl_runner.randomness import seed_all
+from cl_runner.randomness import of_task, seed_all
 from cl_runner.streams.base import Stream
 
 # An order of the authors' own: they permute the labels, numpy's permutation of seed 3, so this is its inverse.
@@ -72,7 +72,7 @@ def loop(experiment: Experiment, nudge: int | None) -> list[float]:
         model.train()
         start = [weight.detach().clone() for weight in weights]
         path = [torch.zeros_like(weight) for weight in weights]
-        generator, done = torch.Generator().manual_seed(SEED * 1_000_003 + task.index), 0
+        generator, done = torch.Generator().manual_seed(of_task(SEED, task.index)), 0
         while done < trainer["iterations"]:
             for batch in task.train.batches(trainer["batch_size"], generator, True):
                 if done == trainer["iterations"]:

@@ -20,6 +20,11 @@ def derived(seed: int, purpose: str) -> int:
     return int.from_bytes(blake2b(f"{seed} {purpose}".encode(), digest_size=7).digest())
 
 
+def of_task(seed: int, index: int) -> int:
+    """Another seed for every task; a prime apart, as the seeds of a sweep are not."""
+    return seed * 1_000_003 + index
+
+
 def random_state(device: torch.device) -> dict[str, Any]:
     """Where the global generators are, in plain values and tensors on the CPU; those on `device` among them."""
     name, keys, *rest = np.random.get_state(legacy=True)

@@ -14,7 +14,7 @@ from cl_runner.folder import RunFolder
 from cl_runner.interrupt import Interrupt
 from cl_runner.models.model import Model
 from cl_runner.pulse import pulse
-from cl_runner.randomness import seed_all
+from cl_runner.randomness import of_task, seed_all
 from cl_runner.state import State
 from cl_runner.streams.base import Stream, Task
 from cl_runner.trackers.base import Many, RunInfo, Tracker
@@ -53,7 +53,7 @@ def _run(
     clock, trainer = Clock(experiment.device), experiment.trainer
     with clock("prepare"), pulse(folder.beat, BEAT):
         _set_precision(trainer)
-        seed_all(_seed(trainer))
+        seed_all(of_task(trainer.seed, 0))
         stream: Stream = experiment.stream.load(experiment.config["data_root"], experiment.device)
         active_logits = trainer.active_logits or experiment.strategy.active_logits
         model: Model = experiment.model.build(stream, active_logits).to(experiment.device)
@@ -86,7 +86,7 @@ def _learn(task: Task, state: State, record: Record) -> None:
     """One task, from the phase on in which the run is."""
     strategy, trainer, clock, position = state.strategy, state.trainer, state.clock, state.position
     if position.phase == "begin":
-        seed_all(_seed(trainer) + task.index)  # whether this process was there for the tasks before or not
+        seed_all(of_task(trainer.seed, task.index))  # whether this process was there for the tasks before or not
         state.model.reveal(task)
         if strategy.offline and task.index < len(state.stream) - 1:
             position.tasks += 1
@@ -136,7 +136,3 @@ def _set_precision(trainer: Trainer) -> None:
     torch.use_deterministic_algorithms(trainer.deterministic)
     torch.backends.cudnn.benchmark = not trainer.deterministic
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read once: a later job here may be deterministic
-
-
-def _seed(trainer: Trainer) -> int:
-    return trainer.seed * 1_000_003

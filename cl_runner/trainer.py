@@ -16,7 +16,7 @@ from cl_runner.errors import ConfigError
 from cl_runner.journal import Journal, NonFiniteLossError, Position
 from cl_runner.models.heads import keep_unreached_rows
 from cl_runner.models.model import ActiveLogits, Model, Output
-from cl_runner.randomness import random_state, restore_random_state
+from cl_runner.randomness import of_task, random_state, restore_random_state
 from cl_runner.strategies.base import Strategy
 from cl_runner.streams.base import Examples, Seed, Task, number_of_batches
 
@@ -174,7 +174,7 @@ class Trainer:
         """Those of the task that are not learned yet, in the order that its seed gives."""
         assert self.journal is not None, "a task is being learned"
         done, steps, steps_a_pass = self.journal.done, self.journal.steps, self.journal.steps_a_pass
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + task.index)
+        generator = torch.Generator().manual_seed(of_task(self.seed, task.index))
         for _ in range(done // steps_a_pass):
             torch.randperm(len(data), generator=generator)  # the order of a pass that was made before
         while done < steps:

@@ -13,6 +13,7 @@ from torch import nn
 from cl_runner.models.architecture import Architecture, Positive
 from cl_runner.models.heads import Init, draw
 from cl_runner.models.weights import Net, Shape
+from cl_runner.randomness import derived
 
 Activation = Literal["relu", "leaky_relu", "gelu", "tanh"]
 ACTIVATIONS: dict[Activation, type[nn.Module]] = {
@@ -51,7 +52,7 @@ class MLP(Architecture):
 
     def network(self, shape: Shape, published: bool) -> Net:
         layers = perceptron(prod(shape), self.widths, self.activation, self.dropout)
-        generator = torch.Generator().manual_seed(self.seed)
+        generator = torch.Generator().manual_seed(derived(self.seed, "backbone"))
         for layer in layers:
             if isinstance(layer, nn.Linear) and self.init != "torch":
                 draw(layer, self.init, generator)

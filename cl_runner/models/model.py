@@ -74,8 +74,11 @@ class Model(nn.Module):
             self.visible[:, list(task.classes)] = True
         else:
             self.visible[task.index, list(task.classes)] = True
-        generator = torch.Generator().manual_seed(self.seed + 7919 * task.index)  # another draw for every task
-        draw(self.head, self.head_init, generator, self.revealed & ~known)
+        self.draw_head(task, self.revealed & ~known)
+
+    def draw_head(self, task: Task, rows: Tensor) -> None:
+        """Afresh, these rows [K] (bool) of it: another draw for every task."""
+        draw(self.head, self.head_init, torch.Generator().manual_seed(self.seed + 7919 * task.index), rows)
 
     @property
     def revealed(self) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from cl_runner.memory.base import Memory
 from cl_runner.models.model import Model, Output
+from cl_runner.randomness import of_task
 from cl_runner.strategies.rehearsal import evaluating
 from cl_runner.strategies.taught import Exemplars
 from cl_runner.streams.base import Examples, Scenario, Seed, Stream, Task, concatenate
@@ -91,7 +92,7 @@ class BiC(Exemplars):
         if not len(self.memory):
             return fresh, fresh[:0]
         held = self.memory.examples.to(fresh.labels.device)
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + task.index)
+        generator = torch.Generator().manual_seed(of_task(self.seed, task.index))
         to_spare = [int(part.labels.unique(return_counts=True)[1].min()) - 1 for part in (fresh, held)]
         count = min(max(1, round(self.held_out * len(held) / len(held.labels.unique()))), *to_spare)
         kept, apart = [], []

@@ -1,9 +1,6 @@
 """GDumb: greedily sample, dumbly learn (Prabhu et al., 2020, ECCV)."""
 
-import torch
-
 from cl_runner.memory.base import Memory
-from cl_runner.models.heads import draw
 from cl_runner.models.model import Model
 from cl_runner.strategies.base import Strategy
 from cl_runner.strategies.rehearsal import features_of
@@ -29,7 +26,7 @@ class GDumb(Strategy):
         model = self.model
         self.memory.add_task(task.train, features_of(model))
         model.backbone.load_state_dict(self.came)
-        draw(model.head, model.head_init, torch.Generator().manual_seed(model.seed + task.index), model.revealed)
+        model.draw_head(task, model.revealed)
 
     def training_data(self, task: Task) -> Examples:
         return self.memory.examples

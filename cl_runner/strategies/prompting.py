@@ -9,6 +9,7 @@ from torch import Tensor
 from cl_runner.models.architecture import Architecture, seeded
 from cl_runner.models.model import Model, Output
 from cl_runner.models.prompts import Prompts, vision_transformer
+from cl_runner.randomness import derived
 from cl_runner.strategies.base import Strategy
 from cl_runner.streams.base import Examples, Stream, Task
 from cl_runner.streams.recipe import Recipe
@@ -40,7 +41,7 @@ class Prompting(Strategy):
         backbone = vision_transformer(model.backbone, type(self).__name__)
         backbone.requires_grad_(False)
         model.hold_statistics(backbone.modules())
-        with seeded(model.seed):
+        with seeded(derived(model.seed, "prompts")):
             self.prompts = self.prompts_for(backbone, len(stream)).to(model.device)
         self.prompts.enter(backbone)
         model.add_module("prompts", self.prompts)

@@ -68,8 +68,9 @@ def test_another_seed_gives_other_weights():
     assert not torch.equal(first.backbone.linear1.weight, second.backbone.linear1.weight)
 
 
-def test_the_heads_rows_are_not_the_first_layers_numbers_over_again():
-    model = MLP(widths=[784], seed=1).build(stream_of(GRAY))
+@pytest.mark.parametrize("init", ["torch", "xavier", "truncated_normal"])
+def test_the_heads_rows_are_not_the_first_layers_numbers_over_again(init):
+    model = MLP(widths=[784], init=init, head_init=init, seed=1).build(stream_of(GRAY))
     model.reveal(stream_of(GRAY).tasks[0])
     first, rows = model.backbone.linear1.weight.flatten(), model.head.weight[model.revealed].flatten()
     assert torch.corrcoef(torch.stack([rows, first[: len(rows)]]))[0, 1].abs() < 0.2

@@ -41,3 +41,18 @@ def test_what_was_learned_before_does_not_matter():
         strategy.before_task(stream.tasks[1])
         found.append(model.state_dict())
     assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
+
+
+def test_the_heads_of_two_seeds_never_meet():
+    heads = []
+    for seed in (0, 1):
+        stream = toy_stream("class")
+        model = toy_model(stream)
+        model.seed = seed
+        strategy = GDumb(memory=ClassBalanced(size=12))
+        strategy.setup(model, stream)
+        for task in stream.tasks[:2]:
+            model.reveal(task)
+            strategy.before_task(task)
+            heads.append(model.head.weight[:2].clone())
+    assert all(not torch.equal(one, other) for number, one in enumerate(heads) for other in heads[:number])
