@@ -6,7 +6,6 @@ The only place that builds a `_target_`.
 import importlib
 import inspect
 import json
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from types import MappingProxyType
@@ -146,17 +145,29 @@ def refuse_unknown(path: str, given: Iterable[str], known: Iterable[str], meant:
             raise ConfigError(field, f"unknown key; {meant or hint(key, sorted(known))}")
 
 
-def one_line(path: str, error: ValidationError) -> ConfigError:
-    """One line for pydantic's list: where, what was expected (of every branch of a union), and what came."""
+def one_line(path: str, value: Any, error: ValidationError) -> ConfigError:
+    """One line for pydantic's list of what is wrong with `value`: where, what was expected (of every branch of a
+    union), and what came."""
     problems = error.errors()
-    inner = [str(part) for part in problems[0]["loc"] if isinstance(part, int) or (not path and part)]
-    field = ".".join([part for part in [path] if part] + inner)
-    if problems[0]["type"] == "extra_forbidden":
-        return ConfigError(".".join([path, *map(str, problems[0]["loc"])]), "unknown key")
-    if problems[0]["type"] == "missing":
-        return ConfigError(field, "expected a value, got nothing")
+    place, kind = problems[0]["loc"], problems[0]["type"]
+    field = ".".join([*filter(None, [path]), *_on_the_way(value, place)])
+    if kind == "extra_forbidden":
+        return ConfigError(field, "unknown key")
+    if kind == "missing":
+        return ConfigError(f"{field}.{place[-1]}".removeprefix("."), "expected a value, got nothing")
     wanted = dict.fromkeys(_expected(p["msg"]) for p in problems if "isinstance" not in p["msg"])
-    return ConfigError(field or path, f"expected {' or '.join(wanted)}, got {problems[0]['input']!r}")
+    return ConfigError(field, f"expected {' or '.join(wanted)}, got {problems[0]['input']!r}")
+
+
+def _on_the_way(value: Any, place: Iterable[int | str]) -> Iterator[str]:
+    """The keys and indices on the way to a place in `value`; pydantic names the branches of unions among them."""
+    for part in place:
+        if isinstance(value, dict) if isinstance(part, str) else isinstance(value, list):
+            try:
+                value = value[part]
+            except LookupError:
+                continue
+            yield str(part)
 
 
 def _expected(message: str) -> str:
@@ -165,6 +176,8 @@ def _expected(message: str) -> str:
         .removeprefix("Value should have ")
         .removeprefix("a valid ")
         .removeprefix("an instance of ")
+        .replace("String should match pattern ", "text that matches ")
+        .replace("String should have ", "text of ")
     )
     plain = {
         "number": "float",
@@ -173,8 +186,8 @@ def _expected(message: str) -> str:
         "boolean": "bool",
         "dictionary": "a mapping",
         "array": "a list",
+        "an object": "a mapping",
     }
-    message = re.sub(r"^String should match pattern .*", "auto, cpu, mps, cuda or cuda:N", message)
     return plain.get(message, message.replace("None", "null").replace("greater than or equal to", "at least"))
 
 
@@ -207,7 +220,7 @@ def _checked_value(path: str, value: Any, hint: Any, allowed: Iterable[str]) -> 
         # As JSON a list may stand for a tuple and a string for an enum, and nothing else is converted.
         return adapter.dump_python(adapter.validate_json(json.dumps(value)), mode="json", warnings=False)
     except ValidationError as error:
-        raise one_line(path, error) from None
+        raise one_line(path, value, error) from None
 
 
 def _checked_nodes(path: str, nodes: Any, allowed: Iterable[str], kind: str) -> dict[str, Any]:

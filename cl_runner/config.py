@@ -3,6 +3,7 @@
 import importlib.util
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import PydanticCustomError
 
 from cl_runner.components import (
     ALLOWED,
@@ -42,13 +44,19 @@ COMPONENTS = ("stream", "model", "strategy", "optimizer", "scheduler", "trainer"
 NOT_OURS = ("hydra", "published")  # Hydra's own, and what an experiment's file says of published results
 
 
+def _known_device(name: str) -> str:
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", name):
+        raise PydanticCustomError("device", "auto, cpu, mps, cuda or cuda:N")
+    return name
+
+
 class Settings(BaseModel):
     """The top level of the configuration; the components are checked against what their `_target_` takes."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
     seed: Annotated[int, Field(ge=0, lt=2**32)]
-    device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")]
+    device: Annotated[str, AfterValidator(_known_device)]
     data_root: str
     output_root: Annotated[str, Field(min_length=1)]
     rerun: bool
@@ -152,7 +160,7 @@ def with_valid_settings(cfg: DictConfig) -> dict[str, Any]:
     try:
         Settings.model_validate(plain)
     except ValidationError as error:
-        raise one_line("", error) from None
+        raise one_line("", plain, error) from None
     return plain
 
 
