@@ -41,7 +41,8 @@ def parts(config: dict[str, Any]) -> tuple[str, str, str]:
 
 
 def called(key: str, component: dict[str, Any]) -> str:
-    """What a component of the configuration goes by: as its choice in conf/ is called, or by its own name."""
+    """What a component of the configuration goes by: as its choice in conf/ is called (a preset, as `online_ewc`, as
+    its class's is), or by its own name."""
     kind, name = choice(component["_target_"].rpartition(".")[2]), str(component.get("name") or "")
     if key == "stream":
         return f"{kind}_{name}" if name else kind
@@ -54,13 +55,7 @@ def choice(class_name: str) -> str:
 
 def digest(config: dict[str, Any]) -> str:
     """Eight hex digits of what a run computes."""
-    plain = json.loads(json.dumps(config))
-    for path in (*NOT_HASHED, "trainer.epochs" if config["trainer"].get("iterations") else "trainer.iterations"):
-        *parents, key = path.split(".")
-        node = plain
-        for parent in parents:
-            node = node[parent]
-        node.pop(key, None)
+    plain = counted(config)
     for parent, key in ORDERED:
         if isinstance(plain[parent].get(key), dict):
             plain[parent][key] = [*plain[parent][key].items()]
@@ -68,6 +63,15 @@ def digest(config: dict[str, Any]) -> str:
     if weights.is_file():  # what is in the file counts, not where it lies
         plain["model"]["pretrained"] = _file_digest(weights, weights.stat().st_mtime_ns)
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def counted(config: dict[str, Any]) -> dict[str, Any]:
+    """A copy of a configuration, as far as it changes the numbers; it need not be whole."""
+    plain = json.loads(json.dumps(config))
+    for path in (*NOT_HASHED, "trainer.epochs" if plain.get("trainer", {}).get("iterations") else "trainer.iterations"):
+        parent, _, key = path.rpartition(".")
+        (plain.get(parent, {}) if parent else plain).pop(key, None)
+    return plain
 
 
 def sources(plugins: Sequence[str]) -> dict[str, str]:

@@ -5,12 +5,12 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
 from cl_runner.errors import ConfigError, did_you_mean
-from cl_runner.identity import NOT_HASHED, called
+from cl_runner.identity import called, counted
 from cl_runner.report.runs import LeftOut, Run
 from cl_runner.report.statistics import Summary, forgetting_matrix, mean_of_matrices, summarise
 
@@ -208,11 +208,15 @@ def shown(value: Value) -> str:
     return json.dumps(value) if value is None or isinstance(value, bool) else str(value)
 
 
+def is_number(value: Value) -> TypeGuard[int | float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def ordering(value: Value) -> tuple[int, float, str]:
     """Numbers by size before words by letter; what is absent first."""
     if value == ABSENT:
         return (0, 0.0, "")
-    if isinstance(value, int | float) and not isinstance(value, bool):
+    if is_number(value):
         return (1, float(value), "")
     return (2, 0.0, shown(value))
 
@@ -270,7 +274,9 @@ def _above(key: str) -> list[str]:
 
 def _settings(runs: Sequence[Run]) -> list[Settings]:
     """Of every run: what changes its numbers, with a mark where a value follows the seed."""
-    settings = [dict(_flat(_relevant(run.config))) for run in runs]
+    settings = [dict(_flat(counted(run.config))) for run in runs]
+    for own in settings:
+        own.pop("seed", None)
     follows = {key: True for own in settings for key, value in own.items() if type(value) is int}
     for run, own in zip(runs, settings, strict=True):
         for key, value in own.items():
@@ -294,16 +300,6 @@ def _settings(runs: Sequence[Run]) -> list[Settings]:
 
 def _seeds_differ(runs: Sequence[Run]) -> bool:
     return any(run.seed != runs[0].seed for run in runs)
-
-
-def _relevant(config: dict[str, Any]) -> dict[str, Any]:
-    """The configuration without its seed and without what changes no number."""
-    epochs = "trainer.epochs" if config.get("trainer", {}).get("iterations") else "trainer.iterations"
-    plain = {key: dict(value) if isinstance(value, dict) else value for key, value in config.items() if key != "seed"}
-    for path in (*NOT_HASHED, epochs):
-        parent, _, key = path.rpartition(".")
-        (plain.get(parent, {}) if parent else plain).pop(key, None)
-    return plain
 
 
 def _flat(node: dict[str, Any], path: str = "") -> Iterator[tuple[str, Value]]:

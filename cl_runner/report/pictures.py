@@ -15,7 +15,7 @@ from matplotlib.collections import LineCollection, PolyCollection
 from matplotlib.colors import Colormap, LinearSegmentedColormap
 from matplotlib.figure import Figure
 
-from cl_runner.report.groups import ABSENT, Group, Groups, Value, ordering, short_names, shown
+from cl_runner.report.groups import ABSENT, Group, Groups, Value, is_number, ordering, short_names, shown
 from cl_runner.report.statistics import over_tasks
 from cl_runner.report.table import Scale
 from cl_runner.trackers.colours import ACCURACY, FAINT, FORGETTING, INK, LINES
@@ -179,24 +179,20 @@ def _curve_line(
 
 def _places(values: Sequence[Value]) -> dict[Value, float]:
     """Numbers stand where they are, words one after another."""
-    numbers = [float(value) for value in values if isinstance(value, int | float) and not isinstance(value, bool)]
+    numbers = [float(value) for value in values if is_number(value)]
     return dict(zip(values, numbers if len(numbers) == len(values) else map(float, range(len(values))), strict=True))
 
 
 def _mark(axes: Axes, values: Sequence[Value], places: dict[Value, float]) -> None:
-    """A logarithmic axis where numbers span more than a decade; zero, which has no place on it, stands left of all."""
+    """A logarithmic axis where numbers span a factor of 20 or more; zero, without a place on it, stands left of all."""
     positive = [value for value in places.values() if value > 0]
-    if not all(_is_number(value) for value in values):
+    if not all(is_number(value) for value in values):
         axes.set_xticks(list(places.values()), [_shortened(shown(value), 18) for value in values])
     elif positive and min(places.values()) >= 0 and max(positive) / min(positive) >= LOG_FROM:
         axes.set_xscale("log") if len(positive) == len(values) else axes.set_xscale("symlog", linthresh=min(positive))
         if len(values) <= 9:
             axes.set_xticks(list(places.values()), [shown(value) for value in values])
             axes.minorticks_off()
-
-
-def _is_number(value: Value) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _lines(groups: Groups, lines: dict[Group, np.ndarray], label: str) -> Figure:

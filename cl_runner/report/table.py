@@ -10,7 +10,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from cl_runner.errors import ConfigError, hint
-from cl_runner.report.groups import ABSENT, Group, Groups, Value, shown
+from cl_runner.report.groups import ABSENT, Group, Groups, Value, is_number, shown
 from cl_runner.report.statistics import Summary, paired_difference
 
 DEFAULT_METRICS = ("average_accuracy", "average_forgetting", "drift_agreement", "drift_kl", "seconds")
@@ -203,7 +203,7 @@ def _wanted(groups: Groups, asked: str) -> dict[str, str]:
 
 def _is(value: Value, wanted: str) -> bool:
     """1e4 is 10000.0."""
-    if isinstance(value, int | float) and not isinstance(value, bool):
+    if is_number(value):
         try:
             return float(wanted) == value
         except ValueError:
