@@ -28,7 +28,7 @@ KINDS = {
     "memory": "cl_runner.memory.base.Memory",
     "optimizer": "torch.optim.Optimizer",
     "trainer": "cl_runner.trainer.Trainer",
-    "tracker": "cl_runner.trackers.base.Null",
+    "tracker": "cl_runner.trackers.base.NullTracker",
 }
 PROVIDED = {"optimizer": {"params"}, "scheduler": {"optimizer", "steps"}}  # arguments that come when a run builds them
 

@@ -30,7 +30,7 @@ def config(*overrides):
 
 
 @pytest.mark.parametrize("file", COMPONENT_FILES, ids=lambda file: f"{file.parent.name}/{file.stem}")
-def test_every_argument_of_every_component_stands_in_its_yaml_with_its_default(file):
+def test_every_argument_of_every_component_stands_in_its_yaml(file):
     node = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
     parameters = inspect.signature(imported(node.pop("_target_"))).parameters
     drawn_in = {
@@ -129,7 +129,7 @@ def test_every_choice_says_in_a_line_what_it_is(file):
         ("fisher=null", "fisher: expected one of argmax, batched, "),
         ("strategy._target_=3", "strategy._target_: expected the name of a class or function, got 3"),
         ("strategy=finetune strategy._target_=cl_runner.models.MLP", "strategy._target_: expected a Strategy, got"),
-        ("tracker._target_=cl_runner.folder.write_atomically", "tracker._target_: expected a Null, got"),
+        ("tracker._target_=cl_runner.folder.write_atomically", "tracker._target_: expected a NullTracker, got"),
         ("strategy.fisher=3", "strategy.fisher: expected a component (a mapping with a _target_), got 3"),
         ("strategy.fisher=null", "strategy.fisher: expected a component"),
         ("strategy.strength=inf", "strategy.strength: expected a finite number"),
@@ -336,8 +336,7 @@ def test_the_folders_name_can_be_read():
 
 @pytest.mark.parametrize("strategy", choices()["strategy"])
 def test_the_folders_name_begins_with_the_strategy(strategy):
-    presets = {"online_ewc": "ewc", "simplecil": "ncm"}  # of another method
-    assert run_folder(config(f"strategy={strategy}")).name.startswith(f"{presets.get(strategy, strategy)}-")
+    assert run_folder(config(f"strategy={strategy}")).name.startswith(f"{PRESETS.get(strategy, strategy)}-")
 
 
 def test_build_builds_nodes_inside_nodes():

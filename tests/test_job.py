@@ -23,7 +23,7 @@ from cl_runner.folder import CannotWriteError, RunFolder
 from cl_runner.interrupt import Stopped
 from cl_runner.job import carry_out, move_aside
 from cl_runner.lock import FolderInUseError
-from cl_runner.trackers.base import Null
+from cl_runner.trackers.base import NullTracker
 from tests.test_resume import OFTEN, assert_equal_runs, experiment, without_timing
 
 ROOT = Path(__file__).parent.parent
@@ -149,7 +149,7 @@ def test_a_run_whose_launcher_passes_over_sigterm_saves_and_goes_on(tmp_path, wh
 def test_trackers_are_told_that_a_stopped_run_will_go_on_and_that_a_failed_one_failed(tmp_path):
     closed = []
 
-    class Listening(Null):
+    class Listening(NullTracker):
         def close(self, failed=False, preempted=False):
             closed.append((failed, preempted))
 

@@ -52,7 +52,7 @@ class Tracker(Protocol):
         ...
 
 
-class Null:
+class NullTracker:
     """Hears nothing. A tracker derives from it and overrides what it wants to hear."""
 
     def start(self, run: RunInfo) -> None: ...

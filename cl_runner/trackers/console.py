@@ -15,7 +15,7 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
-from cl_runner.trackers.base import Null, RunInfo
+from cl_runner.trackers.base import NullTracker, RunInfo
 
 Rows = list[list[float | None]]
 
@@ -67,7 +67,7 @@ def _handled_by(handler: logging.Handler) -> Iterator[None]:
         handler.close()
 
 
-class Console(Null):
+class Console(NullTracker):
     """Shows a run on `console`. Bars only where somebody looks: in a pipe or a log there is a line a task instead.
 
     wandb_line: asked for its one line when all is over.

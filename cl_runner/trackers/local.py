@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from cl_runner.folder import write_atomically, writing
-from cl_runner.trackers.base import Null, RunInfo
+from cl_runner.trackers.base import NullTracker, RunInfo
 
 JOURNAL = "steps.jsonl"
 
 
-class Local(Null):
+class Local(NullTracker):
     """Writes `steps.jsonl` as the run goes, and `accuracy.csv`, `accuracy.png`, `results.json` when it is done.
 
     Rows beyond those that a checkpoint vouches for come from steps that will be taken again: `rewind` cuts them off.

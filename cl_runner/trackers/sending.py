@@ -42,10 +42,7 @@ def send(run: Path) -> str | None:
 def _sync(folder: Path) -> str | None:
     options = ["--include-online", "--include-synced"]
     command = [sys.executable, "-m", "wandb", "sync", *options, str(folder)]
-    place = {
-        **os.environ,
-        "WANDB_DIR": str(folder.parents[1]),
-    }  # its own logs: beside the run's, not wherever one stands
+    place = {**os.environ, "WANDB_DIR": str(folder.parents[1])}  # its logs: beside the run's, not wherever one stands
     said = subprocess.run(
         command, capture_output=True, text=True, stdin=subprocess.DEVNULL, env=place
     ).stderr.splitlines()

@@ -24,10 +24,10 @@ from pydantic import Field
 
 from cl_runner.identity import parts
 from cl_runner.trackers import sending
-from cl_runner.trackers.base import Null, RunInfo
+from cl_runner.trackers.base import NullTracker, RunInfo
 from cl_runner.trackers.local import entries, read_journal
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("cl_runner")
 
 PROBE_SECONDS = 3.0
 INIT_SECONDS = 20.0
@@ -54,7 +54,7 @@ def guarded(
     return attempt
 
 
-class Wandb(Null):
+class Wandb(NullTracker):
     """Sends every row to Weights & Biases, under the row's `seq` as W&B's step.
 
     mode: "auto" is online if there is an API key and the server answers, else offline; WANDB_MODE decides where it is

@@ -25,7 +25,7 @@ def config(strategy: str = "Finetune", seed: int = 0, lr: float = 0.1, **own: An
         "optimizer": {"_target_": "torch.optim.SGD", "lr": lr},
         "scheduler": {"_target_": "cl_runner.schedulers.constant"},
         "trainer": {"_target_": "cl_runner.trainer.Trainer", "epochs": 1, "iterations": None, "seed": seed},
-        "tracker": {"_target_": "cl_runner.trackers.base.Null"},
+        "tracker": {"_target_": "cl_runner.trackers.base.NullTracker"},
         "seed": seed,
         "device": "cpu",
         "data_root": "data",

@@ -2,11 +2,11 @@ from pathlib import Path
 
 import pytest
 
-from cl_runner.trackers.base import Many, Null
+from cl_runner.trackers.base import Many, NullTracker
 from tests.trackers.samples import journal_rows, results, run_info, tell
 
 
-class Diary(Null):
+class Diary(NullTracker):
     """Remembers what it was told."""
 
     def __init__(self, told: list[str], name: str, breaks: bool = False) -> None:
@@ -44,11 +44,11 @@ def test_many_trackers_hear_that_the_run_was_preempted() -> None:
 
 
 def test_the_line_of_many_is_the_lines_of_those_that_have_one() -> None:
-    assert Many([Diary([], "a"), Diary([], "b", breaks=True), Null()]).line() == "b"
+    assert Many([Diary([], "a"), Diary([], "b", breaks=True), NullTracker()]).line() == "b"
 
 
 def test_the_null_tracker_leaves_no_trace(tmp_path: Path) -> None:
-    tracker = Null()
+    tracker = NullTracker()
     tracker.start(run_info(tmp_path))
     tell(tracker, journal_rows())
     tracker.finish(results())
