@@ -22,8 +22,6 @@ from cl_runner.streams.base import Examples, Scenario, Stream, Task
 class Made(Architecture):
     """A network that takes options which no configuration has."""
 
-    kind = "made"
-
     make: Callable[[], Net]
 
     def network(self, shape: Shape, published: bool) -> Net:

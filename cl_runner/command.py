@@ -171,11 +171,11 @@ def run_submitted(argv: list[str], folder: Path) -> None:
 
 
 @hydra.main(config_path=str(CONF), config_name="config", version_base=VERSION_BASE)
-def hydra_main(cfg: DictConfig) -> float | None:
-    """One job. Returns the run's accuracy on validation data where there are any, else its average accuracy."""
+def hydra_main(cfg: DictConfig) -> None:
+    """One job."""
     from cl_runner.job import carry_out
 
-    return carry_out(check(cfg))
+    carry_out(check(cfg))
 
 
 def _hydra_run() -> None:

@@ -7,7 +7,8 @@ from difflib import get_close_matches
 class ConfigError(Exception):
     """A setting that cannot work: the field that holds it, and what was expected and what came.
 
-    Raised before any data is touched; the command line prints it as one line and exits with status 2.
+    Raised before any data is touched, but for what only building can tell; the command line prints it as one line and
+    exits with status 2.
     """
 
     def __init__(self, field: str, message: str) -> None:

@@ -77,14 +77,14 @@ class Trainer:
         seed: Seed = 0,
     ) -> None:
         """`epochs` or, if given, `iterations`: the budget a task; iterations drop the short last batch of a pass.
-        `first_task`: what the first task has of its own; null: nothing.
-        `accumulate`: micro-batches that a batch is computed in, with the same gradient and less memory.
-        `optimizer_state`: whether momentum and the like start empty in each task. `active_logits`: which outputs enter
-        the loss: the task's own (current), those of all tasks so far (seen) or all; null for what the scenario says
-        (task: current, domain: all, class: seen). `drift_samples`: held-out images on which the distance from the
-        pretrained model is measured (0: not at all). The run is saved after each task, and within one after
-        `checkpoint_every` steps or `checkpoint_seconds`, whichever comes first; null: not for that reason. `seed`: of
-        the order of the batches, dropout and augmentation."""
+        `first_task`: what the first task has of its own; null: nothing. `accumulate`: micro-batches that a batch is
+        computed in, with the same gradient and less memory. `optimizer_state`: whether momentum and the like start
+        empty in each task. `active_logits`: which outputs enter the loss: the task's own (current), those of all tasks
+        so far (seen) or all; null for what the method's paper says, or else the scenario (task: current, domain: all,
+        class: seen). `drift_samples`: held-out images on which the distance from the pretrained model is measured (0:
+        not at all). The run is saved after each task, and within one after `checkpoint_every` steps or
+        `checkpoint_seconds`, whichever comes first; null: not for that reason. `seed`: of the order of the batches,
+        dropout and augmentation."""
         if accumulate > batch_size:
             raise ConfigError("trainer.accumulate", f"expected at most batch_size={batch_size}, got {accumulate}")
         self.first_task = FirstTask.model_validate(first_task or {})
@@ -146,7 +146,7 @@ class Trainer:
 
     def step(self, batch: Examples) -> dict[str, Tensor]:
         """THE step: the only place in the project where weights learn. Nothing in it waits for the device,
-        unless a strategy's hook does (those of `gem`, `mas` and `rwalk` read what they go on with)."""
+        unless a strategy's hook does, or a memory that groups its rows by class or task."""
         strategy, model, optimizer = self.work.strategy, self.work.model, self.optimizer
         batch = strategy.before_batch(batch)
         optimizer.zero_grad(set_to_none=True)

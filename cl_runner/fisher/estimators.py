@@ -45,8 +45,8 @@ class Report:
         trace: of the Fisher.
         relative_error: an estimate of the diagonal's |found - expected| / |expected| over all numbers together, given
             the samples; None where nothing was drawn, or nothing found, and of Kronecker factors, which add an error of
-            their own. It knows no samples but those that it looks
-            at: where a few rare draws make up the Fisher, it can be far too small.
+            their own. It knows no samples but those that it looks at: where a few rare draws make up the Fisher, it can
+            be far too small.
     """
 
     seconds: float

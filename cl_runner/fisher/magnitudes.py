@@ -64,9 +64,7 @@ class Magnitudes(Estimator):
                 some = inputs[rows], partial(vectors, rows)
                 try:
                     add(model, sums.partial, *some, measure=torch.abs)
-                except (
-                    Uncovered
-                ):  # raised before anything was added: this batch takes part in another way than the first
+                except Uncovered:  # before anything was added: this batch takes part in another way than the first
                     add = add_looped
                     add(model, sums.partial, *some, measure=torch.abs)
             sums.close_batch()

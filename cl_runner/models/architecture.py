@@ -27,7 +27,7 @@ from cl_runner.streams.base import Scenario, Seed, Stream
 
 Positive = Annotated[int, Field(ge=1)]
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("cl_runner")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,7 +247,7 @@ class Architecture(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class ImageArchitecture(Architecture):
-    """One whose layers are convolutions.
+    """One that may compute in NHWC order.
 
     channels_last: images and weights in NHWC order; a training step of a convolutional net then takes 4 to 36 % less
     time on a CPU (EfficientNet-Lite0, ResNet-18, CNN). Very narrow nets (see `has_narrow_shortcut`) stay in NCHW order.

@@ -1,4 +1,4 @@
-"""One matrix of outputs for all the stream's classes, and how its rows are drawn."""
+"""How a layer's rows are drawn, and a head's held where no loss reaches them."""
 
 import math
 from typing import Literal

@@ -46,9 +46,8 @@ class LeftOut:
     """What lies in the folder, or was asked for, and is in no table."""
 
     folder: str
-    state: (
-        str  # pending, running, failed, killed; damaged: its files cannot be read; twice: its work is counted already
-    )
+    # pending, running, failed, killed; damaged: its files cannot be read; twice: its work is counted already
+    state: str
     why: str = ""
     there: bool = True  # the folder exists
 

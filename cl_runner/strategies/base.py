@@ -26,7 +26,6 @@ class Strategy:
     follow from the task, what is saved and the random state that it finds.
     """
 
-    kind: ClassVar[str]  # in the names of runs' folders, where it is not the class's name in lower case
     saved: ClassVar[tuple[str, ...]] = ()
     scenarios: ClassVar[frozenset[Scenario]] = frozenset(Scenario)  # where the method can work
     needs_task_id: ClassVar[bool] = False  # predicts only where the task is told

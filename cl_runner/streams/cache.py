@@ -18,7 +18,7 @@ from torch import Tensor
 
 from cl_runner.errors import ConfigError
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("cl_runner")
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from cl_runner.errors import ConfigError, did_you_mean
 from cl_runner.streams.cache import DataSet, cached, locked, no_empty_folders
 from cl_runner.streams.folder import LAYOUT, ImageFolder
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("cl_runner")
 
 DOWNLOAD_TIMEOUT = 30  # seconds without an answer
 

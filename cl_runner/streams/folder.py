@@ -17,7 +17,7 @@ from torch import Tensor
 from cl_runner.errors import ConfigError
 from cl_runner.streams.cache import DataSet, cached
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("cl_runner")
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
 LAYOUT = "{train,test}/<class>/*.png|jpg|jpeg"
