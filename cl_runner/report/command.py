@@ -121,6 +121,7 @@ def _write(
 ) -> str:
     """Returns what was written where."""
     from cl_runner.report import page, pictures  # matplotlib: not before all is known to be well
+    from cl_runner.trackers.drawing import to_png
 
     folder = asked.folder / REPORT
     below = legend(table, asked.spread)
@@ -132,7 +133,7 @@ def _write(
     if picks:
         contents["selection.md"] = f"{markdown(*_selection(picks, asked, table))}\n{below}\n"
     for name, figure in pictures.draw(table.groups, curves):
-        contents[name] = pictures.to_png(figure)
+        contents[name] = to_png(figure)
     runs, groups = len({run.folder for group in table.groups for run in group.runs}), len(table.groups)
     grouped = f"in {groups} group{'s' * (groups != 1)}"
     contents["index.html"] = page.make_page(

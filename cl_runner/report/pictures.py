@@ -5,12 +5,10 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from io import BytesIO
 from typing import Any, Literal
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import LineCollection, PolyCollection
 from matplotlib.colors import Colormap, LinearSegmentedColormap
 from matplotlib.figure import Figure
@@ -19,8 +17,8 @@ from cl_runner.report.groups import ABSENT, Group, Groups, Value, is_number, ord
 from cl_runner.report.statistics import over_tasks
 from cl_runner.report.table import Scale
 from cl_runner.trackers.colours import ACCURACY, FAINT, FORGETTING, INK, LINES
+from cl_runner.trackers.drawing import blank, readable_on, shortened
 
-DPI = 160
 HEAD = 0.5  # inches above the matrices
 MOST_MATRICES = 48  # groups in one picture; the page has all
 MOST_NUMBERED = 12  # groups whose matrices have numbers in their cells
@@ -69,12 +67,6 @@ def draw(groups: Groups, curves: Sequence[str]) -> list[Picture]:
     return pictures + [_curve_picture(groups, groups.key(key, "--curve")) for key in curves]
 
 
-def to_png(figure: Figure) -> bytes:
-    file = BytesIO()
-    figure.savefig(file, format="png", dpi=DPI, metadata={"Software": None})  # same picture, same bytes
-    return file.getvalue()
-
-
 def matrices(groups: Groups) -> Figure:
     """Mean accuracy (0 to 1) and forgetting (-1 to 1) matrix of every group, on the same two scales for all."""
     pictured = list(groups)[:MOST_MATRICES]
@@ -82,7 +74,7 @@ def matrices(groups: Groups) -> Figure:
     columns = min(len(pictured), 2 if numbered else 4)
     rows = math.ceil(len(pictured) / columns)
     wide, high, margin = (6.2, 3.0, 0.25) if numbered else (3.1, 1.75, 0.15)  # inches of a group's two matrices
-    figure = _figure(wide * columns, high * rows + HEAD)
+    figure = blank(wide * columns, high * rows + HEAD)
     axes = _inches(figure)
     left_out = f" · {len(groups) - len(pictured)} groups more in the page" if len(groups) > len(pictured) else ""
     what = f"column: on task · row: after learning task · means over seeds{left_out}"
@@ -94,7 +86,7 @@ def matrices(groups: Groups) -> Figure:
     for index, group in enumerate(pictured):
         row, column = divmod(index, columns)
         left, top = column * wide + margin, HEAD + row * high
-        label = _shortened(groups.label(group), 74 if numbered else 46)
+        label = shortened(groups.label(group), 74 if numbered else 46)
         _text(axes, left, top + 0.09 * high, label, 9 if numbered else 7, INK)
         for half, kind in enumerate(kinds):
             box = Box(left + half * 0.49 * wide, top + 0.17 * high, 0.44 * wide, 0.77 * high)
@@ -120,7 +112,7 @@ def curve(groups: Groups, key: str) -> Figure:
 
     A group without the key (no strength, say) is a level line.
     """
-    figure = _figure(12.5, 4.2)
+    figure = blank(12.5, 4.2)
     others = [other for other in groups.keys if other != key]
     names = dict(zip(others, short_names(others), strict=True))
     lines: dict[str, list[Group]] = defaultdict(list)
@@ -141,7 +133,7 @@ def curve(groups: Groups, key: str) -> Figure:
     ):
         axes = figure.add_axes((0.055 + 0.36 * index, 0.14, 0.3, 0.78))
         for number, (name, members) in zip(styles, lines.items(), strict=True):
-            called = shown(members[0].values[0]) if many else _shortened(name, 46)
+            called = shown(members[0].values[0]) if many else shortened(name, 46)
             _curve_line(axes, groups, members, key, metric, places, called, number)
         _dress(axes, names.get(key, key.rpartition(".")[2]), label)
         _mark(axes, values, places)
@@ -187,7 +179,7 @@ def _mark(axes: Axes, values: Sequence[Value], places: dict[Value, float]) -> No
     """A logarithmic axis where numbers span a factor of 20 or more; zero, without a place on it, stands left of all."""
     positive = [value for value in places.values() if value > 0]
     if not all(is_number(value) for value in values):
-        axes.set_xticks(list(places.values()), [_shortened(shown(value), 18) for value in values])
+        axes.set_xticks(list(places.values()), [shortened(shown(value), 18) for value in values])
     elif positive and min(places.values()) >= 0 and max(positive) / min(positive) >= LOG_FROM:
         axes.set_xscale("log") if len(positive) == len(values) else axes.set_xscale("symlog", linthresh=min(positive))
         if len(values) <= 9:
@@ -197,7 +189,7 @@ def _mark(axes: Axes, values: Sequence[Value], places: dict[Value, float]) -> No
 
 def _lines(groups: Groups, lines: dict[Group, np.ndarray], label: str) -> Figure:
     """lines: group -> [seeds, T]. Few groups have a colour each and a band; of many, each strategy has a colour."""
-    figure = _figure(9.0, 4.4)
+    figure = blank(9.0, 4.4)
     axes = figure.add_axes((0.075, 0.13, 0.6, 0.81))
     _many_lines(axes, groups, lines) if len(groups) > MOST_LINES else _few_lines(axes, groups, lines)
     _dress(axes, "after learning task", label)
@@ -211,7 +203,7 @@ def _few_lines(axes: Axes, groups: Groups, lines: dict[Group, np.ndarray]) -> No
     for number, group in enumerate(groups):
         mean, std = 100 * lines[group].mean(axis=0), 100 * lines[group].std(axis=0, ddof=min(len(group.runs) - 1, 1))
         tasks, style = range(len(mean)), _style(number)
-        axes.plot(tasks, mean, label=_shortened(groups.label(group), 40), linewidth=1.6, markersize=4, **style)
+        axes.plot(tasks, mean, label=shortened(groups.label(group), 40), linewidth=1.6, markersize=4, **style)
         axes.fill_between(tasks, mean - std, mean + std, color=style["color"], alpha=0.13, linewidth=0)
 
 
@@ -246,7 +238,7 @@ def _heat(axes: Axes, box: Box, kind: Kind, matrix: np.ndarray, numbered: bool) 
         return
     for row, column, colour in zip(rows.tolist(), columns.tolist(), colours, strict=True):
         x, y = box.left + width * (column + 0.5), box.top + height * (row + 0.5)
-        _text(axes, x, y, PERCENT.text(matrix[row, column]), min(8.5, 58 / size), _readable_on(colour), "center")
+        _text(axes, x, y, PERCENT.text(matrix[row, column]), min(8.5, 58 / size), readable_on(colour), "center")
 
 
 def _cells(
@@ -266,17 +258,6 @@ def _scale(axes: Axes, kind: Kind, left: float) -> None:
     low, high = (f"{100 * limit:.0f}".replace("-", "−") for limit in kind.limits)
     _text(axes, left - 0.06, HEAD / 2, f"{kind.name}, %   {low}", 7, FAINT, "right")
     _text(axes, left + 0.76, HEAD / 2, high, 7, FAINT)
-
-
-def _readable_on(colour: np.ndarray) -> str:
-    """White on what is dark."""
-    return "white" if float(np.dot(colour, [0.299, 0.587, 0.114])) < 0.55 else INK
-
-
-def _figure(width: float, height: float) -> Figure:
-    figure = Figure(figsize=(width, height), dpi=DPI, facecolor="white")
-    FigureCanvasAgg(figure)
-    return figure
 
 
 def _map(colours: list[str]) -> Colormap:
@@ -307,7 +288,3 @@ def _legend(figure: Figure, handles: Sequence[Any], labels: Sequence[str], left:
 
 def _text(axes: Axes, left: float, top: float, text: str, size: float, colour: str, align: Align = "left") -> None:
     axes.text(left, top, text, fontsize=size, color=colour, va="center", ha=align, parse_math=False)
-
-
-def _shortened(text: str, limit: int) -> str:
-    return text if len(text) <= limit else f"{text[: limit // 2]} … {text[-(limit // 2 - 3) :]}"

@@ -6,7 +6,6 @@ Scales and size are fixed, so that pictures of different runs, and of different 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from io import BytesIO
 
 import numpy as np
 import torch
@@ -19,10 +18,10 @@ from torch import Tensor
 from cl_runner.metrics import forgetting_matrix, from_rows
 from cl_runner.trackers import colours
 from cl_runner.trackers.colours import FAINT, INK
+from cl_runner.trackers.drawing import DPI, blank, readable_on, shortened
 
 SIZE = (1600, 800)  # pixels, width x height
 TILE = (800, 800)  # of one matrix alone
-DPI = 160
 MAX_NUMBERED = 20  # tasks: beyond that a number no longer fits its cell
 
 
@@ -48,8 +47,8 @@ def accuracy_figure(rows: Sequence[Sequence[float | None]], name: str, metrics: 
 
 def matrix_figure(accuracy: Tensor, title: str) -> Figure:
     """A figure of SIZE pixels: accuracy [T, T] on a scale of 0 to 1, forgetting beside it on a scale of -1 to 1."""
-    figure = _figure(SIZE)
-    _write(figure, 0.05, 0.935, _shortened(title, 118))
+    figure = blank(SIZE[0] / DPI, SIZE[1] / DPI)
+    _write(figure, 0.05, 0.935, shortened(title, 118))
     _panel(figure, (0.05, 0.36), accuracy, ACCURACY)
     _panel(figure, (0.545, 0.36), forgetting_matrix(accuracy), FORGETTING)
     return figure
@@ -64,17 +63,11 @@ def tiles(
 
 
 def _tile(matrix: Tensor, scale: Scale, name: str, metrics: Mapping[str, float | None]) -> Figure:
-    figure = _figure(TILE)
-    said = _shortened(name, 77)
+    figure = blank(TILE[0] / DPI, TILE[1] / DPI)
+    said = shortened(name, 77)
     _write(figure, 0.1, 0.955, said, size=min(11.0, 540 / len(said)))  # as large as fits, down to 7
     _write(figure, 0.1, 0.92, " · ".join(_said(metrics)), size=9, colour=FAINT)
     _panel(figure, (0.1, 0.74), matrix, scale)
-    return figure
-
-
-def _figure(size: tuple[int, int]) -> Figure:
-    figure = Figure(figsize=(size[0] / DPI, size[1] / DPI), dpi=DPI, facecolor="white")
-    FigureCanvasAgg(figure)
     return figure
 
 
@@ -86,12 +79,6 @@ def _said(metrics: Mapping[str, float | None]) -> list[str]:
     """The metrics that a picture names, where they are defined."""
     numbers = {"average accuracy": metrics["average_accuracy"], "forgetting": metrics["average_forgetting"]}
     return [f"{what} {_percent(value, 1)} %" for what, value in numbers.items() if value is not None]
-
-
-def to_png(figure: Figure) -> bytes:
-    file = BytesIO()
-    figure.savefig(file, format="png", dpi=DPI, metadata={"Software": None})  # same picture, same bytes
-    return file.getvalue()
 
 
 def to_pixels(figure: Figure) -> np.ndarray:
@@ -141,22 +128,9 @@ def _number(axes: Axes, matrix: Tensor, scale: Scale) -> None:
     low, high = scale.limits
     for row, column in torch.argwhere(matrix.isfinite()).tolist():
         value = matrix[row, column].item()
-        colour = _readable_on(scale.colours((value - low) / (high - low)))
+        colour = readable_on(scale.colours((value - low) / (high - low)))
         axes.text(column, row, _percent(value, digits), color=colour, fontsize=size, ha="center", va="center")
 
 
 def _percent(value: float, digits: int) -> str:
     return f"{100 * value:.{digits}f}".replace("-", "−")
-
-
-def _readable_on(colour: tuple[float, float, float, float]) -> str:
-    """White or ink, whichever has the larger WCAG contrast with `colour`."""
-    linear = [c / 12.92 if c <= 0.04045 else math.pow((c + 0.055) / 1.055, 2.4) for c in colour[:3]]
-    luminance = float(np.dot(linear, [0.2126, 0.7152, 0.0722]))
-    ink_luminance = 0.028
-    return "white" if 1.05 / (luminance + 0.05) > (luminance + 0.05) / (ink_luminance + 0.05) else INK
-
-
-def _shortened(title: str, limit: int) -> str:
-    """The end of a title holds its numbers: what is too long loses its middle."""
-    return title if len(title) <= limit else f"{title[: limit // 3]} … {title[-(limit * 2 // 3 - 3) :]}"

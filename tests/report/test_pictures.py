@@ -6,8 +6,9 @@ from PIL import Image
 
 from cl_runner.errors import ConfigError
 from cl_runner.report.groups import group_runs
-from cl_runner.report.pictures import DPI, HEAD, accuracy_over_tasks, curve, draw, matrices, to_png
+from cl_runner.report.pictures import HEAD, accuracy_over_tasks, curve, draw, matrices
 from cl_runner.report.runs import read
+from cl_runner.trackers.drawing import DPI, to_png
 from tests.report.samples import config, write
 
 

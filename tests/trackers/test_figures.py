@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from cl_runner.metrics import from_rows, to_rows
-from cl_runner.trackers import figures
+from cl_runner.trackers import drawing, figures
 from cl_runner.trackers.colours import INK
 
 METRICS = {"average_accuracy": 0.63, "average_forgetting": 0.225}
@@ -35,7 +35,7 @@ def test_every_picture_has_the_same_size(tasks: int) -> None:
 
 def test_the_png_is_the_picture() -> None:
     figure = figures.matrix_figure(lower(3, 0.5), "title")
-    with Image.open(io.BytesIO(figures.to_png(figure))) as picture:
+    with Image.open(io.BytesIO(drawing.to_png(figure))) as picture:
         difference = np.asarray(picture.convert("RGB")).astype(int) - figures.to_pixels(figure)
     assert np.abs(difference).max() == 0
 
@@ -66,8 +66,8 @@ def test_numbers_are_dropped_where_they_do_not_fit() -> None:
 
 
 def test_numbers_are_light_on_dark_and_dark_on_light() -> None:
-    assert figures._readable_on(figures.ACCURACY.colours(1.0)) == "white"
-    assert figures._readable_on(figures.ACCURACY.colours(0.0)) == INK
+    assert drawing.readable_on(figures.ACCURACY.colours(1.0)) == "white"
+    assert drawing.readable_on(figures.ACCURACY.colours(0.0)) == INK
 
 
 @pytest.mark.parametrize(

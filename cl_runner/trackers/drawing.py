@@ -1,0 +1,39 @@
+"""What pictures of one run and of many have in common."""
+
+import math
+from collections.abc import Sequence
+from io import BytesIO
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from cl_runner.trackers.colours import INK
+
+DPI = 160
+INK_LUMINANCE = 0.028
+
+
+def blank(width: float, height: float) -> Figure:
+    """A white figure of so many inches."""
+    figure = Figure(figsize=(width, height), dpi=DPI, facecolor="white")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def to_png(figure: Figure) -> bytes:
+    file = BytesIO()
+    figure.savefig(file, format="png", dpi=DPI, metadata={"Software": None})  # same picture, same bytes
+    return file.getvalue()
+
+
+def readable_on(colour: Sequence[float] | np.ndarray) -> str:
+    """White or ink, whichever has the larger WCAG contrast with `colour`: red, green, blue (and what follows)."""
+    linear = [c / 12.92 if c <= 0.04045 else math.pow((c + 0.055) / 1.055, 2.4) for c in colour[:3]]
+    luminance = float(np.dot(linear, [0.2126, 0.7152, 0.0722]))
+    return "white" if 1.05 / (luminance + 0.05) > (luminance + 0.05) / (INK_LUMINANCE + 0.05) else INK
+
+
+def shortened(title: str, limit: int) -> str:
+    """The end of a title holds its numbers: what is too long loses its middle."""
+    return title if len(title) <= limit else f"{title[: limit // 3]} … {title[-(limit * 2 // 3 - 3) :]}"
