@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from cl_runner.components import check_plugin
 from cl_runner.compose import CONF, GRID, VERSION_BASE, Asked, asked, compose_jobs, in_order, knows_all_keys
 from cl_runner.config import Experiment, check, validated, with_valid_settings
-from cl_runner.errors import ConfigError
+from cl_runner.errors import ConfigError, in_a_line
 
 PLUGINS = "hydra_plugins.cl_runner"  # the launchers and sweepers of this project
 OPTUNA = f"{PLUGINS}.sweepers.Optuna"
@@ -92,14 +92,14 @@ def run_alone(experiment: Experiment) -> None:
 def make_room(experiment: Experiment) -> None:
     """Move aside what is to be run again.
 
-    Raises ConfigError where another process is at it: Hydra would write into its folder.
+    Raises FolderInUseError: Hydra would write into its folder.
     """
     from cl_runner.folder import RunFolder
     from cl_runner.job import move_aside
+    from cl_runner.lock import FolderInUseError
 
     if holder := RunFolder(experiment.folder).held:
-        who = f"process {holder.get('pid')} on {holder.get('host')}"
-        raise ConfigError(str(experiment.folder), f"is being run by {who}")
+        raise FolderInUseError(experiment.folder, holder)
     move_aside(experiment)
 
 
@@ -228,7 +228,7 @@ def _takes(strategy: dict[str, Any], name: str) -> bool:
 
 def _say_failed(error: Exception, where: str = "") -> int:
     """In a line. Returns the exit status."""
-    print(f"cl-runner: {type(error).__name__}: {error}".partition("\n")[0] + where, file=sys.stderr)
+    print(f"cl-runner: {in_a_line(error)}{where}", file=sys.stderr)
     return 1
 
 

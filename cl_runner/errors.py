@@ -16,6 +16,12 @@ class ConfigError(Exception):
         self.field, self.message = field, message
 
 
+def in_a_line(error: BaseException) -> str:
+    """Its type and the first line of what it says; of a ConfigError, which says all itself, that alone."""
+    kind = "" if isinstance(error, ConfigError) else f"{type(error).__name__}: "
+    return f"{kind}{error}".partition("\n")[0]
+
+
 def missing_extra(field: str, extra: str) -> ConfigError:
     """Of a choice whose packages are not there."""
     return ConfigError(field, f"{extra} needs the extra of that name: pip install '.[{extra}]' where this was cloned")

@@ -18,6 +18,7 @@ from cl_runner.lock import Lock
 
 log = logging.getLogger("cl_runner")
 
+RESULTS_SCHEMA = 1  # of results.json
 LASTING = ("id", "task", "tasks", "num_tasks", "step")  # what a status keeps when the run goes on
 DRAFT = re.compile(r"\..+\.\d+")
 
@@ -130,6 +131,11 @@ class RunFolder:
         for draft in (*self.path.glob(".*"), *self.path.glob("checkpoint/.*")):
             if DRAFT.fullmatch(draft.name):
                 draft.unlink()
+
+
+def moved_aside(path: Path) -> bool:
+    """Whether a run's folder is that of an earlier run of the same work, kept by rerun=true."""
+    return path.suffix[1:].isdigit() and path.with_suffix("").is_dir()
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
-from cl_runner.errors import ConfigError
+from cl_runner.errors import in_a_line
 from cl_runner.folder import RunFolder
 from cl_runner.sweep import LOGS
 
@@ -57,7 +57,7 @@ class Worker:
             print(f"cl-runner: {str(stopped) or 'stopped before the run began'}", flush=True)
             raise SystemExit(130) from None
         except Exception as error:
-            return said(error)
+            return in_a_line(error)
         return None
 
     def checkpoint(self) -> Any:
@@ -116,12 +116,6 @@ def carry_out(workers: Sequence[Worker], pool: Pool, at_once: int) -> list[str |
         _stop([job for _, job in running.values()], pool)
         raise
     return results
-
-
-def said(error: BaseException) -> str:
-    """An error in a line."""
-    name = "" if isinstance(error, ConfigError) else f"{type(error).__name__}: "
-    return f"{name}{error}".partition("\n")[0]
 
 
 @contextmanager
@@ -303,7 +297,7 @@ class Ray:
         except self._ray.exceptions.WorkerCrashedError:
             return None
         except self._ray.exceptions.RayError as error:
-            return said(error)
+            return in_a_line(error)
 
     def stop(self, job: Any) -> None:
         self._ray.cancel(job)

@@ -18,7 +18,11 @@ PATIENCE = 0.5  # seconds; whoever asks who holds a lock has it for some microse
 
 
 class FolderInUseError(ConfigError):
-    """Another living process has the folder."""
+    """Another living process has the folder: `holder`, as far as it has said who it is."""
+
+    def __init__(self, folder: Path, holder: dict[str, Any]) -> None:
+        who = f"process {holder.get('pid', '?')} on {holder.get('host', 'a host that it has not named')}"
+        super().__init__(str(folder), f"is being run by {who}")
 
 
 class Lock:
@@ -40,8 +44,7 @@ class Lock:
         patient_until = time.monotonic() + PATIENCE
         while (file := self._locked()) is None:
             if (holder := self.holder) is not None and time.monotonic() > patient_until:
-                who = f"process {holder.get('pid', '?')} on {holder.get('host', 'a host that it has not named')}"
-                raise FolderInUseError(str(self.path.parent), f"is being run by {who}")
+                raise FolderInUseError(self.path.parent, holder)
             time.sleep(0.02)
         self._file = file
         self._own[self._key] = os.getpid()

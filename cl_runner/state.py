@@ -13,7 +13,7 @@ from cl_runner import checkpoint, metrics
 from cl_runner.clock import Clock, environment
 from cl_runner.config import Experiment
 from cl_runner.evaluate import Drift, accuracies, measured_scenarios
-from cl_runner.folder import RunFolder, write_atomically
+from cl_runner.folder import RESULTS_SCHEMA, RunFolder, write_atomically
 from cl_runner.interrupt import Interrupt
 from cl_runner.journal import Position
 from cl_runner.models.model import Model
@@ -23,7 +23,6 @@ from cl_runner.trackers.local import Local
 
 log = logging.getLogger("cl_runner")
 
-SCHEMA = 1  # of results.json
 SECONDS = "_seconds"  # how the names of reported seconds end
 Rows = dict[Scenario, list[list[float]]]  # scenario -> a row for every task learned
 
@@ -105,7 +104,7 @@ class State:
     def results(self) -> dict[str, Any]:
         """The content of results.json."""
         return {
-            "schema": SCHEMA,
+            "schema": RESULTS_SCHEMA,
             "config": self.experiment.config,
             "environment": environment(self.experiment.device),
             "metrics": {**self.metrics(), **self._validation_accuracy()},

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from cl_runner.arguments import Parser
 from cl_runner.compose import compose_jobs, in_order
-from cl_runner.errors import ConfigError
+from cl_runner.errors import ConfigError, in_a_line
 from cl_runner.folder import RunFolder, write_atomically
 from cl_runner.identity import CONDUCT, run_folder
 from cl_runner.published import TIERS, Measured, Row, chosen, published
@@ -168,7 +168,7 @@ def _values(row: Row, arguments: argparse.Namespace, failed: list[str]) -> Itera
                 failed.append(f"{row.name}: {error}")
                 return
             except Exception as error:
-                failed.append(f"{row.name} seed={seed}: {type(error).__name__}: {error}")
+                failed.append(f"{row.name} seed={seed}: {in_a_line(error)}")
                 continue
         yield 100 * folder.results["metrics"][row.metric]
 

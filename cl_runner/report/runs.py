@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,12 +11,12 @@ from typing import Any
 import numpy as np
 
 from cl_runner.errors import ConfigError
-from cl_runner.folder import RunFolder, groups
+from cl_runner.folder import RESULTS_SCHEMA, RunFolder, groups, moved_aside
+from cl_runner.sweep import FILE as SWEEPS
+from cl_runner.sweep import reason
 
 REPORT = "report"  # the folder that a report is written to, among the runs
-SCHEMA = 1  # of results.json
 SIGNS = {"status.json", "results.json", "config.yaml"}  # a folder that holds one of them is a run's
-MOVED_ASIDE = re.compile(r"\.\d+$")  # an earlier run of the same work, kept by rerun=true
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +81,7 @@ def run_folders(folder: Path) -> Iterator[str]:
     with os.scandir(folder) as entries:
         names = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
     for name in names:
-        if name != REPORT and not MOVED_ASIDE.search(name) and not SIGNS.isdisjoint(os.listdir(folder / name)):
+        if name != REPORT and not moved_aside(folder / name) and not SIGNS.isdisjoint(os.listdir(folder / name)):
             yield name
 
 
@@ -95,7 +94,8 @@ def _read(path: Path) -> Run | LeftOut:
         return LeftOut(path.name, "damaged", str(error))
     if not status:
         return LeftOut(path.name, "pending")
-    return LeftOut(path.name, RunFolder(path).state, _why(status))  # the lock tells whether one "running" was killed
+    state = RunFolder(path).state  # the lock tells whether one "running" was killed
+    return LeftOut(path.name, state, ", ".join(filter(None, [reason(RunFolder(path), state), _progress(status)])))
 
 
 def _load(path: Path) -> dict[str, Any]:
@@ -113,8 +113,8 @@ def _load(path: Path) -> dict[str, Any]:
 
 def _run(path: Path, status: dict[str, Any], results: dict[str, Any]) -> Run:
     """Raises ValueError where the results lack what a report needs."""
-    if results.get("schema") != SCHEMA:
-        raise ValueError(f"results.json: expected schema {SCHEMA}, got {results.get('schema')!r}")
+    if results.get("schema") != RESULTS_SCHEMA:
+        raise ValueError(f"results.json: expected schema {RESULTS_SCHEMA}, got {results.get('schema')!r}")
     try:
         config, scenario = results["config"], results["config"]["stream"]["scenario"]
         return Run(
@@ -153,22 +153,18 @@ def _validation(results: Mapping[str, Any], scenario: str) -> np.ndarray | None:
     return matrix if matrix is not None and np.isfinite(matrix).any() else None
 
 
-def _why(status: Mapping[str, Any]) -> str:
-    """What ended a run that is not done, or how far it is."""
-    if status.get("state") == "failed":
-        return str(status.get("error") or "").partition("\n")[0]
-    if status.get("stopped"):
-        return f"stopped by {status['stopped']}"
+def _progress(status: Mapping[str, Any]) -> str:
+    """How far a run is."""
     return f"{status['tasks']} of {status.get('num_tasks', '?')} tasks" if status.get("tasks") else ""
 
 
 def _never_begun(folder: Path, names: set[str]) -> Iterator[LeftOut]:
     """Jobs of the folder's sweeps that have left no folder."""
     try:
-        sweeps = _load(folder / "sweep.json")["sweeps"] if (folder / "sweep.json").exists() else []
+        sweeps = _load(folder / SWEEPS)["sweeps"] if (folder / SWEEPS).exists() else []
         jobs = {job["folder"] or " ".join(job["overrides"]): job for sweep in sweeps for job in sweep["jobs"]}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        yield LeftOut("sweep.json", "damaged", str(error))
+        yield LeftOut(SWEEPS, "damaged", str(error))
         return
     for name, job in jobs.items():
         if name not in names:

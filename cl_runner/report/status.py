@@ -18,7 +18,7 @@ from rich.text import Text
 
 from cl_runner.arguments import Parser
 from cl_runner.errors import ConfigError
-from cl_runner.folder import RunFolder
+from cl_runner.folder import RunFolder, moved_aside
 from cl_runner.sweep import FILE, STATES, Sweep, reason, sweeps
 
 EVERY = 2.0  # seconds between two looks
@@ -113,7 +113,7 @@ class Board:
         differs = {path: row.differs for path, row in planned.items()}
         apart = _apart({path: row.words for path, row in rows.items() if path not in planned})
         together = {**planned, **{path: replace(row, differs=(differs | apart)[path]) for path, row in rows.items()}}
-        return [together[path] for path in sorted(together) if not _moved_aside(path)]
+        return [together[path] for path in sorted(together) if not moved_aside(path)]
 
     def _planned(self, sweep: Sweep) -> dict[Path, Row]:
         """The jobs of a sweep, as they are without a folder: not begun, or never come that far."""
@@ -170,11 +170,6 @@ def _apart(words: dict[Path, tuple[str, ...]]) -> dict[Path, str]:
         beside.setdefault(path.parent, []).append(set(own))
     common = {parent: set.intersection(*all_words) for parent, all_words in beside.items()}
     return {path: shlex.join(word for word in own if word not in common[path.parent]) for path, own in words.items()}
-
-
-def _moved_aside(path: Path) -> bool:
-    """Whether a run has been made again, in the folder whose name this one had."""
-    return path.suffix[1:].isdigit() and path.with_suffix("").is_dir()
 
 
 def _accuracy(run: RunFolder, state: str) -> float | None:

@@ -20,7 +20,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 from pydantic import Field
 
-from cl_runner.errors import ConfigError, missing_extra
+from cl_runner.errors import ConfigError, in_a_line, missing_extra
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -76,9 +76,7 @@ class Planned(Sweeper):
         return now == job.folder
 
     def _failed(self, job: "Job", error: Any) -> None:
-        from cl_runner.launchers import said
-
-        job.error = str(error) if type(error) is RuntimeError else said(error)
+        job.error = str(error) if type(error) is RuntimeError else in_a_line(error)
         self.plan.write()
 
 

@@ -28,7 +28,7 @@ def test_what_is_not_done_is_named_with_its_state_and_its_reason(tmp_path):
     unfinished(tmp_path, "d-s0-4").joinpath("status.json").unlink()
     found = {run.folder: (run.state, run.why) for run in read(tmp_path).left_out}
     assert found == {
-        "a-s0-1": ("killed", "2 of 5 tasks"),  # nobody holds its lock
+        "a-s0-1": ("killed", "its process died without a word, 2 of 5 tasks"),  # nobody holds its lock
         "b-s0-2": ("failed", "ValueError: the loss is nan"),
         "c-s0-3": ("pending", "stopped by SIGTERM"),
         "d-s0-4": ("pending", ""),
