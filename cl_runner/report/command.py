@@ -21,6 +21,7 @@ from cl_runner.report.table import (
     legend,
     make_table,
     markdown,
+    runs_to_csv,
     said,
     scale_of,
     to_csv,
@@ -31,6 +32,8 @@ from cl_runner.report.table import (
 
 MOST_NAMED = 12  # runs that are not in the table, on the terminal; the page names all
 VALIDATION = "validation_accuracy"
+SELECTION = "selection.md"
+NOT_ALWAYS = (SELECTION, "forgetting.png", "curve-*.png")  # what some reports have
 
 
 def main(argv: list[str]) -> int:
@@ -61,7 +64,7 @@ def parser() -> Parser:
     parser = Parser(
         prog="cl-runner report",
         usage="%(prog)s DIR [options]",  # in this order: an option of several words would take DIR for one of them
-        description="Write DIR/report/ (index.html, table.csv, table.md, table.tex, pictures) and print its table. "
+        description="Write DIR/report/ (index.html; table.csv, .md and .tex; runs.csv; pictures) and print its table. "
         "Runs that differ in their seed only are one row; the columns are the keys in which rows differ.",
     )
     parser.add_argument("folder", metavar="DIR", type=Path, help="the output_root of one or several commands")
@@ -99,6 +102,9 @@ def _warnings(table: Table, out: Sequence[LeftOut]) -> list[str]:
         warnings.append(f"{len(out)} {'run is' if len(out) == 1 else 'runs are'} not in the table: {said_states}")
     if table.groups.pooled:
         warnings.append(f"rows hold runs that also differ in {', '.join(table.groups.pooled)}")
+    if mixed := [group for group in table.groups if len({run.beside for run in group.runs}) > 1]:
+        whose = f"{len(mixed)} of {len(table.groups)} rows, {table.groups.label(mixed[0])} among them"
+        warnings.append(f"the runs of {whose}, were made on other images, or with other code of a plugin")
     if alone := [group for group in table.groups if table.baseline and group not in table.baselines]:
         agrees = f"no {table.baseline} agrees in all other keys with"
         warnings.append(f"{agrees} {len(alone)} of {len(table.groups)} rows, {table.groups.label(alone[0])} among them")
@@ -127,12 +133,13 @@ def _write(
     below = legend(table, asked.spread)
     contents: dict[str, str | bytes] = {
         "table.csv": to_csv(table),
+        "runs.csv": runs_to_csv(table.groups),
         "table.md": to_markdown(table, asked.spread) + _notes([below, *warnings], out),
         "table.tex": to_latex(table, asked.spread),
     }
     if picks:
-        contents["selection.md"] = f"{markdown(*_selection(picks, asked, table))}\n{below}\n"
-    for name, figure in pictures.draw(table.groups, curves):
+        contents[SELECTION] = f"{markdown(*_selection(picks, asked, table))}\n{below}\n"
+    for name, figure in pictures.draw(table.groups, curves, (asked.spread or ["std"])[0]):
         contents[name] = to_png(figure)
     runs, groups = len({run.folder for group in table.groups for run in group.runs}), len(table.groups)
     grouped = f"in {groups} group{'s' * (groups != 1)}"
@@ -150,6 +157,9 @@ def _write(
         folder.mkdir(exist_ok=True)
         for name, content in contents.items():
             write_atomically(folder / name, content)
+        for old in {path for pattern in NOT_ALWAYS for path in folder.glob(pattern)}:  # an earlier report's
+            if old.name not in contents:
+                old.unlink()
     except OSError as error:
         raise ConfigError("DIR", f"expected a folder that can be written, got {str(folder)!r} ({error})") from None
     return f"{runs} of {runs + len(out)} runs {grouped}: {folder / 'index.html'}"

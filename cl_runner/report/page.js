@@ -424,14 +424,14 @@ function drawCurve(visible) {
     known.sort((a, b) => (place.get(a.values[at]) ?? 0) - (place.get(b.values[at]) ?? 0));
     const level = known.every((group) => !place.has(group.values[at]));
     const points = known.map((group) => {
-      const [, mean, , sem] = group.cells[metric];
+      const [, mean, std] = group.cells[metric];
       const x = level ? (sorted.length ? place.get(sorted[0][0]) : 0) : place.get(group.values[at]);
-      return [x, factor * mean, sem === null ? null : factor * (mean - sem), sem === null ? null : factor * (mean + sem)];
+      return [x, factor * mean, std === null ? null : factor * (mean - std), std === null ? null : factor * (mean + std)];
     });
     return { name: name || "all", ...styles[i], points, level, members: known.map((group) => group.index), groups: known.map((group) => group.index) };
   });
   const xs = sorted.length ? sorted.map(([value]) => [place.get(value), value]) : [[0, ""]];
-  chart(figure.querySelector(".chart"), series.filter((one) => one.points.length), xs, { bars: true, label: `${keys[at].name} (bars: one standard error)`, log });
+  chart(figure.querySelector(".chart"), series.filter((one) => one.points.length), xs, { bars: true, label: `${keys[at].name} (bars: one standard deviation)`, log });
 }
 
 /* ---- everything else on the page -------------------------------------------------------------------------------- */

@@ -19,7 +19,7 @@ from cl_runner.trackers.colours import ACCURACY, FORGETTING, LINES
 
 STEP = 1e-4  # of the accuracies in the page's matrices, which are 16-bit integers
 UNMEASURED = -(2**15)
-BANDS = "Accuracy and forgetting over tasks have a band of one standard deviation."
+BANDS = "Bands over tasks, and bars of curves, are one standard deviation."
 
 
 def make_page(

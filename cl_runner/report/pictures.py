@@ -14,8 +14,8 @@ from matplotlib.colors import Colormap, LinearSegmentedColormap
 from matplotlib.figure import Figure
 
 from cl_runner.report.groups import ABSENT, Group, Groups, Value, is_number, ordering, short_names, shown
-from cl_runner.report.statistics import over_tasks
-from cl_runner.report.table import Scale
+from cl_runner.report.statistics import over_tasks, summarise
+from cl_runner.report.table import SPREADS, Scale
 from cl_runner.trackers.colours import ACCURACY, FAINT, FORGETTING, INK, LINES
 from cl_runner.trackers.drawing import blank, readable_on, shortened
 
@@ -56,15 +56,16 @@ class Box:
     height: float
 
 
-def draw(groups: Groups, curves: Sequence[str]) -> list[Picture]:
+def draw(groups: Groups, curves: Sequence[str], spread: str = "std") -> list[Picture]:
     """Every picture of a report: matrices, accuracy and forgetting over tasks, a curve for each of the keys `curves`.
 
+    spread: of bands and bars: std, sem or interval.
     Raises ConfigError where a key of `curves` does not differ among the groups.
     """
-    pictures = [("matrices.png", matrices(groups)), ("accuracy.png", accuracy_over_tasks(groups))]
+    pictures = [("matrices.png", matrices(groups)), ("accuracy.png", accuracy_over_tasks(groups, spread))]
     if any(np.isfinite(group.mean_forgetting).any() for group in groups):
-        pictures.append(("forgetting.png", forgetting_over_tasks(groups)))
-    return pictures + [_curve_picture(groups, groups.key(key, "--curve")) for key in curves]
+        pictures.append(("forgetting.png", forgetting_over_tasks(groups, spread)))
+    return pictures + [_curve_picture(groups, groups.key(key, "--curve"), spread) for key in curves]
 
 
 def matrices(groups: Groups) -> Figure:
@@ -96,19 +97,20 @@ def matrices(groups: Groups) -> Figure:
     return figure
 
 
-def accuracy_over_tasks(groups: Groups) -> Figure:
-    """After every task, the mean accuracy on the tasks so far: mean over seeds, band of one standard deviation."""
+def accuracy_over_tasks(groups: Groups, spread: str = "std") -> Figure:
+    """After every task, the mean accuracy on the tasks so far: mean over seeds, and a band."""
     lines = {group: over_tasks([run.accuracy for run in group.runs]) for group in groups}
-    return _lines(groups, lines, "accuracy on the tasks so far, %")
+    return _lines(groups, lines, "accuracy on the tasks so far, %", spread)
 
 
-def forgetting_over_tasks(groups: Groups) -> Figure:
-    """After every task, the mean forgetting of the tasks before it: mean over seeds, band of one standard deviation."""
-    return _lines(groups, {group: over_tasks(group.forgetting, before=1) for group in groups}, "forgetting, %")
+def forgetting_over_tasks(groups: Groups, spread: str = "std") -> Figure:
+    """After every task, the mean forgetting of the tasks before it: mean over seeds, and a band."""
+    lines = {group: over_tasks(group.forgetting, before=1) for group in groups}
+    return _lines(groups, lines, "forgetting, %", spread)
 
 
-def curve(groups: Groups, key: str) -> Figure:
-    """Final accuracy and forgetting over a swept key, a line for what the other keys tell apart, bars of one SEM.
+def curve(groups: Groups, key: str, spread: str = "std") -> Figure:
+    """Final accuracy and forgetting over a swept key, a line for what the other keys tell apart, with bars.
 
     A group without the key (no strength, say) is a level line.
     """
@@ -134,15 +136,15 @@ def curve(groups: Groups, key: str) -> Figure:
         axes = figure.add_axes((0.055 + 0.36 * index, 0.14, 0.3, 0.78))
         for number, (name, members) in zip(styles, lines.items(), strict=True):
             called = shown(members[0].values[0]) if many else shortened(name, 46)
-            _curve_line(axes, groups, members, key, metric, places, called, number)
-        _dress(axes, names.get(key, key.rpartition(".")[2]), label)
+            _curve_line(axes, groups, members, key, metric, spread, places, called, number)
+        _dress(axes, names.get(key, key.rpartition(".")[2]), f"{label}{_beside(groups, spread)}")
         _mark(axes, values, places)
     _legend(figure, *figure.axes[0].get_legend_handles_labels(), 0.735)
     return figure
 
 
-def _curve_picture(groups: Groups, key: str) -> Picture:
-    return f"curve-{re.sub(r'[^A-Za-z0-9]+', '-', key)}.png", curve(groups, key)
+def _curve_picture(groups: Groups, key: str, spread: str) -> Picture:
+    return f"curve-{re.sub(r'[^A-Za-z0-9]+', '-', key)}.png", curve(groups, key, spread)
 
 
 def _curve_line(
@@ -151,6 +153,7 @@ def _curve_line(
     members: Sequence[Group],
     key: str,
     metric: str,
+    spread: str,
     places: dict[Value, float],
     name: str,
     number: int,
@@ -158,14 +161,14 @@ def _curve_line(
     summaries = [(groups.value(group, key), group.summary(metric)) for group in members]
     there = [(value, summary) for value, summary in summaries if summary.n]
     level = [summary for value, summary in there if value == ABSENT]
-    points = sorted((places[value], summary.mean, summary.sem) for value, summary in there if value != ABSENT)
+    points = sorted((places[value], summary.mean, summary.half(spread)) for value, summary in there if value != ABSENT)
     if level:
         axes.axhline(
             100 * level[0].mean, label=name, linestyle=DASHES[number % len(DASHES)], linewidth=1.2, color=FAINT
         )
     elif points:
-        x, mean, sem = np.array(points).T
-        error = np.nan_to_num(100 * sem)
+        x, mean, half = np.array(points).T
+        error = np.nan_to_num(100 * half)
         axes.errorbar(x, 100 * mean, error, label=name, capsize=2.5, markersize=4.5, linewidth=1.4, **_style(number))
 
 
@@ -187,11 +190,20 @@ def _mark(axes: Axes, values: Sequence[Value], places: dict[Value, float]) -> No
             axes.minorticks_off()
 
 
-def _lines(groups: Groups, lines: dict[Group, np.ndarray], label: str) -> Figure:
+def _beside(groups: Groups, spread: str) -> str:
+    """What bands and bars are, where there are any."""
+    return f"  ({SPREADS[spread].strip()})" if any(len(group.runs) > 1 for group in groups) else ""
+
+
+def _lines(groups: Groups, lines: dict[Group, np.ndarray], label: str, spread: str) -> Figure:
     """lines: group -> [seeds, T]. Few groups have a colour each and a band; of many, each strategy has a colour."""
     figure = blank(9.0, 4.4)
     axes = figure.add_axes((0.075, 0.13, 0.6, 0.81))
-    _many_lines(axes, groups, lines) if len(groups) > MOST_LINES else _few_lines(axes, groups, lines)
+    if len(groups) > MOST_LINES:
+        _many_lines(axes, groups, lines)
+    else:
+        _few_lines(axes, groups, lines, spread)
+        label += _beside(groups, spread)
     _dress(axes, "after learning task", label)
     longest = max(group.num_tasks for group in groups)
     axes.set_xticks(range(0, longest, math.ceil(longest / 20)))
@@ -199,12 +211,14 @@ def _lines(groups: Groups, lines: dict[Group, np.ndarray], label: str) -> Figure
     return figure
 
 
-def _few_lines(axes: Axes, groups: Groups, lines: dict[Group, np.ndarray]) -> None:
+def _few_lines(axes: Axes, groups: Groups, lines: dict[Group, np.ndarray], spread: str) -> None:
     for number, group in enumerate(groups):
-        mean, std = 100 * lines[group].mean(axis=0), 100 * lines[group].std(axis=0, ddof=min(len(group.runs) - 1, 1))
+        summaries = [summarise(values) for values in lines[group].T.tolist()]
+        mean = 100 * np.array([summary.mean for summary in summaries])
+        half = 100 * np.nan_to_num([summary.half(spread) for summary in summaries])
         tasks, style = range(len(mean)), _style(number)
         axes.plot(tasks, mean, label=shortened(groups.label(group), 40), linewidth=1.6, markersize=4, **style)
-        axes.fill_between(tasks, mean - std, mean + std, color=style["color"], alpha=0.13, linewidth=0)
+        axes.fill_between(tasks, mean - half, mean + half, color=style["color"], alpha=0.13, linewidth=0)
 
 
 def _many_lines(axes: Axes, groups: Groups, lines: dict[Group, np.ndarray]) -> None:

@@ -27,6 +27,7 @@ class Run:
     config: dict[str, Any]
     groups: tuple[str, ...]  # alike for runs that differ in their seed only; none: its status does not say
     finished: float  # epoch seconds; 0 where unknown
+    beside: str  # what no hash holds and a run depends on all the same: digests of a folder's images, and of plugins
     metrics: dict[str, float | None]  # by their flat names, with seconds, seconds/<phase> and peak_memory/<phase>
     accuracy: np.ndarray  # float64 [T, T] of the run's own scenario, NaN where nothing was measured
     validation: np.ndarray | None  # the same on the validation splits; None: they were not looked at
@@ -122,6 +123,7 @@ def _run(path: Path, status: dict[str, Any], results: dict[str, Any]) -> Run:
             config={**config, "seed": int(config["seed"])},
             groups=tuple(groups(status)),
             finished=status.get("finished") or 0.0,
+            beside=json.dumps([status.get("images"), status.get("code")], sort_keys=True),
             metrics=dict(_metrics(results)),
             accuracy=_matrix(results["accuracy"][scenario]),
             validation=_validation(results, scenario),

@@ -45,6 +45,9 @@ def select(groups: Groups, tasks: int | None, within: Sequence[str]) -> tuple[li
         if len({tuple(group.seeds) for group in scores}) > 1:
             warnings.append(f"the {len(scores)} candidates of {groups.label(own[0])} do not rest on the same seeds")
         best = max(scores, key=lambda group: scores[group].mean)
+        if equal := [group for group in scores if scores[group].mean == scores[best].mean and group is not best]:
+            others = f"{len(equal)} with the same validation accuracy, {groups.label(equal[0])} among them"
+            warnings.append(f"{groups.label(best)} comes before {others}: nothing but their order speaks for it")
         picks.append(Pick(values, best, scores[best], len(scores)))
     return picks, warnings
 

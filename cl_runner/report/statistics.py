@@ -21,6 +21,10 @@ class Summary:
     low: float  # the 95 % interval of the mean
     high: float
 
+    def half(self, spread: str) -> float:
+        """What is drawn to either side of the mean: std, sem, or half of the interval."""
+        return {"std": self.std, "sem": self.sem, "interval": self.high - self.mean}[spread]
+
 
 def summarise(values: Sequence[float | None]) -> Summary:
     """Of the values that are there: None is one that was not measured."""

@@ -250,6 +250,20 @@ def to_csv(table: Table) -> str:
     return file.getvalue()
 
 
+def runs_to_csv(groups: Groups) -> str:
+    """A row for every run, with all that it has measured: for tests and plots of one's own."""
+    metrics = list(dict.fromkeys(name for group in groups for run in group.runs for name in run.metrics))
+    file = StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow([*groups.keys, "seed", "folder", *metrics])
+    for group in groups:
+        for run in group.runs:
+            numbers = (run.metrics.get(name) for name in metrics)
+            own = ("" if number is None else repr(number) for number in numbers)
+            writer.writerow([*map(shown, group.values), run.seed, run.folder, *own])
+    return file.getvalue()
+
+
 def _number(value: float) -> str:
     return "" if math.isnan(value) else repr(value)
 

@@ -1,5 +1,6 @@
 """`cl-runner report` as it is typed."""
 
+import csv
 import subprocess
 import sys
 
@@ -28,7 +29,7 @@ def test_it_writes_every_file_and_prints_its_table(folder, capsys):
     assert "9 of 9 runs in 3 groups" in said.err
     files = {path.name for path in (folder / "report").iterdir()}
     assert files == {
-        *("index.html", "table.csv", "table.md", "table.tex"),
+        *("index.html", "table.csv", "table.md", "table.tex", "runs.csv"),
         *("matrices.png", "accuracy.png", "forgetting.png", "curve-strategy-strength.png"),
     }
 
@@ -51,6 +52,37 @@ def test_the_choice_is_printed_with_its_test_numbers(folder, capsys):
     assert ewc.startswith("| ewc | 100 | 70.0 ± 10.0 | 2 | 70.0 ± 10.0 |")
     assert finetune.startswith("| finetune | – | 40.0 ± 0.0 | 1 |")
     assert "\n\nMean ± standard deviation over seeds of n runs" in (folder / "report" / "selection.md").read_text()
+
+
+def test_every_run_has_a_row_of_its_own_with_all_its_metrics(folder):
+    main([str(folder)])
+    rows = list(csv.DictReader((folder / "report" / "runs.csv").open()))
+    assert len(rows) == 9
+    assert {(row["strategy"], row["strategy.strength"], row["seed"]) for row in rows} >= {("ewc", "100", "2")}
+    (row,) = [row for row in rows if (row["strategy.strength"], row["seed"]) == ("100", "2")]
+    assert float(row["average_accuracy"]) == pytest.approx(0.8)
+    assert (folder / row["folder"] / "results.json").exists()
+    assert row["drift_kl"] == ""
+
+
+def test_what_an_earlier_report_chose_and_drew_does_not_stay_beside_another(folder):
+    main([str(folder), "--select", "--curve", "strength"])
+    mine = folder / "report" / "notes.txt"
+    mine.write_text("my own")
+    main([str(folder)])
+    files = {path.name for path in (folder / "report").iterdir()}
+    assert not files & {"selection.md", "curve-strategy-strength.png"}
+    assert {"notes.txt", "forgetting.png", "table.csv"} <= files
+
+
+def test_runs_on_other_images_or_with_other_code_are_averaged_with_a_warning(folder, capsys):
+    main([str(folder)])
+    assert "other images" not in capsys.readouterr().err
+    for seed, images in enumerate(("aa", "bb")):
+        write(folder, config("L2", seed), status={"images": images, "code": {}})
+    main([str(folder)])
+    says = "the runs of 1 of 4 rows, l2 among them, were made on other images, or with other code of a plugin"
+    assert says in capsys.readouterr().err
 
 
 def test_the_same_command_again_makes_the_same_files(folder):

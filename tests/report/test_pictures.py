@@ -8,6 +8,7 @@ from cl_runner.errors import ConfigError
 from cl_runner.report.groups import group_runs
 from cl_runner.report.pictures import HEAD, accuracy_over_tasks, curve, draw, matrices
 from cl_runner.report.runs import read
+from cl_runner.report.table import SPREADS
 from cl_runner.trackers.drawing import DPI, to_png
 from tests.report.samples import config, write
 
@@ -25,8 +26,8 @@ def sweep(tmp_path):
     return grouped(tmp_path)
 
 
-def test_a_curve_runs_over_the_values_of_its_key_with_bars_of_one_standard_error(sweep):
-    axes = curve(sweep, "strategy.strength").axes[0]
+def test_a_curve_runs_over_the_values_of_its_key_with_the_bars_asked_for(sweep):
+    axes = curve(sweep, "strategy.strength", "sem").axes[0]
     (line, _, (bars,)) = axes.containers[0]
     assert line.get_xdata().tolist() == [1.0, 100.0, 1e4]
     assert line.get_ydata().tolist() == pytest.approx([51.0, 71.0, 61.0])
@@ -54,6 +55,22 @@ def test_zero_has_a_place_beside_a_logarithmic_axis(tmp_path):
         write(tmp_path, config("EWC", strength=strength))
     axes = curve(grouped(tmp_path), "strategy.strength").axes[0]
     assert axes.get_xscale() == "symlog"
+
+
+@pytest.mark.parametrize(("spread", "half"), [("std", 10.0), ("sem", 10 / 3**0.5), ("interval", 24.841)])
+def test_bars_and_bands_are_the_spread_that_was_asked_for_and_say_so(tmp_path, spread, half):
+    for strength in (1.0, 2.0):
+        for seed, accuracy in enumerate((0.4, 0.5, 0.6)):
+            rows = [[accuracy, None], [accuracy, accuracy]]
+            write(tmp_path, config("EWC", seed, strength=strength), accuracy, rows=rows)
+    groups = grouped(tmp_path)
+    curves, bands = curve(groups, "strategy.strength", spread).axes[0], accuracy_over_tasks(groups, spread).axes[0]
+    for bar in curves.containers[0].lines[2][0].get_segments():
+        assert (bar[1][1] - bar[0][1]) / 2 == pytest.approx(half, abs=1e-3)
+    heights = bands.collections[0].get_paths()[0].vertices[:, 1]
+    assert (heights.max() - heights.min()) / 2 == pytest.approx(half, abs=1e-3)
+    for axes in (curves, bands):
+        assert SPREADS[spread].strip() in axes.get_ylabel()
 
 
 def test_a_curve_over_a_key_that_does_not_differ_is_refused(sweep):

@@ -50,6 +50,14 @@ def test_the_first_tasks_alone_may_decide(tmp_path):
     assert choice(tmp_path, tasks=2)[0]["ewc strength=1"].validation.mean == 0.5
 
 
+def test_who_is_as_good_as_the_chosen_one_is_named(tmp_path):
+    for strength in (1.0, 2.0):
+        write(tmp_path, config("EWC", strength=strength), validation=stairs(0.9, 0.5))
+    picks, (warning,) = choice(tmp_path)
+    assert list(picks) == ["ewc strength=1"]
+    assert "1 with the same validation accuracy, ewc strength=2 among them" in warning
+
+
 def test_every_strategy_has_its_own_choice_unless_told_otherwise(tmp_path):
     for strategy in ("L1", "L2"):
         for lr, validation in ((0.1, 0.5), (0.2, 0.6)):
