@@ -12,7 +12,7 @@ from cl_runner.models.model import Model
 from cl_runner.models.prompts import vision_transformer
 from cl_runner.models.substitute import call_with
 from cl_runner.strategies.base import Strategy
-from cl_runner.strategies.features import gathered, home
+from cl_runner.strategies.looking import gathered, home
 from cl_runner.strategies.subspaces import Subspaces
 from cl_runner.streams.base import Stream, Task
 from cl_runner.streams.recipe import Recipe

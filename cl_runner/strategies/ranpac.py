@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cl_runner.models.architecture import seeded
 from cl_runner.models.model import Model
-from cl_runner.strategies.features import ClosedForm
+from cl_runner.strategies.closed_form import ClosedForm
 from cl_runner.strategies.ridge import best_ridge
 from cl_runner.streams.base import Stream
 

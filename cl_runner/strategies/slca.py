@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cl_runner.models.model import Model, Output
 from cl_runner.strategies.base import Strategy
-from cl_runner.strategies.features import gathered, home
+from cl_runner.strategies.looking import gathered, home
 from cl_runner.strategies.moments import Moments
 from cl_runner.streams.base import Examples, Scenario, Stream, Task
 

@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import Tensor
 
 from cl_runner.models.model import Model
-from cl_runner.strategies.features import ClosedForm
+from cl_runner.strategies.closed_form import ClosedForm
 from cl_runner.strategies.moments import Moments
 from cl_runner.streams.base import Stream
 
