@@ -17,10 +17,9 @@ from cl_runner.losses import Losses, Position
 from cl_runner.models.heads import keep_unreached_rows
 from cl_runner.models.model import ActiveLogits, Model, Output
 from cl_runner.randomness import of_task, random_state, restore_random_state
+from cl_runner.ranges import Count, Seed
 from cl_runner.strategies.base import Strategy
-from cl_runner.streams.base import Examples, Seed, Task, number_of_batches
-
-Count = Annotated[int, Field(ge=1)]
+from cl_runner.streams.base import Examples, Task, number_of_batches
 
 
 class FirstTask(BaseModel):

@@ -9,10 +9,9 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from cl_runner.errors import ConfigError
@@ -23,9 +22,8 @@ from cl_runner.models.model import ActiveLogits, Model
 from cl_runner.models.preprocess import Interpolation, Preprocess
 from cl_runner.models.weights import Inputs, Net, Shape
 from cl_runner.randomness import derived
-from cl_runner.streams.base import Scenario, Seed, Stream
-
-Positive = Annotated[int, Field(ge=1)]
+from cl_runner.ranges import Count, Seed
+from cl_runner.streams.base import Scenario, Stream
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +50,7 @@ class Architecture(ABC):
     key_map: dict[str, str] | None = None
     freeze: Sequence[str] = ()
     norm_stats: Literal["frozen", "adapt"] | None = None
-    image_size: Positive | None = None
+    image_size: Count | None = None
     interpolation: Interpolation = "bilinear"
     normalize: bool = True
     head_init: Init = "torch"

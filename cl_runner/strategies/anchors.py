@@ -15,6 +15,7 @@ from cl_runner.streams.base import Stream, Task
 from cl_runner.streams.recipe import Recipe
 
 Source = Literal["auto", "previous", "pretrained", "both"]
+Towards = Literal["zero", "previous", "pretrained"]
 
 
 def check_source(field: str, source: Source, model: Architecture) -> None:
@@ -82,7 +83,7 @@ class NormPenalty(Strategy):
 
     saved = ("anchors",)
 
-    def __init__(self, strength: float, towards: Literal["zero", "previous", "pretrained"]) -> None:
+    def __init__(self, strength: float, towards: Towards) -> None:
         self.strength, self.towards = strength, towards
 
     def check(self, stream: Recipe, model: Architecture) -> None:

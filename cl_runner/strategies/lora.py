@@ -13,6 +13,7 @@ from cl_runner.models.adapters import LowRank, called_in, low_rank_layers
 from cl_runner.models.architecture import Architecture, norm_layers
 from cl_runner.models.model import Model
 from cl_runner.models.substitute import call_with
+from cl_runner.ranges import Count
 from cl_runner.strategies.base import Strategy
 from cl_runner.strategies.looking import evaluating
 from cl_runner.streams.base import Scenario, Stream, Task
@@ -35,7 +36,7 @@ class LoRA(Strategy):
     def __init__(
         self,
         *,
-        rank: Annotated[int, Field(ge=1)] = 8,
+        rank: Count = 8,
         alpha: Annotated[float, Field(gt=0)] = 8.0,
         layers: Sequence[str] = ("*",),
         merge: bool = True,

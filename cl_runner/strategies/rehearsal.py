@@ -2,22 +2,21 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor
 
 from cl_runner.errors import ConfigError
 from cl_runner.memory.base import Memory
 from cl_runner.models.model import Output
+from cl_runner.ranges import Count
 from cl_runner.strategies.base import Strategy
 from cl_runner.strategies.looking import features_of
 from cl_runner.streams.base import Examples, Task, concatenate
 
 Store = Literal["step", "task"]
-Count = Annotated[int, Field(ge=1)]
 
 
 class Rehearsal(Strategy):
