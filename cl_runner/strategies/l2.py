@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import Tensor
 
 from cl_runner.models.model import Output
-from cl_runner.strategies.anchors import NormPenalty, Towards
+from cl_runner.strategies.norms import NormPenalty, Towards
 from cl_runner.streams.base import Examples
 
 
