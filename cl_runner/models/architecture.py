@@ -104,9 +104,9 @@ class Architecture(ABC):
         """
         self.check_names()
         if self.freeze or self.file:
-            still_names(self._outline.backbone, self.freeze)
+            still_names(self.outline.backbone, self.freeze)
         if self.file:
-            weights.compare(self._outline, weights.read(self.file, self.key_map, "meta"), shapes=False)
+            weights.compare(self.outline, weights.read(self.file, self.key_map, "meta"), shapes=False)
 
     def check_images(self, shape: Shape) -> None:
         """Refuse images [C, H, W] that the network, or its file of weights, is not made for.
@@ -129,8 +129,8 @@ class Architecture(ABC):
     def has_pretrained_head(self) -> bool:
         """Whether the pretrained weights bring their own classifier, which makes the pretrained model task zero."""
         if self.file:
-            return self._outline.head_of(weights.read(self.file, self.key_map, "meta").state) is not None
-        return self.named and self._outline.head is not None
+            return self.outline.head_of(weights.read(self.file, self.key_map, "meta").state) is not None
+        return self.named and self.outline.head is not None
 
     def build(self, stream: Stream, active_logits: ActiveLogits | None = None) -> Model:
         """The model for `stream`, on the CPU, the same for the same seed; the global generator is left as it was.
@@ -172,7 +172,7 @@ class Architecture(ABC):
         return bool(self.pretrained) and self.file is None
 
     @cached_property
-    def _outline(self) -> Net:
+    def outline(self) -> Net:
         """The network as it is named and shaped; on the meta device it costs next to nothing."""
         usual = self.published()
         height, width = usual.size or (32, 32)

@@ -52,7 +52,7 @@ class EASE(Strategy):
 
     def check(self, stream: Recipe, model: Architecture) -> None:
         super().check(stream, model)
-        vision_transformer(model._outline.backbone, type(self).__name__)
+        vision_transformer(model.outline.backbone, type(self).__name__)
 
     def setup(self, model: Model, stream: Stream) -> None:
         super().setup(model, stream)

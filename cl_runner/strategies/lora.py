@@ -54,7 +54,7 @@ class LoRA(Strategy):
         if not self.merge and stream.scenario != Scenario.TASK:
             told = "with stream.scenario=task (of the LoRAs kept apart only a told task can choose)"
             raise ConfigError("strategy.merge", f"expected false only {told}, got {stream.scenario}")
-        low_rank_layers(model._outline.backbone, self.patterns)
+        low_rank_layers(model.outline.backbone, self.patterns)
 
     def setup(self, model: Model, stream: Stream) -> None:
         super().setup(model, stream)
