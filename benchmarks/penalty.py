@@ -22,6 +22,7 @@ from torch import Tensor
 
 from cl_runner.fisher.curvature import Diagonal, Parameters
 from cl_runner.fisher.estimators import Exact
+from cl_runner.losses import Position
 from cl_runner.models.architecture import Architecture
 from cl_runner.models.mlp import MLP
 from cl_runner.models.model import Model, Output
@@ -30,7 +31,7 @@ from cl_runner.schedulers import constant
 from cl_runner.strategies import EWC, Finetune, Strategy
 from cl_runner.strategies.anchors import Anchor, trainable
 from cl_runner.streams.base import Examples
-from cl_runner.trainer import Position, Trainer, Work
+from cl_runner.trainer import Trainer, Work
 
 
 class Autograd(EWC):

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from cl_runner.losses import Position
 from cl_runner.models.mlp import MLP
 from cl_runner.models.resnet import ResNet18
 from cl_runner.schedulers import constant
@@ -30,7 +31,7 @@ from cl_runner.strategies import Finetune
 from cl_runner.streams.base import Examples, Scenario, Stream, Task
 from cl_runner.trackers.base import RunInfo
 from cl_runner.trackers.local import Local
-from cl_runner.trainer import Position, Trainer, Work
+from cl_runner.trainer import Trainer, Work
 
 
 def stream_of(shape: tuple[int, int, int], classes: int, size: int) -> Stream:

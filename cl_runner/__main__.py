@@ -5,7 +5,7 @@ from importlib import import_module
 
 from cl_runner import __version__
 from cl_runner.errors import ConfigError, hint
-from cl_runner.output import read_or_not
+from cl_runner.unread import read_or_not
 
 # These only print something about the configuration: Hydra answers them, and torch is never imported.
 ASKS_HYDRA = {"--help", "-h", "--hydra-help", "--cfg", "-c", "--info", "-i", "--shell-completion", "-sc"}

@@ -102,25 +102,18 @@ METRICS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def summarise(
-    accuracy: dict[str, Tensor],
-    zero_shot: dict[str, Tensor],
-    scenario: str,
-    learned: int | None = None,
-    sizes: Tensor | None = None,
+    accuracy: dict[str, Tensor], zero_shot: dict[str, Tensor], scenario: str, learned: int, sizes: Tensor
 ) -> dict[str, float | None]:
     """Every metric under its flat name: plain for the run's own `scenario`, suffixed `/task`, `/class`, ... for each.
 
-    accuracy: scenario -> A [T, T], or only its first rows [learned, T]. zero_shot: scenario -> [T], where there is one.
-    learned: take the stream to end after that many tasks; None: after as many as there are rows.
-    sizes: [T], the examples of each task; None: all tasks count alike.
+    accuracy: scenario -> A [T, T]. zero_shot: scenario -> [T], where there is one.
+    learned: take the stream to end after that many tasks. sizes: [learned], the examples of each of them.
     A metric that is undefined is None.
     """
     by_scenario: dict[str, dict[str, float | None]] = {}
     for name, matrix in accuracy.items():
-        tasks = learned or len(matrix)
         before = zero_shot.get(name, torch.full_like(matrix[0], math.nan))
-        counts = torch.ones_like(matrix[0]) if sizes is None else sizes
-        by_scenario[name] = _all_metrics(matrix[:tasks, :tasks], before[:tasks], counts[:tasks])
+        by_scenario[name] = _all_metrics(matrix[:learned, :learned], before[:learned], sizes)
     suffixed = {f"{metric}/{name}": value for name, row in by_scenario.items() for metric, value in row.items()}
     return by_scenario[scenario] | suffixed
 

@@ -11,13 +11,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from cl_runner.compose import CONF
 from cl_runner.errors import ConfigError, did_you_mean, suggestion
+from cl_runner.ranges import Count
 
 LEAST = 0.5  # tolerance, in points
 TIERS = ("cpu", "gpu", "full")  # each holds those before it; `full` also what needs weights of the user's
@@ -39,10 +40,10 @@ class Value(BaseModel):
     value: float
     sem: float | None = None
     sd: float | None = None
-    n: Annotated[int, Field(ge=1)] | None = None
+    n: Count | None = None
     tolerance: float | None = None
     metric: str | None = None
-    seeds: Annotated[int, Field(ge=1)] | None = None
+    seeds: Count | None = None
     tier: Tier | None = None
     cause: str = ""
 
@@ -53,8 +54,8 @@ class Study(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     source: str
-    n: Annotated[int, Field(ge=1)]  # published runs a number
-    seeds: Annotated[int, Field(ge=1)]  # ours: 1, 2, ...
+    n: Count  # published runs a number
+    seeds: Count  # ours: 1, 2, ...
     tier: Tier = "cpu"
     metric: str = "average_accuracy"
     rows: dict[str, Value]

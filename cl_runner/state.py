@@ -15,7 +15,7 @@ from cl_runner.config import Experiment
 from cl_runner.evaluate import Drift, accuracies, measured_scenarios
 from cl_runner.folder import RESULTS_SCHEMA, RunFolder, write_atomically
 from cl_runner.interrupt import Interrupt
-from cl_runner.journal import Position
+from cl_runner.losses import Position
 from cl_runner.models.model import Model
 from cl_runner.randomness import random_state, restore_random_state
 from cl_runner.streams.base import Scenario, Stream, Task

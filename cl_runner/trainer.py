@@ -13,16 +13,13 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from cl_runner.checkpoint import Pace
 from cl_runner.errors import ConfigError
-from cl_runner.journal import Journal, NonFiniteLossError, Position
+from cl_runner.losses import Losses, Position
 from cl_runner.models.heads import keep_unreached_rows
 from cl_runner.models.model import ActiveLogits, Model, Output
 from cl_runner.randomness import of_task, random_state, restore_random_state
+from cl_runner.ranges import Count, Seed
 from cl_runner.strategies.base import Strategy
-from cl_runner.streams.base import Examples, Seed, Task, number_of_batches
-
-__all__ = ["NonFiniteLossError", "Position", "Trainer", "Work"]
-
-Count = Annotated[int, Field(ge=1)]
+from cl_runner.streams.base import Examples, Task, number_of_batches
 
 
 class FirstTask(BaseModel):
@@ -102,18 +99,18 @@ class Trainer:
         """Take up the pieces of a run; `kept` is what `state_dict` gave in an earlier process."""
         self.work, self._kept = work, kept or {}
         self.optimizer: Any = None  # an Optimizer once the first task is learned
-        self.journal: Journal | None = None  # of the task that is being learned
+        self.losses: Losses | None = None  # of the task that is being learned
 
     def state_dict(self) -> dict[str, Any]:
         """What `learn` needs to go on between two steps; between two tasks, the optimizer's state where it is kept."""
-        if self.journal is None and (self.optimizer is None or self.optimizer_state == "reset"):
+        if self.losses is None and (self.optimizer is None or self.optimizer_state == "reset"):
             return {key: self._kept[key] for key in ("optimizer", "parameters") if key in self._kept}
         state = {"optimizer": self.optimizer.state_dict(), "parameters": self.parameter_names}
-        if self.journal is not None:
+        if self.losses is not None:
             state["task"] = {
                 "scheduler": self.scheduler.state_dict(),
                 "reached": self.reached,
-                "journal": self.journal.state_dict(),
+                "losses": self.losses.state_dict(),
                 "random": random_state(self.work.model.device),
             }
         return state
@@ -130,7 +127,7 @@ class Trainer:
         steps_a_pass = number_of_batches(len(data), self.batch_size, drop_last=budget is not None)
         steps = budget or (own.epochs or self.epochs) * steps_a_pass
         self._prepare(steps, own)
-        self.journal = journal = Journal(work.record, work.position, task, steps, steps_a_pass, self.log_every)
+        self.losses = losses = Losses(work.record, work.position, task, steps, steps_a_pass, self.log_every)
         if kept := self._kept.pop("task", None):
             self._go_on(kept)
         else:
@@ -138,11 +135,11 @@ class Trainer:
         self._kept.clear()
         for batch in self._batches(task, data, drop_last=budget is not None):
             rate = float(self.scheduler.get_last_lr()[0])
-            journal.add(self.step(batch.to(work.model.device)), rate, len(batch))
+            losses.add(self.step(batch.to(work.model.device)), rate, len(batch))
             if work.position.steps >= work.pace.due:
                 work.pause()
-        journal.flush()
-        self.journal = None
+        losses.flush()
+        self.losses = None
 
     def step(self, batch: Examples) -> dict[str, Tensor]:
         """THE step: the only place in the project where weights learn. Nothing in it waits for the device,
@@ -150,7 +147,7 @@ class Trainer:
         strategy, model, optimizer = self.work.strategy, self.work.model, self.optimizer
         batch = strategy.before_batch(batch)
         optimizer.zero_grad(set_to_none=True)
-        losses: dict[str, Tensor] = {}
+        means: dict[str, Tensor] = {}
         outputs = []
         for part in batch.split(self.accumulate):
             share = len(part) / len(batch)
@@ -161,19 +158,19 @@ class Trainer:
             loss.backward()
             outputs.append(output)
             for name, term in {**terms, "total": loss / share}.items():
-                losses[name] = losses.get(name, 0) + term.detach() * share
+                means[name] = means.get(name, 0) + term.detach() * share
         strategy.after_backward()
         if self.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)
         optimizer.step()
         self.scheduler.step()
         strategy.after_step(batch, outputs[0] if len(outputs) == 1 else _joined(outputs))
-        return losses
+        return means
 
     def _batches(self, task: Task, data: Examples, drop_last: bool) -> Iterator[Examples]:
         """Those of the task that are not learned yet, in the order that its seed gives."""
-        assert self.journal is not None, "a task is being learned"
-        done, steps, steps_a_pass = self.journal.done, self.journal.steps, self.journal.steps_a_pass
+        assert self.losses is not None, "a task is being learned"
+        done, steps, steps_a_pass = self.losses.done, self.losses.steps, self.losses.steps_a_pass
         generator = torch.Generator().manual_seed(of_task(self.seed, task.index))
         for _ in range(done // steps_a_pass):
             torch.randperm(len(data), generator=generator)  # the order of a pass that was made before
@@ -204,12 +201,12 @@ class Trainer:
 
     def _go_on(self, kept: dict[str, Any]) -> None:
         """From between two steps; the model and the strategy are as they were there."""
-        assert self.journal is not None, "a task is being learned"
+        assert self.losses is not None, "a task is being learned"
         self.optimizer.load_state_dict(self._kept["optimizer"])  # after the scheduler was made, which sets the rate
         self.scheduler.load_state_dict(kept["scheduler"])
         for rows, were in zip(self.reached, kept["reached"], strict=True):
             rows.copy_(were)
-        self.journal.load_state_dict(kept["journal"])
+        self.losses.load_state_dict(kept["losses"])
         restore_random_state(kept["random"], self.work.model.device)
 
     def _autocast(self) -> AbstractContextManager:

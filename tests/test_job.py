@@ -2,23 +2,17 @@ import errno
 import gc
 import json
 import os
-import re
-import shutil
 import signal
 import subprocess
 import sys
 import time
 import weakref
 from functools import partial
-from itertools import product
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from cl_runner.checkpoint import load
-from cl_runner.errors import ConfigError
 from cl_runner.folder import CannotWriteError, RunFolder
 from cl_runner.interrupt import Stopped
 from cl_runner.job import carry_out, move_aside
@@ -409,70 +403,3 @@ def test_nothing_of_an_earlier_job_is_left_when_the_next_begins(tmp_path):
     finally:
         gc.enable()
     assert gone[0]
-
-
-def test_a_finished_run_becomes_one_of_the_group_of_whoever_asks_for_it_again(tmp_path):
-    plain = experiment(tmp_path, "strategy=finetune", "seed=0")
-    carry_out(plain)
-    fixed = experiment(tmp_path, "strategy=finetune", "seed=0", "stream.seed=0")
-    assert (fixed.folder, fixed.group == plain.group) == (plain.folder, False)
-    carry_out(fixed)
-    carry_out(plain)
-    assert RunFolder(plain.folder).status["groups"] == [plain.group, fixed.group]
-
-
-def test_a_run_is_not_shown_and_does_not_go_on_where_its_images_have_become_others(tmp_path):
-    def laid_out(size):
-        for place in product(("train", "test"), "abcd", range(3)):
-            part, label, number = place
-            path = tmp_path / "data" / "marks" / part / label / f"{number}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            pixels = np.random.default_rng(abs(hash(place)) % 1000).integers(0, 255, (size, size, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(path)
-
-    words = ["stream=image_folder", "stream.name=marks", "stream.image_size=8", "stream.num_tasks=2"]
-    make = partial(experiment, tmp_path, "strategy=finetune", *words, f"data_root={tmp_path / 'data'}")
-    laid_out(8)
-    with pytest.raises(Stopped):
-        carry_out(at_step(make(), 1, partial(send, signal.SIGINT)))
-    carry_out(make())
-    assert RunFolder(make().folder).done
-    laid_out(9)
-    with pytest.raises(ConfigError, match=r"begun with other images than are in .*marks now; rerun=true"):
-        carry_out(make())
-    shutil.rmtree(tmp_path / "data")
-    carry_out(make())  # nothing there to compare with: what was measured is shown
-
-
-MINE = """
-from pathlib import Path
-
-from cl_runner.strategies import Finetune
-
-
-class Mine(Finetune):
-    def after_task(self, task):
-        if task.index == 1 and Path("broken").exists():
-            raise RuntimeError("my own fault")
-"""
-
-
-def test_a_run_does_not_go_on_with_other_code_of_a_plugin_than_it_was_saved_with(cl_runner, tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(tmp_path)
-    code, words = tmp_path / "my_own_methods.py", ["strategy._target_=my_own_methods.Mine", "plugins=[my_own_methods]"]
-    code.write_text(MINE)
-    (tmp_path / "broken").touch()
-    status, said = cl_runner("strategy=finetune", *words)
-    assert status == 1
-    place = MINE[: MINE.index("raise")].count("\n") + 1
-    assert re.search(rf"RuntimeError: my own fault \(my_own_methods.py:{place}\); .*/run.log has the whole of it", said)
-    (tmp_path / "broken").unlink()
-    code.write_text(MINE + "\n")
-    status, said = cl_runner("strategy=finetune", *words)
-    assert status == 2
-    assert "was saved with other code of my_own_methods than is there now; rerun=true runs it again" in said
-    code.write_text(MINE)
-    assert cl_runner("strategy=finetune", *words)[0] == 0
-    code.write_text(MINE + "\n")
-    assert "warning: it was made with other code of my_own_methods" in cl_runner("strategy=finetune", *words)[1]
-    assert "1 of 1 jobs were done with other code of a plugin" in cl_runner("-m", "strategy=finetune", *words)[1]

@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "cl_runner"
 FLOORS = [
     {"errors", "folder", "streams", "metrics", "trackers", "components", "identity", "config", "compose", ""}
-    | {"arguments", "output", "lock", "interrupt", "pulse", "randomness", "journal", "schedulers", "clock"},
+    | {"arguments", "unread", "lock", "interrupt", "pulse", "randomness", "losses", "ranges", "schedulers", "clock"},
     {"models", "memory"},
     {"fisher"},
     {"strategies"},

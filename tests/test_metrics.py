@@ -19,6 +19,7 @@ ZERO_SHOT = torch.tensor([0.1, 0.2, 0.25], dtype=torch.float64)
 # Joint training learns all tasks at once: its matrix has a last row and nothing else.
 JOINT = torch.tensor([[NAN, NAN, NAN], [NAN, NAN, NAN], [0.8, 0.7, 0.9]], dtype=torch.float64)
 ONE_TASK = torch.tensor([[0.7]], dtype=torch.float64)
+ALIKE = torch.full((3,), 10.0, dtype=torch.float64)  # examples of each task
 
 
 def matrix(*rows: list[float]) -> Tensor:
@@ -88,7 +89,7 @@ def test_the_average_incremental_accuracy_is_the_mean_over_the_stream_of_the_ove
     # (0.9 + (50 * 0.6 + 10 * 0.8) / 60 + 0.56) / 3
     expected = (0.9 + 38 / 60 + 0.56) / 3
     assert metrics.average_incremental_accuracy(MATRIX, sizes).item() == pytest.approx(expected)
-    summary = metrics.summarise({"class": MATRIX}, {}, "class", sizes=sizes)
+    summary = metrics.summarise({"class": MATRIX}, {}, "class", 3, sizes)
     assert summary["average_incremental_accuracy"] == pytest.approx(expected)
     assert summary["overall_accuracy/class"] == pytest.approx(0.56)
 
@@ -122,14 +123,14 @@ def test_one_task_is_as_accurate_as_it_was_learned(name: str) -> None:
 
 
 def test_joint_training_has_a_final_accuracy_and_nothing_else() -> None:
-    summary = metrics.summarise({"class": JOINT}, {"class": ZERO_SHOT}, "class")
+    summary = metrics.summarise({"class": JOINT}, {"class": ZERO_SHOT}, "class", 3, ALIKE)
     defined = {name: value for name, value in summary.items() if value is not None}
     names = ["average_accuracy", "overall_accuracy"]
     assert defined == {name + suffix: pytest.approx(0.8) for name in names for suffix in ("", "/class")}
 
 
 def test_the_summary_has_the_own_scenario_plain_and_every_scenario_suffixed() -> None:
-    summary = metrics.summarise({"task": MATRIX + 0.1, "class": MATRIX}, {}, "class")
+    summary = metrics.summarise({"task": MATRIX + 0.1, "class": MATRIX}, {}, "class", 3, ALIKE)
     assert summary["average_accuracy"] == summary["average_accuracy/class"] == pytest.approx(0.6)
     assert summary["average_accuracy/task"] == pytest.approx(0.7)
     names = [*metrics.METRICS, "forward_transfer", "overall_accuracy", "average_incremental_accuracy"]
@@ -137,19 +138,18 @@ def test_the_summary_has_the_own_scenario_plain_and_every_scenario_suffixed() ->
 
 
 def test_forward_transfer_is_none_where_there_is_no_zero_shot() -> None:
-    summary = metrics.summarise({"task": MATRIX, "class": MATRIX}, {"class": ZERO_SHOT}, "class")
+    summary = metrics.summarise({"task": MATRIX, "class": MATRIX}, {"class": ZERO_SHOT}, "class", 3, ALIKE)
     assert summary["forward_transfer/task"] is None
     assert summary["forward_transfer/class"] == pytest.approx(0.125)
 
 
 def test_a_summary_after_two_tasks_knows_nothing_of_the_third() -> None:
     # The upper left 2x2: average (0.6 + 0.8) / 2, forgetting 0.9 - 0.6, forward transfer 0.3 - 0.2.
-    expected = metrics.summarise({"class": MATRIX[:2, :2]}, {"class": ZERO_SHOT[:2]}, "class")
+    expected = metrics.summarise({"class": MATRIX[:2, :2]}, {"class": ZERO_SHOT[:2]}, "class", 2, ALIKE[:2])
     assert expected["average_accuracy"] == pytest.approx(0.7)
     assert expected["average_forgetting"] == pytest.approx(0.3)
     assert expected["forward_transfer"] == pytest.approx(0.1)
-    assert metrics.summarise({"class": MATRIX}, {"class": ZERO_SHOT}, "class", learned=2) == expected
-    assert metrics.summarise({"class": MATRIX[:2]}, {"class": ZERO_SHOT}, "class") == expected
+    assert metrics.summarise({"class": MATRIX}, {"class": ZERO_SHOT}, "class", 2, ALIKE[:2]) == expected
 
 
 def test_a_matrix_survives_its_way_through_json_rows() -> None:

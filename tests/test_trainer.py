@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from cl_runner.errors import ConfigError
+from cl_runner.losses import NonFiniteLossError
 from cl_runner.models.heads import keep_unreached_rows
 from cl_runner.strategies import L2, Finetune
-from cl_runner.trainer import FirstTask, NonFiniteLossError, Trainer
+from cl_runner.trainer import FirstTask, Trainer
 from tests.toys import learn, toy_model, toy_stream, toy_trainer
 
 

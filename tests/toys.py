@@ -5,12 +5,13 @@ from functools import partial
 import torch
 from torch import nn
 
+from cl_runner.losses import Position
 from cl_runner.models.model import Model
 from cl_runner.models.preprocess import Preprocess
 from cl_runner.schedulers import constant
 from cl_runner.strategies.base import Strategy
 from cl_runner.streams.base import Examples, Scenario, Stream, Task
-from cl_runner.trainer import Position, Trainer, Work
+from cl_runner.trainer import Trainer, Work
 
 SHAPE = (1, 4, 4)
 

@@ -13,10 +13,11 @@ from torch import Tensor
 from cl_runner.errors import ConfigError
 from cl_runner.fisher.curvature import Diagonal
 from cl_runner.fisher.engine import wide
-from cl_runner.fisher.estimators import Count, Estimator, unit
+from cl_runner.fisher.estimators import Estimator, unit
 from cl_runner.models.model import Model, PretrainedView
 from cl_runner.models.substitute import nothing_kept
 from cl_runner.randomness import random_state, restore_random_state
+from cl_runner.ranges import Count
 from cl_runner.streams.base import Examples
 
 

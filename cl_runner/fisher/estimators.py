@@ -12,11 +12,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor
 
 from cl_runner.errors import ConfigError
@@ -26,12 +25,12 @@ from cl_runner.fisher.kernels import Precision
 from cl_runner.fisher.passes import SlicedVectors
 from cl_runner.fisher.representations import Kind, Representation, rounds
 from cl_runner.models.model import Model, PretrainedView
-from cl_runner.streams.base import Examples, Seed
+from cl_runner.ranges import Count, Seed
+from cl_runner.streams.base import Examples
 
 log = logging.getLogger("cl_runner")
 
 Logits = Literal["visible", "seen", "all"]
-Count = Annotated[int, Field(ge=1)]
 
 
 @dataclass(frozen=True)

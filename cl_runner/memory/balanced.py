@@ -1,12 +1,12 @@
 """As many examples of each class (or of each task) as of any other."""
 
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from cl_runner.memory.base import Memory, Per, Share
+from cl_runner.ranges import Count
 from cl_runner.streams.base import Examples
 
 
@@ -21,7 +21,7 @@ class ClassBalanced(Memory):
     def __init__(
         self,
         *,
-        size: Annotated[int, Field(ge=1)] = 500,
+        size: Count = 500,
         per: Per = "all",
         share: Share = "class",
         keep: Literal["random", "newest"] = "random",

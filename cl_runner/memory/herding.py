@@ -1,14 +1,14 @@
 """The examples whose mean stays nearest to their class's mean (Welling, 2009; iCaRL, Rebuffi et al., 2017,
 arXiv 1611.07725, algorithms 4 and 5)."""
 
-from typing import Annotated, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor
 
 from cl_runner.memory.base import Features, Memory, Per, Share
+from cl_runner.ranges import Count
 from cl_runner.streams.base import Examples
 
 CHUNK = 256  # images that features are asked of at a time
@@ -23,7 +23,7 @@ class Herding(Memory):
     def __init__(
         self,
         *,
-        size: Annotated[int, Field(ge=1)] = 2000,
+        size: Count = 2000,
         per: Per = "all",
         share: Share = "class",
         normalize: bool = True,

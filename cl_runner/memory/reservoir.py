@@ -1,12 +1,10 @@
 """A uniform sample of all that has streamed by (Vitter, 1985: reservoir sampling)."""
 
-from typing import Annotated
-
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from cl_runner.memory.base import Memory
+from cl_runner.ranges import Count
 from cl_runner.streams.base import Examples
 
 
@@ -17,7 +15,7 @@ class Reservoir(Memory):
     R. A row that is offered again, in a later epoch, counts as another.
     """
 
-    def __init__(self, *, size: Annotated[int, Field(ge=1)] = 500) -> None:
+    def __init__(self, *, size: Count = 500) -> None:
         super().__init__(size, "all", None)
 
     def add(self, batch: Examples) -> None:

@@ -9,10 +9,9 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from cl_runner.errors import ConfigError
@@ -23,9 +22,8 @@ from cl_runner.models.model import ActiveLogits, Model
 from cl_runner.models.preprocess import Interpolation, Preprocess
 from cl_runner.models.weights import Inputs, Net, Shape
 from cl_runner.randomness import derived
-from cl_runner.streams.base import Scenario, Seed, Stream
-
-Positive = Annotated[int, Field(ge=1)]
+from cl_runner.ranges import Count, Seed
+from cl_runner.streams.base import Scenario, Stream
 
 log = logging.getLogger("cl_runner")
 
@@ -52,7 +50,7 @@ class Architecture(ABC):
     key_map: dict[str, str] | None = None
     freeze: Sequence[str] = ()
     norm_stats: Literal["frozen", "adapt"] | None = None
-    image_size: Positive | None = None
+    image_size: Count | None = None
     interpolation: Interpolation = "bilinear"
     normalize: bool = True
     head_init: Init = "torch"
@@ -106,9 +104,9 @@ class Architecture(ABC):
         """
         self.check_names()
         if self.freeze or self.file:
-            still_names(self._outline.backbone, self.freeze)
+            still_names(self.outline.backbone, self.freeze)
         if self.file:
-            weights.compare(self._outline, weights.read(self.file, self.key_map, "meta"), shapes=False)
+            weights.compare(self.outline, weights.read(self.file, self.key_map, "meta"), shapes=False)
 
     def check_images(self, shape: Shape) -> None:
         """Refuse images [C, H, W] that the network, or its file of weights, is not made for.
@@ -131,8 +129,8 @@ class Architecture(ABC):
     def has_pretrained_head(self) -> bool:
         """Whether the pretrained weights bring their own classifier, which makes the pretrained model task zero."""
         if self.file:
-            return self._outline.head_of(weights.read(self.file, self.key_map, "meta").state) is not None
-        return self.named and self._outline.head is not None
+            return self.outline.head_of(weights.read(self.file, self.key_map, "meta").state) is not None
+        return self.named and self.outline.head is not None
 
     def build(self, stream: Stream, active_logits: ActiveLogits | None = None) -> Model:
         """The model for `stream`, on the CPU, the same for the same seed; the global generator is left as it was.
@@ -174,7 +172,7 @@ class Architecture(ABC):
         return bool(self.pretrained) and self.file is None
 
     @cached_property
-    def _outline(self) -> Net:
+    def outline(self) -> Net:
         """The network as it is named and shaped; on the meta device it costs next to nothing."""
         usual = self.published()
         height, width = usual.size or (32, 32)

@@ -8,8 +8,9 @@ from typing import Annotated
 from pydantic import Field
 from torch import nn
 
-from cl_runner.models.architecture import ImageArchitecture, Positive
+from cl_runner.models.architecture import ImageArchitecture
 from cl_runner.models.weights import Net, Shape
+from cl_runner.ranges import Count
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +20,7 @@ class CNN(ImageArchitecture):
 
     first_weight = "conv1.weight"
 
-    widths: Annotated[Sequence[Positive], Field(min_length=1)] = (32, 64, 128)
+    widths: Annotated[Sequence[Count], Field(min_length=1)] = (32, 64, 128)
     batch_norm: bool = True
 
     def network(self, shape: Shape, published: bool) -> Net:

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from cl_runner.models.architecture import ImageArchitecture, Positive
+from cl_runner.models.architecture import ImageArchitecture
 from cl_runner.models.mlp import perceptron
 from cl_runner.models.weights import Net, Shape
+from cl_runner.ranges import Count
 
 WIDTHS, STRIDES = (16, 32, 64, 128, 256), (1, 2, 2, 2, 2)
 
@@ -25,7 +26,7 @@ class Conv5(ImageArchitecture):
 
     first_weight = "convLayer1.conv.weight"
 
-    widths: Sequence[Positive] = ()
+    widths: Sequence[Count] = ()
 
     def network(self, shape: Shape, published: bool) -> Net:
         channels, height, width = shape

@@ -10,10 +10,11 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from cl_runner.models.architecture import Architecture, Positive
+from cl_runner.models.architecture import Architecture
 from cl_runner.models.heads import Init, draw
 from cl_runner.models.weights import Net, Shape
 from cl_runner.randomness import derived
+from cl_runner.ranges import Count
 
 Activation = Literal["relu", "leaky_relu", "gelu", "tanh"]
 ACTIVATIONS: dict[Activation, type[nn.Module]] = {
@@ -45,7 +46,7 @@ class MLP(Architecture):
     init: of the hidden layers, as `head_init` is of the head.
     """
 
-    widths: Annotated[Sequence[Positive], Field(min_length=1)] = (400, 400)
+    widths: Annotated[Sequence[Count], Field(min_length=1)] = (400, 400)
     activation: Activation = "relu"
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     init: Init = "torch"

@@ -7,8 +7,9 @@ from typing import Annotated, Literal
 from pydantic import Field
 from torch import Tensor, nn
 
-from cl_runner.models.architecture import ImageArchitecture, Positive
+from cl_runner.models.architecture import ImageArchitecture
 from cl_runner.models.weights import Net, Shape
+from cl_runner.ranges import Count
 
 
 def conv3x3(channels: int, out: int, stride: int = 1) -> nn.Conv2d:
@@ -69,9 +70,9 @@ class ResNet18(ImageArchitecture):
 
     first_weight = "conv1.weight"
 
-    width: Positive = 64
+    width: Count = 64
     stem: Literal["cifar", "imagenet"] = "cifar"
-    strides: Annotated[Sequence[Positive], Field(min_length=4, max_length=4)] = (1, 2, 2, 2)
+    strides: Annotated[Sequence[Count], Field(min_length=4, max_length=4)] = (1, 2, 2, 2)
     last_relu: bool = True
 
     def network(self, shape: Shape, published: bool) -> Net:

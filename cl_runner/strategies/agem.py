@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from cl_runner.memory.base import Memory
-from cl_runner.strategies.rehearsal import Count, Rehearsal, Store
+from cl_runner.ranges import Count
+from cl_runner.strategies.rehearsal import Rehearsal, Store
 from cl_runner.streams.base import Examples
 
 

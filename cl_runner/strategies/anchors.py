@@ -10,9 +10,6 @@ from cl_runner.errors import ConfigError
 from cl_runner.fisher.curvature import Parameters
 from cl_runner.models.architecture import Architecture
 from cl_runner.models.model import Model
-from cl_runner.strategies.base import Strategy
-from cl_runner.streams.base import Stream, Task
-from cl_runner.streams.recipe import Recipe
 
 Source = Literal["auto", "previous", "pretrained", "both"]
 
@@ -72,40 +69,3 @@ class Anchor:
 
 # Checkpoints are read with `weights_only=True`, which builds no class that is not named here.
 torch.serialization.add_safe_globals([Anchor])
-
-
-class NormPenalty(Strategy):
-    """Fine-tune with a norm of the weights' distance from zero, the previous task's or the pretrained weights.
-
-    The pretrained weights are the backbone's alone.
-    """
-
-    saved = ("anchors",)
-
-    def __init__(self, strength: float, towards: Literal["zero", "previous", "pretrained"]) -> None:
-        self.strength, self.towards = strength, towards
-
-    def check(self, stream: Recipe, model: Architecture) -> None:
-        super().check(stream, model)
-        if self.towards == "pretrained" and not model.pretrained:
-            raise ConfigError(
-                "strategy.towards", "expected zero or previous for a model without pretrained weights, got 'pretrained'"
-            )
-
-    def setup(self, model: Model, stream: Stream) -> None:
-        super().setup(model, stream)
-        self.anchors = [Anchor.at(model, head=False)] if self.towards == "pretrained" else []
-
-    def before_task(self, task: Task) -> None:
-        if self.towards == "zero":
-            zeros = {name: torch.zeros_like(value) for name, value in trainable(self.model).items()}
-            self.anchors = [Anchor(zeros, self.model.revealed)]
-
-    def after_task(self, task: Task) -> None:
-        if self.towards == "previous":
-            self.anchors = [Anchor.at(self.model)]
-
-    def distances(self) -> list[Tensor]:
-        """weights - anchor, a tensor a parameter; empty where nothing is anchored yet."""
-        live = trainable(self.model)
-        return [delta for anchor in self.anchors for delta in anchor.distance(live).values()]

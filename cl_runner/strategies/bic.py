@@ -10,11 +10,10 @@ from torch import Tensor
 from cl_runner.memory.base import Memory
 from cl_runner.models.model import Model, Output
 from cl_runner.randomness import of_task
-from cl_runner.strategies.rehearsal import evaluating
+from cl_runner.ranges import Seed
+from cl_runner.strategies.looking import CHUNK, evaluating
 from cl_runner.strategies.taught import Exemplars
-from cl_runner.streams.base import Examples, Scenario, Seed, Stream, Task, concatenate
-
-CHUNK = 256  # held-out images that go through the model at a time
+from cl_runner.streams.base import Examples, Scenario, Stream, Task, concatenate
 
 
 class BiC(Exemplars):

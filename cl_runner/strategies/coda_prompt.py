@@ -9,6 +9,7 @@ from torch import Tensor
 from cl_runner.errors import ConfigError
 from cl_runner.models.model import Output
 from cl_runner.models.prompts import Components
+from cl_runner.ranges import Count
 from cl_runner.strategies.prompting import Prompting
 from cl_runner.streams.base import Examples
 
@@ -32,7 +33,7 @@ class CODAPrompt(Prompting):
         self,
         *,
         blocks: Sequence[int] = (0, 1, 2, 3, 4),
-        components: Annotated[int, Field(ge=1)] = 10,
+        components: Count = 10,
         length: Annotated[int, Field(ge=2)] = 8,
         strength: Annotated[float, Field(ge=0)] = 0.0,
     ) -> None:

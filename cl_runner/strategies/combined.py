@@ -9,15 +9,15 @@ from torch import Tensor
 from cl_runner.errors import ConfigError
 from cl_runner.models.architecture import Architecture
 from cl_runner.models.model import ActiveLogits, Model, Output
-from cl_runner.strategies.anchors import NormPenalty
 from cl_runner.strategies.base import Strategy
+from cl_runner.strategies.closed_form import ClosedForm
 from cl_runner.strategies.cumulative import Cumulative
 from cl_runner.strategies.dualprompt import DualPrompt
 from cl_runner.strategies.ease import EASE
 from cl_runner.strategies.ewc import EWC
-from cl_runner.strategies.features import ClosedForm
 from cl_runner.strategies.importance import Importance
 from cl_runner.strategies.lora import LoRA
+from cl_runner.strategies.norms import NormPenalty
 from cl_runner.strategies.prompting import Prompting
 from cl_runner.strategies.taught import Taught
 from cl_runner.streams.base import Examples, Stream, Task

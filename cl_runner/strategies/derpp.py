@@ -5,8 +5,8 @@ from typing import Annotated
 from pydantic import Field
 
 from cl_runner.memory.base import Memory
+from cl_runner.ranges import Count
 from cl_runner.strategies.der import DER
-from cl_runner.strategies.rehearsal import Count
 
 
 class DERpp(DER):

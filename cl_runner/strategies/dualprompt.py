@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import Field
 
 from cl_runner.models.prompts import Experts, Prompts
+from cl_runner.ranges import Count
 from cl_runner.strategies.prompting import Prompting
 
 if TYPE_CHECKING:
@@ -28,8 +29,8 @@ class DualPrompt(Prompting):
         *,
         general_blocks: Sequence[int] = (0, 1),
         expert_blocks: Sequence[int] = (2, 3, 4),
-        general_length: Annotated[int, Field(ge=1)] = 5,
-        expert_length: Annotated[int, Field(ge=1)] = 20,
+        general_length: Count = 5,
+        expert_length: Count = 20,
         strength: Annotated[float, Field(ge=0)] = 1.0,
     ) -> None:
         """`…_blocks`: of the transformer, from 0; `…_length`: keys, and as many values, in each (the authors' code has

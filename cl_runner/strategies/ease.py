@@ -11,8 +11,9 @@ from cl_runner.models.architecture import Architecture
 from cl_runner.models.model import Model
 from cl_runner.models.prompts import vision_transformer
 from cl_runner.models.substitute import call_with
+from cl_runner.ranges import Count
 from cl_runner.strategies.base import Strategy
-from cl_runner.strategies.features import gathered, home
+from cl_runner.strategies.looking import gathered, home
 from cl_runner.strategies.subspaces import Subspaces
 from cl_runner.streams.base import Stream, Task
 from cl_runner.streams.recipe import Recipe
@@ -41,17 +42,17 @@ class EASE(Strategy):
     def __init__(
         self,
         *,
-        width: Annotated[int, Field(ge=1)] = 16,
+        width: Count = 16,
         scale: Annotated[float, Field(gt=0)] = 0.1,
         alpha: Annotated[float, Field(ge=0)] = 0.1,
-        batch_size: Annotated[int, Field(ge=1)] = 256,
+        batch_size: Count = 256,
     ) -> None:
         """`width`: of the adapters' bottleneck; `scale`: of what they add."""
         self.width, self.scale, self.alpha, self.batch_size = width, scale, alpha, batch_size
 
     def check(self, stream: Recipe, model: Architecture) -> None:
         super().check(stream, model)
-        vision_transformer(model._outline.backbone, type(self).__name__)
+        vision_transformer(model.outline.backbone, type(self).__name__)
 
     def setup(self, model: Model, stream: Stream) -> None:
         super().setup(model, stream)

@@ -8,7 +8,8 @@ from torch import Tensor
 from cl_runner.errors import ConfigError
 from cl_runner.memory.base import Memory
 from cl_runner.models.model import Output
-from cl_runner.strategies.rehearsal import Count, Rehearsal, Store, weighted
+from cl_runner.ranges import Count
+from cl_runner.strategies.rehearsal import Rehearsal, Store, weighted
 from cl_runner.streams.base import Examples, Task
 
 

@@ -9,7 +9,8 @@ from pydantic import Field
 from torch import Tensor
 
 from cl_runner.models.model import Model
-from cl_runner.strategies.features import ClosedForm
+from cl_runner.ranges import Count
+from cl_runner.strategies.closed_form import ClosedForm
 from cl_runner.strategies.moments import Moments
 from cl_runner.streams.base import Stream
 
@@ -38,7 +39,7 @@ class FeCAM(ClosedForm):
         normalize: bool = True,
         unit_length: Literal["compared", "first"] | None = "compared",
         covariance: Literal["class", "shared"] = "class",
-        batch_size: Annotated[int, Field(ge=1)] = 256,
+        batch_size: Count = 256,
     ) -> None:
         """The shrinkages are g1 and g2 above; `normalize`: covariances into correlations; `unit_length`: of features
         and means when they are compared, or of features before all else; `covariance`: of each class (8 K D^2 bytes,

@@ -7,11 +7,8 @@ from torch import Tensor
 
 from cl_runner.models.model import Model
 from cl_runner.strategies.base import Strategy
-from cl_runner.strategies.features import Recalled
-from cl_runner.strategies.rehearsal import features_of
+from cl_runner.strategies.looking import CHUNK, Recalled, features_of
 from cl_runner.streams.base import Examples, Stream, Task
-
-CHUNK = 256  # images that go through the backbone at a time
 
 
 class Frozen(Strategy):

@@ -1,25 +1,20 @@
 """L1 regularisation, towards zero or towards weights worth keeping."""
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from cl_runner.models.model import Output
-from cl_runner.strategies.anchors import NormPenalty
+from cl_runner.strategies.norms import NormPenalty, Towards
 from cl_runner.streams.base import Examples
 
 
 class L1(NormPenalty):
     """Add strength * ||weights - anchor||_1 to the loss."""
 
-    def __init__(
-        self,
-        *,
-        strength: Annotated[float, Field(ge=0)] = 1e-4,
-        towards: Literal["zero", "previous", "pretrained"] = "zero",
-    ) -> None:
+    def __init__(self, *, strength: Annotated[float, Field(ge=0)] = 1e-4, towards: Towards = "zero") -> None:
         super().__init__(strength, towards)
 
     def penalties(self, batch: Examples, output: Output) -> dict[str, Tensor]:

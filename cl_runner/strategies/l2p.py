@@ -6,6 +6,7 @@ from pydantic import Field
 
 from cl_runner.errors import ConfigError
 from cl_runner.models.prompts import Pool, Prompts
+from cl_runner.ranges import Count
 from cl_runner.strategies.prompting import Prompting
 
 if TYPE_CHECKING:
@@ -25,9 +26,9 @@ class L2P(Prompting):
     def __init__(
         self,
         *,
-        pool: Annotated[int, Field(ge=1)] = 10,
-        length: Annotated[int, Field(ge=1)] = 5,
-        top: Annotated[int, Field(ge=1)] = 5,
+        pool: Count = 10,
+        length: Count = 5,
+        top: Count = 5,
         strength: Annotated[float, Field(ge=0)] = 0.5,
     ) -> None:
         """`pool`: prompts in all; `length`: tokens each; `top`: prompts for an image."""

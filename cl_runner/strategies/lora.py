@@ -13,8 +13,9 @@ from cl_runner.models.adapters import LowRank, called_in, low_rank_layers
 from cl_runner.models.architecture import Architecture, norm_layers
 from cl_runner.models.model import Model
 from cl_runner.models.substitute import call_with
+from cl_runner.ranges import Count
 from cl_runner.strategies.base import Strategy
-from cl_runner.strategies.rehearsal import evaluating
+from cl_runner.strategies.looking import evaluating
 from cl_runner.streams.base import Scenario, Stream, Task
 from cl_runner.streams.recipe import Recipe
 
@@ -35,7 +36,7 @@ class LoRA(Strategy):
     def __init__(
         self,
         *,
-        rank: Annotated[int, Field(ge=1)] = 8,
+        rank: Count = 8,
         alpha: Annotated[float, Field(gt=0)] = 8.0,
         layers: Sequence[str] = ("*",),
         merge: bool = True,
@@ -53,7 +54,7 @@ class LoRA(Strategy):
         if not self.merge and stream.scenario != Scenario.TASK:
             told = "with stream.scenario=task (of the LoRAs kept apart only a told task can choose)"
             raise ConfigError("strategy.merge", f"expected false only {told}, got {stream.scenario}")
-        low_rank_layers(model._outline.backbone, self.patterns)
+        low_rank_layers(model.outline.backbone, self.patterns)
 
     def setup(self, model: Model, stream: Stream) -> None:
         super().setup(model, stream)

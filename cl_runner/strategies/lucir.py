@@ -11,6 +11,7 @@ from torch import Tensor
 from cl_runner.memory.base import Memory
 from cl_runner.models.cosine import CosineHead
 from cl_runner.models.model import Model, Output
+from cl_runner.ranges import Count
 from cl_runner.strategies.taught import Exemplars
 from cl_runner.streams.base import Examples, Scenario, Stream, Task
 
@@ -34,7 +35,7 @@ class LUCIR(Exemplars):
         strength: Annotated[float, Field(ge=0)] = 5.0,
         margin: Annotated[float, Field(ge=0)] = 0.5,
         margin_strength: Annotated[float, Field(ge=0)] = 1.0,
-        negatives: Annotated[int, Field(ge=1)] = 2,
+        negatives: Count = 2,
         scale: Annotated[float, Field(gt=0)] = 10.0,
         hold_head: bool = True,
     ) -> None:

@@ -1,6 +1,5 @@
 """Learning without forgetting (Li & Hoiem, 2017, arXiv 1606.09282), from the pretrained model too."""
 
-from copy import deepcopy
 from typing import Annotated, Literal
 
 import torch
@@ -10,12 +9,12 @@ from torch import Tensor
 from cl_runner.models.architecture import Architecture
 from cl_runner.models.model import Model, Output, PretrainedView
 from cl_runner.strategies.anchors import Source, check_source, wants_pretrained, wants_previous
-from cl_runner.strategies.base import Strategy
+from cl_runner.strategies.taught import Taught, still
 from cl_runner.streams.base import Examples, Stream, Task
 from cl_runner.streams.recipe import Recipe
 
 
-class LwF(Strategy):
+class LwF(Taught):
     """On each new batch, keep answering for the old outputs as the model did before the task.
 
     With the pretrained model as a teacher, its own head's answers are kept as well, throughout (the paper's old task
@@ -23,7 +22,7 @@ class LwF(Strategy):
     themselves, which is left out here as it is there.
     """
 
-    saved = ("teacher", "old_groups", "number")
+    saved = (*Taught.saved, "old_groups")
 
     def __init__(
         self,
@@ -54,14 +53,11 @@ class LwF(Strategy):
 
     def setup(self, model: Model, stream: Stream) -> None:
         super().setup(model, stream)
-        self.teacher = _still(model)
-        self.pretrained = _still(PretrainedView(model)) if wants_pretrained(self.source, model) else None
+        self.pretrained = still(PretrainedView(model)) if wants_pretrained(self.source, model) else None
         self.old_groups: list[Tensor] = []  # the earlier outputs, int64, for each softmax
-        self.number = 1  # of the task, from 1
 
     def before_task(self, task: Task) -> None:
-        self.number = task.index + 1
-        self.teacher.load_state_dict(self.model.state_dict())
+        super().before_task(task)
         groups = dict.fromkeys(earlier.classes for earlier in self.stream.tasks[: task.index])
         if self.softmax != "task" and groups:
             old = sorted({label for group in groups for label in group})
@@ -76,8 +72,7 @@ class LwF(Strategy):
         terms = {}
         if self.old_groups and wants_previous(self.source):
             weight = {"constant": 1.0, "tasks": self.number - 1, "average": 1 - 1 / self.number}[self.weighting]
-            with torch.no_grad():
-                target = self.teacher.encode(output.inputs).logits
+            target = self.taught(output).logits
             losses = [self.distillation(output.logits[:, group], target[:, group]) for group in self.old_groups]
             terms["lwf"] = weight * self.strength * torch.stack(losses).mean()
         if self.pretrained is not None:
@@ -93,8 +88,3 @@ class LwF(Strategy):
         log_teacher = (teacher / self.temperature).log_softmax(1)
         divergence = (log_teacher.exp() * (log_teacher - log_student)).sum(1).mean()
         return divergence * self.temperature**2 if self.squared_temperature else divergence
-
-
-def _still(model: Model | PretrainedView) -> Model | PretrainedView:
-    """A copy that never changes: no gradients, in eval mode, out of reach of the model's own `train()`."""
-    return deepcopy(model).requires_grad_(False).eval()

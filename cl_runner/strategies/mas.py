@@ -4,11 +4,12 @@ from typing import Annotated
 
 from pydantic import Field
 
-from cl_runner.fisher.estimators import Count, Logits
+from cl_runner.fisher.estimators import Logits
 from cl_runner.fisher.magnitudes import Magnitudes
 from cl_runner.models.model import Model
+from cl_runner.ranges import Count, Seed
 from cl_runner.strategies.importance import Accumulation, Importance
-from cl_runner.streams.base import Seed, Stream, Task
+from cl_runner.streams.base import Stream, Task
 
 
 class MAS(Importance):

@@ -8,7 +8,9 @@ from pydantic import Field
 from cl_runner.errors import ConfigError
 from cl_runner.memory.base import Memory
 from cl_runner.models.substitute import call_with
-from cl_runner.strategies.rehearsal import Count, Rehearsal, Store, evaluating
+from cl_runner.ranges import Count
+from cl_runner.strategies.looking import evaluating
+from cl_runner.strategies.rehearsal import Rehearsal, Store
 from cl_runner.streams.base import Examples
 
 

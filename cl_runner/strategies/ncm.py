@@ -1,15 +1,15 @@
 """Nearest class mean (Mensink et al., 2013; with cosine: SimpleCIL, Zhou et al., 2024, arXiv 2303.07338)."""
 
 from collections.abc import Callable
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor
 
 from cl_runner.models.model import Model
-from cl_runner.strategies.features import ClosedForm
+from cl_runner.ranges import Count
+from cl_runner.strategies.closed_form import ClosedForm
 from cl_runner.streams.base import Stream
 
 
@@ -18,9 +18,7 @@ class NCM(ClosedForm):
 
     saved = ("sums", "counts")
 
-    def __init__(
-        self, *, distance: Literal["cosine", "euclidean"] = "cosine", batch_size: Annotated[int, Field(ge=1)] = 256
-    ) -> None:
+    def __init__(self, *, distance: Literal["cosine", "euclidean"] = "cosine", batch_size: Count = 256) -> None:
         super().__init__(batch_size)
         self.distance = distance
 

@@ -32,7 +32,7 @@ class Prompting(Strategy):
 
     def check(self, stream: Recipe, model: Architecture) -> None:
         super().check(stream, model)
-        backbone = vision_transformer(model._outline.backbone, type(self).__name__)
+        backbone = vision_transformer(model.outline.backbone, type(self).__name__)
         with torch.device("meta"):
             self.prompts_for(backbone, stream.max_tasks or stream.num_tasks)
 

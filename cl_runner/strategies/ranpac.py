@@ -10,7 +10,8 @@ from torch import Tensor
 
 from cl_runner.models.architecture import seeded
 from cl_runner.models.model import Model
-from cl_runner.strategies.features import ClosedForm
+from cl_runner.ranges import Count
+from cl_runner.strategies.closed_form import ClosedForm
 from cl_runner.strategies.ridge import best_ridge
 from cl_runner.streams.base import Stream
 
@@ -28,9 +29,9 @@ class RanPAC(ClosedForm):
     def __init__(
         self,
         *,
-        projection: Annotated[int, Field(ge=1)] | None = 10_000,
+        projection: Count | None = 10_000,
         ridge: Annotated[float, Field(gt=0)] | None = None,
-        batch_size: Annotated[int, Field(ge=1)] = 256,
+        batch_size: Count = 256,
     ) -> None:
         """`projection`: M, or null for the features themselves; the statistics take 8 M^2 bytes, and three times as
         much again while they are solved; `ridge`: l, null to have it chosen, which takes 16 N M bytes and three

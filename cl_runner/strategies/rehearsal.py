@@ -1,23 +1,22 @@
 """What methods with a memory share: when it is offered rows, and how its rows join a batch."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor
 
 from cl_runner.errors import ConfigError
-from cl_runner.memory.base import Features, Memory
-from cl_runner.models.model import Model, Output
+from cl_runner.memory.base import Memory
+from cl_runner.models.model import Output
+from cl_runner.ranges import Count
 from cl_runner.strategies.base import Strategy
+from cl_runner.strategies.looking import features_of
 from cl_runner.streams.base import Examples, Task, concatenate
 
 Store = Literal["step", "task"]
-Count = Annotated[int, Field(ge=1)]
 
 
 class Rehearsal(Strategy):
@@ -82,25 +81,3 @@ def weighted(parts: Sequence[tuple[Examples, dict[str, float]]]) -> Examples:
         return replace(part, extras=part.extras | {name: w * total / len(part) * ones for name, w in weights.items()})
 
     return concatenate([marked(part, weights) for part, weights in parts])
-
-
-def features_of(model: Model) -> Features:
-    """images -> features [B, D], in eval mode and without gradients, which leaves the model as it was."""
-
-    @torch.no_grad()
-    def features(images: Tensor) -> Tensor:
-        with evaluating(model):
-            return model(images.to(model.device)).features
-
-    return features
-
-
-@contextmanager
-def evaluating(model: Model) -> Iterator[None]:
-    """In eval mode inside: no statistics move, nothing is dropped or augmented."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)

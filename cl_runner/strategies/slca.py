@@ -8,8 +8,9 @@ from pydantic import Field
 from torch import Tensor
 
 from cl_runner.models.model import Model, Output
+from cl_runner.ranges import Count
 from cl_runner.strategies.base import Strategy
-from cl_runner.strategies.features import gathered, home
+from cl_runner.strategies.looking import gathered, home
 from cl_runner.strategies.moments import Moments
 from cl_runner.streams.base import Examples, Scenario, Stream, Task
 
@@ -35,10 +36,10 @@ class SLCA(Strategy):
         *,
         backbone_rate: Annotated[float, Field(ge=0, le=1)] = 0.01,
         epochs: Annotated[int, Field(ge=0)] = 5,
-        samples: Annotated[int, Field(ge=1)] = 256,
+        samples: Count = 256,
         lr: Annotated[float, Field(gt=0)] = 0.01,
         temperature: Annotated[float, Field(gt=0)] = 0.1,
-        batch_size: Annotated[int, Field(ge=1)] = 256,
+        batch_size: Count = 256,
     ) -> None:
         """Of the alignment: `epochs` (0: none), `samples` a class in each, `lr` (SGD, momentum 0.9, cosine schedule),
         `temperature` by which logits of length one are divided."""

@@ -8,7 +8,8 @@ from pydantic import Field
 from torch import Tensor
 
 from cl_runner.models.model import Model
-from cl_runner.strategies.features import ClosedForm
+from cl_runner.ranges import Count
+from cl_runner.strategies.closed_form import ClosedForm
 from cl_runner.strategies.moments import Moments
 from cl_runner.streams.base import Stream
 
@@ -27,7 +28,7 @@ class SLDA(ClosedForm):
         self,
         *,
         shrinkage: Annotated[float, Field(ge=0, le=1)] = 1e-4,
-        batch_size: Annotated[int, Field(ge=1)] = 256,
+        batch_size: Count = 256,
     ) -> None:
         """`shrinkage`: e above."""
         super().__init__(batch_size)

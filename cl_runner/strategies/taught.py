@@ -1,15 +1,18 @@
 """What methods share that have the model before the task as a teacher, and those that learn exemplars along with it."""
 
 from copy import deepcopy
+from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cl_runner.memory.base import Memory
 from cl_runner.models.model import Model, Output
 from cl_runner.strategies.base import Strategy
-from cl_runner.strategies.rehearsal import features_of
+from cl_runner.strategies.looking import features_of
 from cl_runner.streams.base import Examples, Stream, Task
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 class Taught(Strategy):
@@ -19,7 +22,7 @@ class Taught(Strategy):
 
     def setup(self, model: Model, stream: Stream) -> None:
         super().setup(model, stream)
-        self.teacher = deepcopy(model).requires_grad_(False).eval()
+        self.teacher = still(model)
         self.old: Tensor = torch.zeros_like(model.revealed)  # [K] bool: the classes of earlier tasks
         self.number = 1  # of the task, from 1
 
@@ -60,3 +63,8 @@ class Exemplars(Taught):
 
     def after_task(self, task: Task) -> None:
         self.memory.add_task(task.train, features_of(self.model))
+
+
+def still(model: Module) -> Module:
+    """A copy that never changes: no gradients, in eval mode, out of reach of the model's own `train()`."""
+    return deepcopy(model).requires_grad_(False).eval()

@@ -8,13 +8,9 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
 from itertools import pairwise
-from typing import Annotated
 
 import torch
-from pydantic import Field
 from torch import Tensor
-
-Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what numpy's RandomState takes
 
 
 class Scenario(StrEnum):

@@ -13,12 +13,11 @@ from pydantic import Field
 from torch import Tensor
 
 from cl_runner.errors import ConfigError
-from cl_runner.streams.base import Examples, Scenario, Seed, Stream, Task
+from cl_runner.ranges import Count, Seed
+from cl_runner.streams.base import Examples, Scenario, Stream, Task
 from cl_runner.streams.cache import DataSet
 from cl_runner.streams.datasets import KNOWN, find
 from cl_runner.streams.folder import ImageFolder
-
-Count = Annotated[int, Field(ge=1)]
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from cl_runner.errors import ConfigError
-from cl_runner.streams.base import Scenario, Seed
-from cl_runner.streams.recipe import Count, Recipe
+from cl_runner.ranges import Count, Seed
+from cl_runner.streams.base import Scenario
+from cl_runner.streams.recipe import Recipe
 
 
 @dataclass(kw_only=True)

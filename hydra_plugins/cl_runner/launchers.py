@@ -18,8 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from pydantic import Field
 
 from cl_runner.errors import ConfigError, missing_extra
-
-AtLeastOne = Annotated[int, Field(ge=1)]
+from cl_runner.ranges import Count
 
 
 class Processes(Launcher):
@@ -73,11 +72,11 @@ class Local(Processes):
 
     def __init__(
         self,
-        at_once: AtLeastOne | None = None,
-        per_gpu: AtLeastOne = 1,
-        threads: AtLeastOne | None = None,
-        timeout_min: AtLeastOne | None = None,
-        signal_delay_s: AtLeastOne = 30,
+        at_once: Count | None = None,
+        per_gpu: Count = 1,
+        threads: Count | None = None,
+        timeout_min: Count | None = None,
+        signal_delay_s: Count = 30,
     ) -> None:
         _need("local", "submitit")
         self.at_once, self.per_gpu, self.threads = at_once, per_gpu, threads
@@ -99,15 +98,15 @@ class Slurm(Processes):
 
     def __init__(
         self,
-        at_once: AtLeastOne | None = None,
-        timeout_min: AtLeastOne = 240,
-        signal_delay_s: AtLeastOne = 120,
+        at_once: Count | None = None,
+        timeout_min: Count = 240,
+        signal_delay_s: Count = 120,
         max_num_timeout: Annotated[int, Field(ge=0)] = 100,
         partition: str | None = None,
         account: str | None = None,
         qos: str | None = None,
         constraint: str | None = None,
-        cpus_per_task: AtLeastOne = 4,
+        cpus_per_task: Count = 4,
         gpus_per_node: Annotated[int, Field(ge=0)] = 1,
         mem_gb: Annotated[float, Field(gt=0)] | None = 16.0,
         setup_commands: list[str] | None = None,

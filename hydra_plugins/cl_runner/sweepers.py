@@ -21,14 +21,13 @@ from omegaconf import DictConfig
 from pydantic import Field
 
 from cl_runner.errors import ConfigError, in_a_line, missing_extra
+from cl_runner.ranges import Count
 
 if TYPE_CHECKING:
     from optuna import Study
     from optuna.distributions import BaseDistribution
 
     from cl_runner.sweep import Job, Sweep
-
-AtLeastOne = Annotated[int, Field(ge=1)]
 
 
 class Planned(Sweeper):
@@ -95,8 +94,8 @@ class Optuna(Planned):
 
     def __init__(
         self,
-        trials: AtLeastOne = 20,
-        at_once: AtLeastOne = 1,
+        trials: Count = 20,
+        at_once: Count = 1,
         sampler: Literal["tpe", "random", "cmaes", "qmc"] = "tpe",
         seed: Annotated[int, Field(ge=0)] = 0,
         params: dict[str, str] | None = None,

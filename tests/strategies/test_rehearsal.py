@@ -1,7 +1,6 @@
 """What holds for every method with a memory."""
 
 import io
-from copy import deepcopy
 
 import pytest
 import torch
@@ -11,7 +10,7 @@ from cl_runner.evaluate import accuracies
 from cl_runner.memory import ClassBalanced, Herding, Reservoir
 from cl_runner.models.cnn import CNN
 from cl_runner.strategies import AGEM, DER, ER, ERACE, GEM, LUCIR, MIR, BiC, DERpp, Finetune, GDumb, ICaRL
-from cl_runner.strategies.rehearsal import features_of, weighted
+from cl_runner.strategies.rehearsal import weighted
 from cl_runner.streams.base import Scenario, concatenate
 from cl_runner.streams.split import Split
 from tests.toys import learn, toy_model, toy_stream, toy_trainer
@@ -195,18 +194,6 @@ def test_weights_make_the_mean_over_rows_the_sum_of_the_parts_means():
     torch.testing.assert_close((joined.extras["a"] * values).mean(), 0.3 * means[0] + 0.9 * means[1])
     torch.testing.assert_close((joined.extras["b"] * values).mean(), means[0])
     assert torch.equal(joined.images, concatenate(parts).images)
-
-
-def test_features_are_those_of_eval_mode_and_leave_the_model_as_it_was():
-    stream = toy_stream()
-    model = toy_model(stream, norm=True).train()
-    before = deepcopy(model.state_dict())
-    images = stream.tasks[0].train.images
-    found = features_of(model)(images)
-    assert model.training
-    assert not found.requires_grad
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert torch.equal(found, model.eval()(images).features)
 
 
 @pytest.mark.parametrize("method", ["agem", "gem"])

@@ -12,6 +12,7 @@ from cl_runner.trackers.base import RunInfo, Tracker
 CLASS = torch.tensor([[0.9, 0.0, 0.0], [0.61, 0.8, 0.0], [0.52, 0.73, 0.64]], dtype=torch.float64)
 CLASS[CLASS == 0] = torch.nan
 ACCURACY = {"class": CLASS, "task": CLASS + 0.05}
+SIZES = torch.full((3,), 10.0, dtype=torch.float64)
 ROWS_BEFORE_THE_END_OF_TASK_1 = 7
 
 
@@ -59,7 +60,7 @@ def _rows() -> Iterator[dict[str, Any]]:
             "task": task,
             "num_tasks": 3,
             "accuracy": rows,
-            "metrics": metrics.summarise(ACCURACY, {}, "class", learned=task + 1),
+            "metrics": metrics.summarise(ACCURACY, {}, "class", task + 1, SIZES[: task + 1]),
             "timing": {"seconds": {"train": 1.5, "evaluate": 0.25}},
         }
 
@@ -69,7 +70,7 @@ def results() -> dict[str, Any]:
         "schema": 1,
         "config": {"stream": {"scenario": "class"}},
         "environment": {"torch": "2"},
-        "metrics": {**metrics.summarise(ACCURACY, {}, "class"), "drift_kl": 0.0321},
+        "metrics": {**metrics.summarise(ACCURACY, {}, "class", 3, SIZES), "drift_kl": 0.0321},
         "accuracy": {name: metrics.to_rows(matrix) for name, matrix in ACCURACY.items()},
         "zero_shot": {},
         "seconds": {"train": 4.5, "evaluate": 0.75},

@@ -25,7 +25,7 @@ class Position:
     rows: int = 0  # in the journal
 
 
-class Journal:
+class Losses:
     """A task's losses: they stay on the device and are read, and checked, every `log_every` steps."""
 
     def __init__(
@@ -45,9 +45,9 @@ class Journal:
         self.lr = 0.0
         self._clear()
 
-    def add(self, losses: dict[str, Tensor], lr: float, images: int) -> None:
-        self.names = list(losses)
-        self.pending.append(torch.stack(list(losses.values())))
+    def add(self, terms: dict[str, Tensor], lr: float, images: int) -> None:
+        self.names = list(terms)
+        self.pending.append(torch.stack(list(terms.values())))
         self.images += images
         self.lr = lr
         self.done += 1

@@ -160,32 +160,6 @@ def test_what_is_saved_is_all_that_the_answers_need(name):
     assert torch.equal(asked(whole, stream), asked(resumed, stream))
 
 
-def test_an_image_that_is_asked_about_again_is_not_computed_again():
-    stream = toy_stream("class")
-    model = toy_model(stream)
-    strategy = NCM()
-    passes = []
-    model.backbone.register_forward_hook(lambda *_: passes.append(1))
-    strategy.setup(model, stream)
-    for task in stream.tasks:
-        strategy.after_task(task)
-        asked(strategy, stream)
-    assert len(passes) == 3 + 3  # of training images, then of test images
-
-
-def test_what_is_remembered_of_images_is_of_those_images():
-    stream = toy_stream("class")
-    strategy = NCM()
-    learn(strategy, stream, toy_model(stream))
-    test = stream.tasks[0].test
-    images = test.images.clone()
-    first = strategy.predict(images, test.task_ids)
-    images.copy_(stream.tasks[1].test.images)  # the same memory, other pixels
-    again = strategy.predict(images, test.task_ids)
-    assert torch.equal(again, strategy.predict(stream.tasks[1].test.images, test.task_ids))
-    assert not torch.equal(again, first)
-
-
 def test_statistics_are_gathered_in_float64():
     stream = toy_stream("class")
     model = toy_model(stream)

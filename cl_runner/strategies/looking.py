@@ -1,0 +1,72 @@
+"""The model asked, in eval mode, and its weights and statistics left as they were."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from hashlib import blake2b
+
+import torch
+from torch import Tensor
+
+from cl_runner.memory.base import Features
+from cl_runner.models.model import Model
+from cl_runner.models.substitute import call_with
+from cl_runner.streams.base import Examples
+
+CHUNK = 256  # images that go through the model at a time, where nothing else says how many
+
+
+@contextmanager
+def evaluating(model: Model) -> Iterator[None]:
+    """In eval mode inside: no statistics move, nothing is dropped or augmented."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+def features_of(model: Model) -> Features:
+    """images -> features [B, D], in eval mode and without gradients, which leaves the model as it was."""
+
+    @torch.no_grad()
+    def features(images: Tensor) -> Tensor:
+        with evaluating(model):
+            return model(images.to(model.device)).features
+
+    return features
+
+
+def home(device: torch.device) -> torch.device:
+    """Where statistics are kept and computed in float64: on the device, if it knows such numbers."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
+@torch.no_grad()
+def gathered(
+    model: Model, examples: Examples, batch_size: int, weights: dict[str, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Features [N, D] (float64, where statistics are kept) and labels [N] of all examples, without augmentation.
+
+    `weights`: to take in place of the model's own, by name. Leaves the model in eval mode.
+    """
+    model.eval()
+    parts = list(examples.batches(batch_size))
+    features = [call_with(model, weights or {}, part.images.to(model.device)).features for part in parts]
+    place = home(model.device)
+    return torch.cat(features).to(place).double(), torch.cat([part.labels for part in parts]).to(place)
+
+
+class Recalled:
+    """The features of images that are asked about, where nothing that they depend on ever changes: computed once and
+    kept (4 D bytes each). Batches are told apart by what is in them."""
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self.known: dict[bytes, Tensor] = {}
+
+    def __call__(self, images: Tensor) -> Tensor:
+        key = blake2b(images.cpu().numpy().tobytes(), digest_size=16).digest()
+        if key not in self.known:
+            self.known[key] = self.model(images).features
+        return self.known[key]
