@@ -75,7 +75,7 @@ def try_composing(argv: list[str]) -> None:
 
 def run_alone(experiment: Experiment) -> None:
     """Carry out one experiment; show it, where it is done."""
-    from cl_runner.job import shown_if_done
+    from cl_runner.asked_again import shown_if_done
 
     make_room(experiment)
     if shown_if_done(experiment):  # Hydra would write into its folder
@@ -94,8 +94,8 @@ def make_room(experiment: Experiment) -> None:
 
     Raises FolderInUseError: Hydra would write into its folder.
     """
+    from cl_runner.asked_again import move_aside
     from cl_runner.folder import RunFolder
-    from cl_runner.job import move_aside
     from cl_runner.lock import FolderInUseError
 
     if holder := RunFolder(experiment.folder).held:
@@ -105,9 +105,9 @@ def make_room(experiment: Experiment) -> None:
 
 def run_sweep(request: Asked, experiments: list[Experiment]) -> int:
     """Have those jobs carried out that are not done, and say what has become of all. Returns the exit status."""
+    from cl_runner.asked_again import join, move_aside, other_code, other_images, refuse_halves
     from cl_runner.folder import RunFolder
     from cl_runner.interrupt import same_command
-    from cl_runner.job import changed_plugins, join, move_aside, refuse_other_code, refuse_other_images
     from cl_runner.sweep import Job, Sweep, of_this_command, this_command
 
     sys.argv[1:] = request.argv
@@ -118,12 +118,11 @@ def run_sweep(request: Asked, experiments: list[Experiment]) -> int:
         once = {experiment.folder: (words, experiment) for (words, _), experiment in pairs}
         for folder, (words, experiment) in once.items():
             move_aside(experiment)
-            refuse_other_images(experiment)
-            refuse_other_code(experiment)
+            refuse_halves(experiment)
             sweep.jobs.append(Job(words, folder.name, experiment.hash))
-        old = [each for _, each in once.values() if RunFolder(each.folder).done and changed_plugins(each)]
-        if old:
-            print(f"{len(old)} of {len(sweep.jobs)} jobs were done with other code of a plugin than is there now")
+        done = [each for _, each in once.values() if RunFolder(each.folder).done]
+        if old := [each for each in done if other_images(each) or other_code(each)]:
+            print(f"{len(old)} of {len(sweep.jobs)} jobs were done with other images or code than are there now")
         if same := len(request.jobs) - len(sweep.jobs):
             print(f"{same} of {len(request.jobs)} jobs compute what another one computes: they are run once")
     for experiment in experiments:  # those too that compute what another one computes

@@ -150,8 +150,9 @@ def _changes(overrides: Sequence[str], rows: Sequence[Row]) -> list[str]:
 
 def _values(row: Row, arguments: argparse.Namespace, failed: list[str]) -> Iterator[float]:
     """A value a seed, in percent; a run that fails is named in `failed` and has none."""
+    from cl_runner.asked_again import move_aside
     from cl_runner.config import check, validated
-    from cl_runner.job import carry_out, move_aside
+    from cl_runner.job import carry_out
 
     for seed in row.seeds:
         cfg = _configuration(row, seed, arguments)

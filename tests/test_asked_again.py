@@ -1,8 +1,10 @@
 """What a run is held to when it is asked for again: the groups it is in, its images, the code of its plugins."""
 
+import json
 import re
 import shutil
 import signal
+import sys
 from functools import partial
 from itertools import product
 
@@ -34,7 +36,7 @@ def test_a_finished_run_becomes_one_of_the_group_of_whoever_asks_for_it_again(tm
     assert RunFolder(plain.folder).status["groups"] == [plain.group, fixed.group]
 
 
-def test_a_run_is_not_shown_and_does_not_go_on_where_its_images_have_become_others(tmp_path):
+def test_a_run_does_not_go_on_where_its_images_have_become_others_and_says_so_where_it_is_shown(tmp_path, capsys):
     def laid_out(size):
         for place in product(("train", "test"), "abcd", range(3)):
             part, label, number = place
@@ -48,16 +50,23 @@ def test_a_run_is_not_shown_and_does_not_go_on_where_its_images_have_become_othe
     laid_out(8)
     with pytest.raises(Stopped):
         carry_out(at_step(make(), 1, partial(send, signal.SIGINT)))
+    laid_out(9)
+    with pytest.raises(ConfigError, match=r"was begun with other images than are in .*marks now; rerun=true"):
+        carry_out(make())
+    laid_out(8)
     carry_out(make())
     assert RunFolder(make().folder).done
+    carry_out(make())
+    assert "other images" not in capsys.readouterr().out
     laid_out(9)
-    with pytest.raises(ConfigError, match=r"begun with other images than are in .*marks now; rerun=true"):
-        carry_out(make())
+    carry_out(make())
+    assert "warning: it was made with other images" in " ".join(capsys.readouterr().out.split())
     shutil.rmtree(tmp_path / "data")
     carry_out(make())  # nothing there to compare with: what was measured is shown
 
 
 MINE = """
+import signal
 from pathlib import Path
 
 from cl_runner.strategies import Finetune
@@ -67,25 +76,50 @@ class Mine(Finetune):
     def after_task(self, task):
         if task.index == 1 and Path("broken").exists():
             raise RuntimeError("my own fault")
+        if task.index == 1 and Path("stopped").exists():
+            signal.raise_signal(signal.SIGINT)
 """
+WORDS = ("strategy=finetune", "strategy._target_=my_own_methods.Mine", "plugins=[my_own_methods]")
 
 
-def test_a_run_does_not_go_on_with_other_code_of_a_plugin_than_it_was_saved_with(cl_runner, tmp_path, monkeypatch):
+@pytest.fixture
+def mine(tmp_path, monkeypatch):
+    """The file of a method of one's own; it fails or is stopped in the second task as long as a file says so."""
     monkeypatch.syspath_prepend(tmp_path)
-    code, words = tmp_path / "my_own_methods.py", ["strategy._target_=my_own_methods.Mine", "plugins=[my_own_methods]"]
+    monkeypatch.delitem(sys.modules, "my_own_methods", raising=False)
+    code = tmp_path / "my_own_methods.py"
     code.write_text(MINE)
-    (tmp_path / "broken").touch()
-    status, said = cl_runner("strategy=finetune", *words)
-    assert status == 1
-    place = MINE[: MINE.index("raise")].count("\n") + 1
-    assert re.search(rf"RuntimeError: my own fault \(my_own_methods.py:{place}\); .*/run.log has the whole of it", said)
-    (tmp_path / "broken").unlink()
-    code.write_text(MINE + "\n")
-    status, said = cl_runner("strategy=finetune", *words)
+    return code
+
+
+def test_a_run_does_not_go_on_with_other_code_of_a_plugin_than_it_was_saved_with(cl_runner, tmp_path, mine):
+    (tmp_path / "stopped").touch()
+    assert cl_runner(*WORDS)[0] == 130
+    (tmp_path / "stopped").unlink()
+    mine.write_text(MINE + "\n")
+    status, said = cl_runner(*WORDS)
     assert status == 2
     assert "was saved with other code of my_own_methods than is there now; rerun=true runs it again" in said
-    code.write_text(MINE)
-    assert cl_runner("strategy=finetune", *words)[0] == 0
-    code.write_text(MINE + "\n")
-    assert "warning: it was made with other code of my_own_methods" in cl_runner("strategy=finetune", *words)[1]
-    assert "1 of 1 jobs were done with other code of a plugin" in cl_runner("-m", "strategy=finetune", *words)[1]
+    mine.write_text(MINE)
+    assert cl_runner(*WORDS)[0] == 0
+    mine.write_text(MINE + "\n")
+    assert "warning: it was made with other code of my_own_methods" in cl_runner(*WORDS)[1]
+    assert "1 of 1 jobs were done with other images or code" in cl_runner("-m", *WORDS)[1]
+
+
+@pytest.mark.parametrize("sweep", [[], ["-m"]], ids=["alone", "in a sweep"])
+def test_a_run_that_failed_starts_over_once_its_plugin_is_mended(sweep, cl_runner, tmp_path, mine, the_run):
+    (tmp_path / "broken").touch()
+    status, said = cl_runner(*sweep, *WORDS)
+    assert status == 1
+    place = MINE[: MINE.index("raise RuntimeError")].count("\n") + 1
+    assert sweep or re.search(rf"my own fault \(my_own_methods.py:{place}\); .*/run.log has the whole of it", said)
+    first = the_run()
+    (tmp_path / "broken").unlink()
+    mine.write_text(MINE + "\n")
+    status, said = cl_runner(*sweep, *WORDS)
+    assert status == 0
+    kept = f"the earlier run is kept in outputs/{first.name}.1; it failed with other code of my_own_methods"
+    assert kept in said
+    assert (first / "results.json").exists()
+    assert json.loads((first.with_name(f"{first.name}.1") / "status.json").read_text())["state"] == "failed"

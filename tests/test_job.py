@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from cl_runner.asked_again import move_aside
 from cl_runner.checkpoint import load
 from cl_runner.folder import CannotWriteError, RunFolder
 from cl_runner.interrupt import Stopped
-from cl_runner.job import carry_out, move_aside
+from cl_runner.job import carry_out
 from cl_runner.lock import FolderInUseError
 from cl_runner.trackers.base import NullTracker
 from tests.test_resume import OFTEN, assert_equal_runs, experiment, without_timing

@@ -14,7 +14,7 @@ FLOORS = [
     {"strategies"},
     {"trainer", "checkpoint", "evaluate"},
     {"run", "state"},
-    {"__main__", "command", "job", "sweep", "launchers", "published", "verify", "report", "listing"},
+    {"__main__", "command", "job", "asked_again", "sweep", "launchers", "published", "verify", "report", "listing"},
 ]
 FLOOR = {module: number for number, floor in enumerate(FLOORS) for module in floor}
 ONLY_IN = {

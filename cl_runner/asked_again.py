@@ -1,0 +1,90 @@
+"""What becomes of a run that is asked for again: shown, moved aside, or refused where it cannot go on."""
+
+from pathlib import Path
+from typing import Any
+
+from cl_runner.checkpoint import FOLDER as CHECKPOINTS
+from cl_runner.clock import environment
+from cl_runner.config import Experiment
+from cl_runner.errors import ConfigError
+from cl_runner.folder import RunFolder, groups
+from cl_runner.identity import sources
+from cl_runner.trackers.console import show_results, the_console
+
+
+def shown_if_done(experiment: Experiment) -> bool:
+    """Whether the run is done; then it is shown.
+
+    Raises ConfigError as `refuse_halves` does.
+    """
+    refuse_halves(experiment)
+    done = RunFolder(experiment.folder).done
+    if done:
+        join(experiment)
+        show(experiment)
+    return done
+
+
+def join(experiment: Experiment) -> None:
+    """Note of a finished run that it is also one of this experiment's group: with `stream.seed=0` the run of seed 0 is
+    that of `seed=0` alone, and others go with it."""
+    folder = RunFolder(experiment.folder)
+    if folder.done and experiment.group not in groups(folder.status):
+        with folder.locked():
+            folder.update_status(groups=[*groups(folder.status), experiment.group])
+
+
+def refuse_halves(experiment: Experiment) -> None:
+    """A run that goes on with other images or other code would be half the work of the one, half of the other.
+
+    Raises ConfigError where a run that is not done was begun on other images than are there now, or saved with other
+    code of a plugin.
+    """
+    folder = RunFolder(experiment.folder)
+    if folder.done:
+        return
+    halves = [f"begun with {images}" for images in other_images(experiment)]
+    if (folder.path / CHECKPOINTS).exists():
+        halves += [f"saved with {code}" for code in other_code(experiment)]
+    if halves:
+        raise ConfigError(str(experiment.folder), f"was {', and '.join(halves)}; rerun=true runs it again")
+
+
+def other_images(experiment: Experiment) -> list[str]:
+    """What to say where the folder of images, which is no part of a run's hash, holds others than when it began."""
+    then = RunFolder(experiment.folder).status.get("images")
+    now = experiment.stream.contents(experiment.config["data_root"]) if then else None
+    place = Path(experiment.config["data_root"]) / experiment.config["stream"]["name"]
+    return [f"other images than are in {place} now"] if now and then != now else []
+
+
+def other_code(experiment: Experiment) -> list[str]:
+    """What to say where a plugin's code is another now than it was when the run began."""
+    then = RunFolder(experiment.folder).status.get("code") or {}
+    changed = [name for name, code in sources(experiment.config["plugins"]).items() if then.get(name, code) != code]
+    return [f"other code of {', '.join(changed)} than is there now"] if changed else []
+
+
+def move_aside(experiment: Experiment) -> None:
+    """Make room for a run that is to be made again: where rerun=true says so, or where a plugin whose fault may have
+    ended it has been changed since."""
+    folder = RunFolder(experiment.folder)
+    mended = folder.state == "failed" and other_code(experiment)
+    if folder.path.exists() and (experiment.config["rerun"] or mended):
+        why = f"; it failed with {mended[0]}" if mended else ""
+        print(f"the earlier run is kept in {folder.move_aside()}{why}")
+
+
+def show(experiment: Experiment) -> None:
+    """Show a finished run as it was shown when it ended."""
+    folder, now = RunFolder(experiment.folder), environment(experiment.device)
+    results: dict[str, Any] = folder.results
+    then = results["environment"]
+    console = the_console()
+    console.print("This run is done (rerun=true runs it again).")
+    show_results(results, folder.path, console)
+    for what in (*other_images(experiment), *other_code(experiment)):
+        console.print(f"warning: it was made with {what}")
+    for package in ("cl_runner", "torch"):
+        if then.get(package) != now[package]:
+            console.print(f"warning: it was made with {package} {then.get(package)}; {now[package]} is installed now")
