@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from cl_runner.arguments import refuse_arguments
-from cl_runner.errors import ConfigError, did_you_mean
+from cl_runner.errors import EXPERIMENT_HEAD, ConfigError, did_you_mean
 
 _HERE = Path(__file__).resolve().parent
 CONF = _HERE / "conf" if (_HERE / "conf").is_dir() else _HERE.parent / "conf"
@@ -212,7 +213,7 @@ class _Words:
         try:
             overrides = OverridesParser.create(config_loader=self._loader).parse_overrides(list(words))
         except HydraException as error:
-            raise ConfigError("command line", _first_lines(error)) from None
+            raise ConfigError("command line", f"{_first_lines(error)}{self._quoted(words)}") from None
         for override in overrides:
             group = override.key_or_group
             if group in RESERVED:
@@ -220,6 +221,16 @@ class _Words:
             if group in self._groups and not override.is_sweep_override() and not override.is_delete():
                 self._refuse_no_name(group, override.value())
         return overrides
+
+    def _quoted(self, words: Sequence[str]) -> str:
+        """How the first word that Hydra cannot read as it stands may be meant."""
+        for word in words:
+            key, equals, value = word.partition("=")
+            parts = [part.strip() for part in value.removeprefix("[").removesuffix("]").split(",")]
+            meant = f"[{','.join(map(repr, parts))}]" if value.startswith("[") else repr(value)
+            if equals and not _is_read(word) and "'" not in value and _is_read(f"{key}={meant}"):
+                return f'; such a value needs quotes of its own: "{key}={meant}"'
+        return ""
 
     def _refuse_no_name(self, group: str, value: object) -> None:
         if not isinstance(value, (str, list)):
@@ -296,6 +307,10 @@ def _composed(overrides: list[str], with_hydra: bool = False) -> DictConfig:
         return compose("config", overrides=overrides, return_hydra_config=with_hydra)
     except MissingConfigException as error:
         group, _, choice = str(error.missing_cfg_file or "").rpartition("/")
+        if group.startswith("experiment/"):
+            own = group.removeprefix("experiment/")
+            says = f"expected its defaults to say `override /{own}: {choice}`, got `{own}: {choice}`"
+            raise ConfigError("experiment", says) from None
         options = error.options or ["nothing"]
         near = did_you_mean(choice, options, most=3)
         says = "; ".join(filter(None, [f"expected one of {', '.join(options)}, got {choice!r}", near]))
@@ -303,7 +318,18 @@ def _composed(overrides: list[str], with_hydra: bool = False) -> DictConfig:
     except YAMLError as error:
         raise ConfigError("conf", f"expected YAML, got {' '.join(str(error).split())}") from None
     except (HydraException, OmegaConfBaseException, ValueError) as error:
+        if meant := re.search(r"In '(experiment/\S+)': Could not override '(experiment/)?(\w+)@", str(error)):
+            slash = f"expected its defaults to say `override /{meant[3]}: …`, with the slash"
+            raise ConfigError(meant[1], slash if meant[2] else EXPERIMENT_HEAD) from None
         raise ConfigError("command line", _first_lines(error)) from None
+
+
+def _is_read(word: str) -> bool:
+    try:
+        OverridesParser.create().parse_override(word)
+    except HydraException:
+        return False
+    return True
 
 
 def _first_lines(error: Exception) -> str:

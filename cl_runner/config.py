@@ -29,7 +29,7 @@ from cl_runner.components import (
     one_line,
     refuse_unknown,
 )
-from cl_runner.errors import ConfigError, did_you_mean, suggestion
+from cl_runner.errors import EXPERIMENT_HEAD, ConfigError, did_you_mean, suggestion
 from cl_runner.folder import RunFolder
 from cl_runner.identity import ANY_SEED, digest, run_folder
 
@@ -170,6 +170,8 @@ def _refuse_unknown_fields(plain: dict[str, Any]) -> None:
     for name, node in plain.items():
         for key in node if isinstance(node, dict) else ():
             places.setdefault(key, []).append(f"{name}.{key}")
+    if "experiment" in plain:
+        raise ConfigError("experiment", EXPERIMENT_HEAD)
     for key in plain:
         if key not in Settings.model_fields:
             meant = [place for near in get_close_matches(key, places, n=1) for place in places[near]]

@@ -3,6 +3,8 @@
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+EXPERIMENT_HEAD = "expected `# @package _global_` as the first line of an experiment's file"
+
 
 class ConfigError(Exception):
     """A setting that cannot work: the field that holds it, and what was expected and what came.

@@ -19,6 +19,7 @@ from cl_runner.folder import RunFolder
 from cl_runner.identity import sources
 from cl_runner.interrupt import Interrupt, Stopped
 from cl_runner.run import run
+from cl_runner.sweep import place_of
 from cl_runner.trackers.console import Console, log_file, log_to, the_console
 
 
@@ -64,7 +65,8 @@ def _carried_out(experiment: Experiment, folder: RunFolder, interrupt: Interrupt
     console = the_console()
     with log_to(console), log_file(folder.path):
         try:
-            return run(experiment, folder, [experiment.tracker, Console(console, experiment.tracker.line)], interrupt)
+            shown = Console(console, experiment.tracker.line, place_of(experiment.folder))
+            return run(experiment, folder, [experiment.tracker, shown], interrupt)
         except BaseException as error:
             if interrupt.stopping is not None:
                 folder.stop(interrupt.stopping)

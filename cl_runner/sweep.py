@@ -116,6 +116,13 @@ def of_this_command(root: Path) -> Sweep:
     return next(sweep for sweep in sweeps(root) if sweep.command == this_command())
 
 
+def place_of(folder: Path) -> str:
+    """Which job of this command's sweep a run is, `3/16`; nothing where it is none of several."""
+    found = next((sweep.jobs for sweep in sweeps(folder.parent) if sweep.command == this_command()), [])
+    names = [job.folder for job in found]
+    return f"{names.index(folder.name) + 1}/{len(names)}" if len(names) > 1 and folder.name in names else ""
+
+
 def reason(run: RunFolder, state: str) -> str:
     """In a line, why a run is in the state that it is in."""
     status = run.status

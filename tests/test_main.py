@@ -224,6 +224,25 @@ def test_list_names_the_choices_of_a_folder_of_ones_own_too(cl_runner, tmp_path)
     assert "Never reached" not in said
 
 
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("# @package _global_\ndefaults:\n  - strategy: lwf\n", "defaults to say `override /strategy: lwf`, got"),
+        ("# @package _global_\ndefaults:\n  - override strategy: lwf\n", "`override /strategy: …`, with the slash"),
+        ("defaults:\n  - override /strategy: lwf\n", "expected `# @package _global_` as the first line"),
+        ("trainer:\n  epochs: 3\n", "expected `# @package _global_` as the first line"),
+    ],
+)
+def test_what_an_experiments_file_gets_wrong_is_said_in_a_line(content, says, cl_runner, tmp_path):
+    (tmp_path / "mine" / "experiment").mkdir(parents=True)
+    (tmp_path / "mine" / "experiment" / "own.yaml").write_text(content)
+    status, said = cl_runner("--config-dir", "mine", "experiment=own", small=False)
+    assert status == 2
+    (line,) = said.splitlines()
+    assert line.startswith("cl-runner: experiment")
+    assert says in line
+
+
 def test_hydras_own_help_is_shown_whatever_is_beside_it(cl_runner):
     status, said = cl_runner("--hydra-help", "strategy=ewc", small=False)
     assert status == 0
@@ -272,6 +291,11 @@ def test_what_a_command_cannot_do_is_one_line_and_status_2(cl_runner):
             "strategy.strength: unknown key; coda_prompt, dualprompt, ewc, l1",
         ),
         (["list", "--config-dir", "nowhere"], "--config-dir: expected a folder, got 'nowhere'"),
+        (
+            ["model.freeze=[a.*,b.[0-5].*]"],
+            """such a value needs quotes of its own: "model.freeze=['a.*','b.[0-5].*']\"""",
+        ),
+        (["tracker.notes=it (works"], """such a value needs quotes of its own: "tracker.notes='it (works'\""""),
         (["list", "colours"], "list: expected a group, got 'colours'; known: "),
     ],
 )

@@ -54,6 +54,15 @@ def test_every_command_is_one_that_the_program_takes(page, command):
         validated(cfg)
 
 
+def test_the_experiment_that_the_readme_shows_composes_as_it_stands(tmp_path):
+    (content,) = blocks("README.md", "yaml")
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text(content)
+    (cfg,) = compose_jobs(in_order(["--config-dir", str(tmp_path), "experiment=mine"]))
+    assert validated(cfg)["strategy"]["_target_"].endswith("LwF")
+    assert cfg.trainer.epochs == 10
+
+
 def test_the_readme_names_every_choice():
     text = (ROOT / "README.md").read_text()
     for group in ("stream", "model", "strategy", "fisher", "optimizer", "scheduler", "tracker"):

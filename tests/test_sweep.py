@@ -84,6 +84,13 @@ def test_the_plan_is_there_before_the_first_job_starts(fragile, tmp_path):
         assert (tmp_path / "outputs" / job["folder"] / "results.json").exists()
 
 
+def test_every_job_says_which_of_how_many_it_is(fragile):
+    said = fragile()[1]
+    assert [line.rpartition("   ")[2] for line in said.splitlines() if "   job " in line] == [
+        f"job {number}/3" for number in (1, 2, 3)
+    ]
+
+
 def test_a_job_that_fails_stops_no_other_and_is_named_at_the_end(fragile, tmp_path):
     (tmp_path / "break.1").touch()
     status, said = fragile()

@@ -25,6 +25,7 @@ EVERY = 2.0  # seconds between two looks
 TAIL = 1 << 16  # bytes at the journal's end among which the last task's row is looked for first
 BAD = ("failed", "killed")
 COLOURS = {"running": "cyan", "done": "green", "failed": "bold red", "killed": "bold red", "pending": "dim"}
+WORDS, NUMBERS = ("differs by", "reason"), ("task", "step", "accuracy", "heard of")  # columns
 URGENCY = ("running", "failed", "killed", "pending", "done")  # what is shown first where not all fits
 
 
@@ -73,7 +74,9 @@ def main(argv: list[str]) -> int:
     else:
         rows = board.rows()
         terminal = Console() if Console().is_terminal else Console(width=1000)  # a pipe has no edge to break lines at
-        terminal.print(_counts(rows)) if not rows else terminal.print(Group(_table(rows), _counts(rows)))
+        terminal.print(_counts(rows)) if not rows else terminal.print(
+            Group(_table(rows, terminal.width), _counts(rows))
+        )
     return int(any(row.state in BAD for row in board.rows()))
 
 
@@ -83,7 +86,7 @@ def _watch(board: "Board") -> None:
         while True:
             rows = sorted(board.rows(), key=lambda row: URGENCY.index(row.state))
             fits = rows[: max(1, console.height - 6)]
-            live.update(Group(_table(fits), _counts(rows, hidden=len(rows) - len(fits))), refresh=True)
+            live.update(Group(_table(fits, console.width), _counts(rows, hidden=len(rows) - len(fits))), refresh=True)
             if not any(row.state in ("running", "pending") for row in rows):
                 return
             try:
@@ -100,7 +103,8 @@ class Board:
         self._ended: dict[Path, tuple[int, Row]] = {}  # folder -> when its status was written, what it said
 
     def rows(self) -> list[Row]:
-        """Every run, and every job of a sweep that has no folder yet, by name."""
+        """Every run, and every job of a sweep that has no folder yet: a folder's sweeps in their own order, then what
+        is in none, by name."""
         rows: dict[Path, Row] = {}
         planned: dict[Path, Row] = {}
         for path, names in _folders(self.root):
@@ -113,7 +117,9 @@ class Board:
         differs = {path: row.differs for path, row in planned.items()}
         apart = _apart({path: row.words for path, row in rows.items() if path not in planned})
         together = {**planned, **{path: replace(row, differs=(differs | apart)[path]) for path, row in rows.items()}}
-        return [together[path] for path in sorted(together) if not moved_aside(path)]
+        number = {path: place for place, path in enumerate(planned)}
+        order = sorted(together, key=lambda path: (path.parent, number.get(path, len(number)), path.name))
+        return [together[path] for path in order if not moved_aside(path)]
 
     def _planned(self, sweep: Sweep) -> dict[Path, Row]:
         """The jobs of a sweep, as they are without a folder: not begun, or never come that far."""
@@ -194,27 +200,31 @@ def _last_task(journal: Path) -> dict[str, Any]:
             tail *= 8
 
 
-def _table(rows: list[Row]) -> Table:
-    table = Table(box=SIMPLE_HEAD)
-    table.add_column("run", overflow="fold")
-    if differ := any(row.differs for row in rows):
-        table.add_column("differs by", overflow="fold")
-    table.add_column("state", no_wrap=True)
-    for column in ("task", "step", "accuracy", "heard of"):
-        table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("reason", overflow="fold")
+def _table(rows: list[Row], width: int) -> Table:
+    """Columns that say something; names stand whole, to be copied, where a terminal of that width has room for them."""
     now = time.time()
-    for row in rows:
-        table.add_row(
-            Text(row.name),
-            *([Text(row.differs)] if differ else []),
-            Text(row.state, COLOURS[row.state]),
-            "" if row.task is None else f"{row.task}/{row.num_tasks if row.num_tasks is not None else '?'}",
-            "" if row.step is None else f"{row.step:,}",
-            "" if row.accuracy is None else f"{100 * row.accuracy:.1f} %",
-            "" if row.heartbeat is None else f"{_ago(now - row.heartbeat)} ago",
-            Text(row.reason),
-        )
+    cells = [
+        {
+            "run": Text(row.name),
+            "differs by": Text(row.differs),
+            "state": Text(row.state, COLOURS[row.state]),
+            "task": "" if row.task is None else f"{row.task}/{row.num_tasks if row.num_tasks is not None else '?'}",
+            "step": "" if row.step is None else f"{row.step:,}",
+            "accuracy": "" if row.accuracy is None else f"{100 * row.accuracy:.1f} %",
+            "heard of": "" if row.heartbeat is None else f"{_ago(now - row.heartbeat)} ago",
+            "reason": Text(row.reason),
+        }
+        for row in rows
+    ]
+    shown = [name for name in cells[0] if any(row[name] for row in cells)]
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    widths = {name: 16 if name in WORDS else max(len(name), *(len(row[name]) for row in cells)) for name in shown}
+    whole = sum(widths.values()) + 3 * len(shown) <= width
+    for name in shown:
+        justify = "right" if name in NUMBERS else "left"
+        table.add_column(name, justify=justify, no_wrap=name not in WORDS and (whole or name != "run"), overflow="fold")
+    for row in cells:
+        table.add_row(*(row[name] for name in shown))
     return table
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from cl_runner.arguments import Parser
 from cl_runner.errors import ConfigError
-from cl_runner.folder import RunFolder
+from cl_runner.folder import RunFolder, moved_aside
 from cl_runner.trackers import sending
 from cl_runner.trackers.wandb import out_of_reach
 
@@ -43,8 +43,9 @@ def main(argv: list[str]) -> int:
 
 
 def kept_runs(root: Path) -> list[Path]:
-    """The runs at or below `root` that were tracked with W&B."""
-    return sorted({log.parents[2] for log in root.glob("**/wandb/*run-*/run-*.wandb")})
+    """The runs at or below `root` that were tracked with W&B, and have not been made again since."""
+    runs = {log.parents[2] for log in root.glob("**/wandb/*run-*/run-*.wandb")}
+    return sorted(run for run in runs if not moved_aside(run))
 
 
 def _send(runs: list[Path]) -> int:

@@ -70,11 +70,13 @@ def _handled_by(handler: logging.Handler) -> Iterator[None]:
 class Console(NullTracker):
     """Shows a run on `console`. Bars only where somebody looks: in a pipe or a log there is a line a task instead.
 
-    wandb_line: asked for its one line when all is over.
+    wandb_line: asked for its one line when all is over. place: which job of a sweep it is, "3/16".
     """
 
-    def __init__(self, console: Terminal | None = None, wandb_line: Callable[[], str] = lambda: "") -> None:
-        self.console, self._wandb_line = console or Terminal(), wandb_line
+    def __init__(
+        self, console: Terminal | None = None, wandb_line: Callable[[], str] = lambda: "", place: str = ""
+    ) -> None:
+        self.console, self._wandb_line, self._place = console or Terminal(), wandb_line, place
         self._run: RunInfo | None = None
         self._progress: Progress | None = None
         self._bars: dict[str, TaskID] = {}
@@ -83,7 +85,9 @@ class Console(NullTracker):
     def start(self, run: RunInfo) -> None:
         self._run = run
         self._since = time.monotonic()
-        self.console.print(Text.assemble((run.name, "bold"), " (resumed)" if run.resumed else ""), soft_wrap=True)
+        place = (f"   job {self._place}" if self._place else "", "dim")
+        title = Text.assemble((run.name, "bold"), " (resumed)" if run.resumed else "", place)
+        self.console.print(title, soft_wrap=True)
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=None),

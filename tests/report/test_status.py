@@ -1,10 +1,12 @@
 import json
 import time
+from io import StringIO
 
 import pytest
+from rich.console import Console
 
 from cl_runner.errors import ConfigError
-from cl_runner.report.status import main
+from cl_runner.report.status import Row, _table, main
 from cl_runner.sweep import Job, Sweep
 
 
@@ -114,6 +116,30 @@ def test_a_run_is_told_by_the_keys_of_the_sweep_that_made_it(run, said, tmp_path
         "sweep/b lr=2 pending",
         "sweep/c x=4 pending",
     ]
+
+
+def test_the_jobs_of_a_sweep_stand_in_its_order_and_before_what_is_in_none(run, said, tmp_path):
+    for name in "abcd":
+        run(name, state="done", results={"average_accuracy": 1.0})
+    Sweep(tmp_path, "cl-runner -m", [Job([f"lr={lr}"], name, "0") for lr, name in enumerate("cad", start=1)]).write()
+    rows = [line for line in said()[1] if line.endswith("100.0 %")]
+    assert rows == ["c lr=1 done 100.0 %", "a lr=2 done 100.0 %", "d lr=3 done 100.0 %", "b done 100.0 %"]
+
+
+def test_columns_that_say_nothing_are_left_out(run, said):
+    run("a", state="done", tasks=5, num_tasks=5, results={"average_accuracy": 1.0})
+    assert "run state task accuracy" in said()[1]
+
+
+@pytest.mark.parametrize(("width", "whole"), [(100, True), (50, False)])
+def test_a_name_stands_whole_where_there_is_room_for_it(width, whole):
+    name = "finetune-split_digits-mlp-s0-f1d5994e"
+    file = StringIO()
+    console = Console(width=width, file=file)
+    console.print(_table([Row(name, "done", accuracy=1.0, differs="strategy.strength=1000000.0")], width))
+    said = file.getvalue()
+    assert (name in said) is whole
+    assert "100.0 %" in said
 
 
 def test_runs_of_no_sweep_are_told_by_what_their_commands_do_not_share(run, said):

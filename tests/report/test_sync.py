@@ -42,6 +42,14 @@ def root(server: Loopback, tmp_path: Path) -> Path:
     return tmp_path
 
 
+def test_a_run_that_was_made_again_is_not_sent_beside_its_successor(
+    server: Loopback, root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (root / "second").rename(root / "first.1")
+    assert sync.main([str(root), "--dry-run"]) == 0
+    assert capsys.readouterr().out == f"to send  {root / 'first'}\n"
+
+
 def test_every_run_that_w_and_b_lacks_is_sent_and_named(
     server: Loopback, root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
