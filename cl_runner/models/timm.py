@@ -81,7 +81,9 @@ def create(name: str, shape: Shape, pretrained: bool) -> Net:
     try:
         net = timm.create_model(name, pretrained=pretrained, **options)
     except OSError as error:
-        raise ConfigError("model.pretrained", f"expected weights of {name} that timm can fetch ({error})") from error
+        said = " ".join(str(error).split())
+        expected = f"expected weights of {name} that timm can fetch, or false or a file where it cannot"
+        raise ConfigError("model.pretrained", f"{expected} ({said})") from error
     except (TypeError, ValueError, AssertionError) as error:
         raise refused(f"timm/{name}", shape, error) from error
     return take_apart(net, config.classifier if config is not None else None)

@@ -17,6 +17,8 @@ from rich.text import Text
 
 from cl_runner.trackers.base import NullTracker, RunInfo
 
+log = logging.getLogger("cl_runner")
+
 Rows = list[list[float | None]]
 
 PIPE_WIDTH = 120  # columns where there is no terminal: a log file, a CI page
@@ -55,15 +57,14 @@ def log_file(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def _handled_by(handler: logging.Handler) -> Iterator[None]:
-    logger = logging.getLogger("cl_runner")
-    level = logger.level
-    logger.addHandler(handler)
-    logger.setLevel(logging.DEBUG)  # each handler has a level of its own
+    level = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.DEBUG)  # each handler has a level of its own
     try:
         yield
     finally:
-        logger.removeHandler(handler)
-        logger.setLevel(level)
+        log.removeHandler(handler)
+        log.setLevel(level)
         handler.close()
 
 
@@ -88,6 +89,7 @@ class Console(NullTracker):
         place = (f"   job {self._place}" if self._place else "", "dim")
         title = Text.assemble((run.name, "bold"), " (resumed)" if run.resumed else "", place)
         self.console.print(title, soft_wrap=True)
+        log.debug("%s", title.plain)
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=None),
@@ -128,9 +130,9 @@ class Console(NullTracker):
             "seconds": f"{now - self._since:.1f}",
         }
         self._since = now
-        self.console.print(
-            Text("   ").join(Text.assemble((name, "dim"), f" {value:>6}") for name, value in parts.items())
-        )
+        line = Text("   ").join(Text.assemble((name, "dim"), f" {value:>6}") for name, value in parts.items())
+        self.console.print(line)
+        log.debug("%s", line.plain)  # for run.log: the terminal has it already
 
     def finish(self, results: dict[str, Any]) -> None:
         self._stop_bars()

@@ -32,6 +32,13 @@ def test_each_task_has_a_line_when_it_ends(tmp_path: Path) -> None:
     assert len(lines) == 3
 
 
+def test_the_log_file_has_the_tasks_too(tmp_path: Path) -> None:
+    with log_file(tmp_path):
+        shown(tmp_path, pipe()[0])
+    lines = [line.partition(": ")[2] for line in (tmp_path / "run.log").read_text().splitlines()]
+    assert sum(line.startswith("task ") and "accuracy" in line for line in lines) == 3
+
+
 def test_the_end_shows_the_own_matrix(tmp_path: Path) -> None:
     terminal, text = pipe()
     shown(tmp_path, terminal)
