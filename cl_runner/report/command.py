@@ -33,7 +33,9 @@ from cl_runner.report.table import (
 MOST_NAMED = 12  # runs that are not in the table, on the terminal; the page names all
 VALIDATION = "validation_accuracy"
 SELECTION = "selection.md"
-NOT_ALWAYS = (SELECTION, "forgetting.png", "curve-*.png")  # what some reports have
+PICTURES = ("png", "pdf", "svg")
+DRAWN = ("matrices", "accuracy", "forgetting", "curve-*")
+NOT_ALWAYS = [SELECTION, *(f"{name}.{kind}" for name in DRAWN for kind in PICTURES)]  # what some reports have
 
 
 def main(argv: list[str]) -> int:
@@ -78,6 +80,7 @@ def parser() -> Parser:
         "--baseline", default="", help="differences to it on equal seeds: a strategy, or key=value,key=value"
     )
     parser.add_argument("--curve", help="also draw accuracy over these keys, e.g. strategy.strength", **several)
+    parser.add_argument("--pictures", choices=PICTURES, default="png", help="what they are drawn as (default: png)")
     parser.add_argument(
         "--select", action="store_true", help="name the best group of each strategy by validation accuracy alone"
     )
@@ -127,7 +130,7 @@ def _write(
 ) -> str:
     """Returns what was written where."""
     from cl_runner.report import page, pictures  # matplotlib: not before all is known to be well
-    from cl_runner.trackers.drawing import to_png
+    from cl_runner.trackers.drawing import drawn
 
     folder = asked.folder / REPORT
     below = legend(table, asked.spread)
@@ -140,7 +143,7 @@ def _write(
     if picks:
         contents[SELECTION] = f"{markdown(*_selection(picks, asked, table))}\n{below}\n"
     for name, figure in pictures.draw(table.groups, curves, (asked.spread or ["std"])[0]):
-        contents[name] = to_png(figure)
+        contents[f"{name}.{asked.pictures}"] = drawn(figure, asked.pictures)
     runs, groups = len({run.folder for group in table.groups for run in group.runs}), len(table.groups)
     grouped = f"in {groups} group{'s' * (groups != 1)}"
     contents["index.html"] = page.make_page(

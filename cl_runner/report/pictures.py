@@ -27,7 +27,7 @@ MOST_NAMES = 20  # in a legend
 DASHES = [(0, (5, 3)), (0, (2, 2)), (0, (8, 3, 2, 3)), (0, (1, 2))]
 LOG_FROM = 20  # ratio of the largest to the smallest value of a swept key from which its axis is logarithmic
 PERCENT = Scale(100, "%", 1)
-Picture = tuple[str, Figure]  # file name and what it shows
+Picture = tuple[str, Figure]  # what its file is called, but for the ending, and what it shows
 Align = Literal["left", "center", "right"]
 
 
@@ -62,9 +62,9 @@ def draw(groups: Groups, curves: Sequence[str], spread: str = "std") -> list[Pic
     spread: of bands and bars: std, sem or interval.
     Raises ConfigError where a key of `curves` does not differ among the groups.
     """
-    pictures = [("matrices.png", matrices(groups)), ("accuracy.png", accuracy_over_tasks(groups, spread))]
+    pictures = [("matrices", matrices(groups)), ("accuracy", accuracy_over_tasks(groups, spread))]
     if any(np.isfinite(group.mean_forgetting).any() for group in groups):
-        pictures.append(("forgetting.png", forgetting_over_tasks(groups, spread)))
+        pictures.append(("forgetting", forgetting_over_tasks(groups, spread)))
     return pictures + [_curve_picture(groups, groups.key(key, "--curve"), spread) for key in curves]
 
 
@@ -144,7 +144,7 @@ def curve(groups: Groups, key: str, spread: str = "std") -> Figure:
 
 
 def _curve_picture(groups: Groups, key: str, spread: str) -> Picture:
-    return f"curve-{re.sub(r'[^A-Za-z0-9]+', '-', key)}.png", curve(groups, key, spread)
+    return f"curve-{re.sub(r'[^A-Za-z0-9]+', '-', key)}", curve(groups, key, spread)
 
 
 def _curve_line(

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from io import BytesIO
 
 import numpy as np
+from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -12,6 +13,7 @@ from cl_runner.trackers.colours import INK
 
 DPI = 160
 INK_LUMINANCE = 0.028
+KINDS = {"png": "Software", "pdf": "CreationDate", "svg": "Date"}  # and what differs from one drawing to the next
 
 
 def blank(width: float, height: float) -> Figure:
@@ -21,9 +23,11 @@ def blank(width: float, height: float) -> Figure:
     return figure
 
 
-def to_png(figure: Figure) -> bytes:
+def drawn(figure: Figure, kind: str = "png") -> bytes:
+    """A file of that kind, one of KINDS; the same bytes for the same picture."""
     file = BytesIO()
-    figure.savefig(file, format="png", dpi=DPI, metadata={"Software": None})  # same picture, same bytes
+    with rc_context({"svg.hashsalt": "cl_runner"}):
+        figure.savefig(file, format=kind, dpi=DPI, metadata={KINDS[kind]: None})
     return file.getvalue()
 
 

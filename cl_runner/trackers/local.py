@@ -116,7 +116,7 @@ def entries(rows: list[list[float | None]]) -> list[tuple[int, int, float]]:
 
 def draw_accuracy(path: Path, results: dict[str, Any], scenario: str, name: str) -> None:
     """The picture of the run's own matrix, as PNG."""
-    from cl_runner.trackers.drawing import to_png  # matplotlib: not before the first step
+    from cl_runner.trackers.drawing import drawn  # matplotlib: not before the first step
     from cl_runner.trackers.figures import accuracy_figure
 
-    write_atomically(path, to_png(accuracy_figure(results["accuracy"][scenario], name, results["metrics"])))
+    write_atomically(path, drawn(accuracy_figure(results["accuracy"][scenario], name, results["metrics"])))

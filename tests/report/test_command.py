@@ -75,6 +75,18 @@ def test_what_an_earlier_report_chose_and_drew_does_not_stay_beside_another(fold
     assert {"notes.txt", "forgetting.png", "table.csv"} <= files
 
 
+@pytest.mark.parametrize(("kind", "head"), [("pdf", b"%PDF"), ("svg", b"<?xml"), ("png", b"\x89PNG")])
+def test_pictures_are_of_the_kind_asked_for_the_same_bytes_for_the_same_runs(folder, kind, head):
+    main([str(folder), "--pictures", kind])
+    drawn = {path.name: path.read_bytes() for path in (folder / "report").glob(f"*.{kind}")}
+    assert drawn.keys() == {f"matrices.{kind}", f"accuracy.{kind}", f"forgetting.{kind}"}
+    assert all(content.startswith(head) for content in drawn.values())
+    main([str(folder), "--pictures", kind])
+    assert drawn == {path.name: path.read_bytes() for path in (folder / "report").glob(f"*.{kind}")}
+    main([str(folder)])
+    assert kind == "png" or not list((folder / "report").glob(f"*.{kind}"))
+
+
 def test_runs_on_other_images_or_with_other_code_are_averaged_with_a_warning(folder, capsys):
     main([str(folder)])
     assert "other images" not in capsys.readouterr().err

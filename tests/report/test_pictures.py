@@ -9,7 +9,7 @@ from cl_runner.report.groups import group_runs
 from cl_runner.report.pictures import HEAD, accuracy_over_tasks, curve, draw, matrices
 from cl_runner.report.runs import read
 from cl_runner.report.table import SPREADS
-from cl_runner.trackers.drawing import DPI, to_png
+from cl_runner.trackers.drawing import DPI, drawn
 from tests.report.samples import config, write
 
 
@@ -103,7 +103,7 @@ def test_the_colours_of_matrices_mean_the_same_in_every_group(tmp_path):
 
 
 def test_the_same_picture_has_the_same_bytes(sweep, tmp_path):
-    one, other = (to_png(matrices(sweep)) for _ in range(2))
+    one, other = (drawn(matrices(sweep)) for _ in range(2))
     assert one == other
     (tmp_path / "matrices.png").write_bytes(one)
     assert Image.open(tmp_path / "matrices.png").size == (round(2 * 6.2 * DPI), round((2 * 3.0 + HEAD) * DPI))

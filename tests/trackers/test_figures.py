@@ -35,7 +35,7 @@ def test_every_picture_has_the_same_size(tasks: int) -> None:
 
 def test_the_png_is_the_picture() -> None:
     figure = figures.matrix_figure(lower(3, 0.5), "title")
-    with Image.open(io.BytesIO(drawing.to_png(figure))) as picture:
+    with Image.open(io.BytesIO(drawing.drawn(figure))) as picture:
         difference = np.asarray(picture.convert("RGB")).astype(int) - figures.to_pixels(figure)
     assert np.abs(difference).max() == 0
 
