@@ -22,6 +22,7 @@ log = logging.getLogger("cl_runner")
 Rows = list[list[float | None]]
 
 PIPE_WIDTH = 120  # columns where there is no terminal: a log file, a CI page
+BETWEEN = "evaluating and consolidating"  # what goes on where no batch is learned
 LOW, HIGH = (176, 112, 64), (40, 150, 160)  # text colours of accuracy 0 and 1: legible on black and on white
 
 
@@ -104,7 +105,7 @@ class Console(NullTracker):
         )
         self._bars = {
             "tasks": self._progress.add_task("tasks  ", total=run.num_tasks, note=""),
-            "batches": self._progress.add_task("batches", total=None, note=""),
+            "batches": self._progress.add_task("batches", total=None, note=BETWEEN),
         }
         self._progress.start()
 
@@ -112,7 +113,7 @@ class Console(NullTracker):
         if self._progress is not None:
             loss, speed = row["loss"]["total"], row["timing"]["images_per_second"]
             done, total = row["task_step"], row["task_steps"]
-            note = f"loss {loss:.4g} · {speed:,.0f} images/s"
+            note = f"loss {loss:.4g} · {speed:,.0f} images/s" if done < total else BETWEEN
             self._progress.update(self._bars["batches"], completed=done, total=total, note=note)
             self._progress.update(self._bars["tasks"], completed=row["task"])
 
@@ -120,7 +121,7 @@ class Console(NullTracker):
         if self._run is None or self._progress is None:
             return
         self._progress.update(self._bars["tasks"], completed=row["task"] + 1)
-        self._progress.reset(self._bars["batches"], note="")
+        self._progress.reset(self._bars["batches"], note=BETWEEN)
         now = time.monotonic()
         parts = {
             "task": f"{row['task']} ({row['task'] + 1}/{row['num_tasks']})",  # the number by which matrices call it

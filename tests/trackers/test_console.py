@@ -98,6 +98,18 @@ def test_a_terminal_gets_bars_with_the_loss(tmp_path: Path) -> None:
     assert "loss 1.5" in text.getvalue()
 
 
+def test_a_terminal_says_what_goes_on_where_no_batch_is_learned(tmp_path: Path) -> None:
+    text = io.StringIO()
+    console = Console(Terminal(file=text, width=100, force_terminal=True))
+    console.start(run_info(tmp_path))
+    row = journal_rows()[1]
+    console.step({**row, "task_step": row["task_steps"]})
+    console.close()
+    last = text.getvalue().rpartition("batches")[2]
+    assert "evaluating and consolidating" in last
+    assert "loss" not in last
+
+
 def test_a_matrix_that_does_not_fit_becomes_a_line_a_task() -> None:
     long = results()
     long["accuracy"] = {"class": [[0.25 + (i == j) / 2 for j in range(40)] for i in range(40)]}
