@@ -13,6 +13,7 @@ from cl_runner.components import check_plugin
 from cl_runner.compose import CONF, GRID, VERSION_BASE, Asked, asked, compose_jobs, in_order, knows_all_keys
 from cl_runner.config import Experiment, check, validated, with_valid_settings
 from cl_runner.errors import ConfigError, in_a_line
+from cl_runner.identity import called
 
 PLUGINS = "hydra_plugins.cl_runner"  # the launchers and sweepers of this project
 OPTUNA = f"{PLUGINS}.sweepers.Optuna"
@@ -33,6 +34,7 @@ def run(argv: list[str]) -> None:
         if request.sweep:
             _check_sweep(request, jobs)
         _say_unused(request, jobs)
+        _say_random(jobs)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come back here; they are said once, in one line
     if request.sweep:
         try:
@@ -217,6 +219,16 @@ def _say_unused(request: Asked, jobs: list[Experiment]) -> None:
         if given and not any(_takes(job.config["strategy"], name) for job in jobs):
             whose = "no strategy of this sweep takes one" if request.sweep else "this strategy takes none"
             print(f"cl-runner: {name}: {whose}; it changes nothing", file=sys.stderr)
+
+
+def _say_random(jobs: list[Experiment]) -> None:
+    """Random features where a method, or `model.freeze`, would keep what a pretrained backbone brings."""
+    fresh = [job for job in jobs if not job.config["model"].get("pretrained")]
+    names = [called("strategy", job.config["strategy"]) for job in fresh if job.strategy.for_pretrained]
+    names += ["model.freeze" for job in fresh if "*" in (job.config["model"].get("freeze") or ())]
+    if names:
+        whose = f"{', '.join(dict.fromkeys(names))} builds on a pretrained backbone"
+        print(f"cl-runner: model.pretrained: {whose}; false leaves it at random weights", file=sys.stderr)
 
 
 def _takes(strategy: dict[str, Any], name: str) -> bool:

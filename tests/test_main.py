@@ -243,6 +243,22 @@ def test_what_an_experiments_file_gets_wrong_is_said_in_a_line(content, says, cl
     assert says in line
 
 
+@pytest.mark.parametrize(
+    ("words", "whose"),
+    [
+        (["strategy=ncm"], "ncm"),
+        (["strategy=finetune", "model.freeze=['*']"], "model.freeze"),
+        (["strategy=combined", "strategy@strategy.parts.ewc=slca"], "combined"),
+        (["strategy=finetune"], None),
+    ],
+)
+def test_random_features_are_said_where_a_method_builds_on_pretrained_ones(words, whose, cl_runner):
+    said = cl_runner(*words, "trainer.epochs=1")[1]
+    line = f"cl-runner: model.pretrained: {whose} builds on a pretrained backbone; false leaves it at random weights"
+    assert (line in said.splitlines()) is (whose is not None)
+    assert "random weights" in said or whose is None
+
+
 def test_hydras_own_help_is_shown_whatever_is_beside_it(cl_runner):
     status, said = cl_runner("--hydra-help", "strategy=ewc", small=False)
     assert status == 0

@@ -32,6 +32,7 @@ class Strategy:
     offline: ClassVar[bool] = False  # learns all the tasks in one go once the last has come
     active_logits: ClassVar[ActiveLogits | None] = None  # where trainer.active_logits is null; None: the scenario's
     rewires: ClassVar[bool] = False  # changes in `setup` what the model is made of
+    for_pretrained: ClassVar[bool] = False  # builds on features that the backbone brings: random ones are said so
 
     model: Model
     stream: Stream

@@ -19,6 +19,8 @@ class ClosedForm(Strategy):
     run's file of weights holds the backbone as it came, and none of the statistics.
     """
 
+    for_pretrained = True
+
     counts: Tensor  # [K] float64: examples of each class
 
     def __init__(self, batch_size: int) -> None:

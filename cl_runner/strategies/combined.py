@@ -70,6 +70,10 @@ class Combined(Strategy):
             raise ConfigError("strategy.parts", f"expected no replay beside {experts[0]}, got {replaying[0]}")
 
     @property
+    def for_pretrained(self) -> bool:
+        return any(part.for_pretrained for part in self.parts.values())
+
+    @property
     def active_logits(self) -> ActiveLogits | None:
         """Those of the first part that has its own."""
         return next((part.active_logits for part in self.parts.values() if part.active_logits), None)

@@ -38,6 +38,7 @@ class EASE(Strategy):
     saved = ("learned", "subspaces")
     active_logits = "current"  # as in the paper
     rewires = True
+    for_pretrained = True
 
     def __init__(
         self,

@@ -17,6 +17,8 @@ class Frozen(Strategy):
     So each image goes through it once, however many epochs there are, unless images are augmented.
     """
 
+    for_pretrained = True
+
     def setup(self, model: Model, stream: Stream) -> None:
         super().setup(model, stream)
         model.backbone.requires_grad_(False)

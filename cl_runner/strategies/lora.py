@@ -32,6 +32,7 @@ class LoRA(Strategy):
 
     saved = ("learned",)
     rewires = True
+    for_pretrained = True
 
     def __init__(
         self,

@@ -24,6 +24,7 @@ class Prompting(Strategy):
     saved = ("on",)
     active_logits = "current"  # as in the paper
     rewires = True
+    for_pretrained = True
     strength: float  # of the prompts' own loss
 
     @abstractmethod

@@ -30,6 +30,7 @@ class SLCA(Strategy):
 
     saved = ("moments", "unaligned")
     active_logits = "current"  # as in the paper
+    for_pretrained = True
 
     def __init__(
         self,
