@@ -71,8 +71,8 @@ class Combined(Strategy):
 
     @property
     def active_logits(self) -> ActiveLogits | None:
-        """Those of the first part that has its own."""
-        return next((part.active_logits for part in self.parts.values() if part.active_logits), None)
+        """Those of the first part that has its own, one with a memory before all others: it has the loss."""
+        return next((part.active_logits for _, part in self._by_memory if part.active_logits), None)
 
     def setup(self, model: Model, stream: Stream) -> None:
         super().setup(model, stream)

@@ -19,6 +19,7 @@ from cl_runner.strategies import (
     LUCIR,
     NCM,
     SI,
+    SLCA,
     Combined,
     Cumulative,
     DualPrompt,
@@ -146,6 +147,13 @@ def test_a_teacher_is_a_copy_of_the_model_that_other_parts_have_made_whatever_th
     made = {"lwf": LwF(), "lfl": LFL(), "lucir": LUCIR(memory=Herding(size=12)), "lora": LoRA()}
     stream = toy_stream("class")
     learn(Combined(parts={name: made[name] for name in names}), stream, toy_model(stream), tasks=2)
+
+
+@pytest.mark.parametrize("names", [("slca", "der"), ("der", "slca"), ("er", "slca")])
+def test_which_outputs_are_active_is_said_by_the_part_that_has_the_loss(names):
+    made = {"slca": SLCA(), "der": DER(memory=Reservoir(size=12)), "er": ER(memory=Reservoir(size=12))}
+    strategy = Combined(parts={name: made[name] for name in names})
+    assert strategy.active_logits == ("all" if "der" in names else "current")
 
 
 def test_each_part_refuses_what_it_cannot_serve():
