@@ -3,11 +3,13 @@ from itertools import permutations
 
 import pytest
 import torch
+from torch import nn
 
 from cl_runner.errors import ConfigError
 from cl_runner.fisher.estimators import Probe
 from cl_runner.memory import Herding, Reservoir
 from cl_runner.models.mlp import MLP
+from cl_runner.models.model import PretrainedView
 from cl_runner.models.timm import Timm
 from cl_runner.strategies import (
     DER,
@@ -20,6 +22,7 @@ from cl_runner.strategies import (
     NCM,
     SI,
     SLCA,
+    CODAPrompt,
     Combined,
     Cumulative,
     DualPrompt,
@@ -30,9 +33,16 @@ from cl_runner.strategies import (
 )
 from cl_runner.strategies.base import Strategy
 from cl_runner.streams.split import Split
+from tests.strategies import midway
 from tests.strategies.midway import assert_resumes
 from tests.toys import learn, toy_model, toy_stream
+from tests.vits import SIZE, toy_vit_model
 
+PROMPTS = {
+    "l2p": lambda: L2P(pool=6, length=2, top=3),
+    "dualprompt": lambda: DualPrompt(general_blocks=[0], expert_blocks=[1, 2], general_length=2, expert_length=4),
+    "coda_prompt": lambda: CODAPrompt(blocks=[0, 1, 2], components=4, length=4),
+}
 SCENARIOS = ["task", "domain", "class"]
 PARTS = {
     "ewc": lambda: EWC(fisher=Probe(), strength=5.0),
@@ -154,6 +164,35 @@ def test_which_outputs_are_active_is_said_by_the_part_that_has_the_loss(names):
     made = {"slca": SLCA(), "der": DER(memory=Reservoir(size=12)), "er": ER(memory=Reservoir(size=12))}
     strategy = Combined(parts={name: made[name] for name in names})
     assert strategy.active_logits == ("all" if "der" in names else "current")
+
+
+@pytest.mark.parametrize("prompts", PROMPTS)
+@pytest.mark.parametrize("taught", [LwF, LFL])
+def test_a_teacher_has_the_prompts_that_the_model_had_before_the_task(taught, prompts):
+    stream = toy_stream("class")
+    model = toy_vit_model(stream)
+    strategy = Combined(parts={"taught": taught(), "prompts": PROMPTS[prompts]()})
+    learn(strategy, stream, model, tasks=1, epochs=10)
+    inputs = model.eval()(stream.tasks[0].test.images).inputs
+    prompted = model.encode(inputs).logits
+    strategy.before_task(stream.tasks[1])
+    torch.testing.assert_close(strategy.parts["taught"].teacher.encode(inputs).logits, prompted)
+
+
+def test_the_pretrained_teacher_has_no_prompts():
+    stream = toy_stream("class")
+    model = toy_vit_model(stream, pretrained_head=nn.Linear(SIZE, 5))
+    inputs = model.eval()(stream.tasks[0].test.images).inputs
+    before = PretrainedView(model).encode(inputs).logits
+    strategy = Combined(parts={"lwf": LwF(), "prompts": PROMPTS["l2p"]()})
+    learn(strategy, stream, model, tasks=2)
+    assert torch.equal(strategy.parts["lwf"].pretrained.encode(inputs).logits, before)
+
+
+@pytest.mark.parametrize("prompts", PROMPTS)
+def test_a_teacher_that_has_prompts_resumes_in_the_middle_of_a_task(prompts, monkeypatch):
+    monkeypatch.setattr(midway, "toy_model", toy_vit_model)
+    assert_resumes(lambda: Combined(parts={"lwf": LwF(), "prompts": PROMPTS[prompts]()}), "class")
 
 
 def test_each_part_refuses_what_it_cannot_serve():
