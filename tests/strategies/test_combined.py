@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from cl_runner.errors import ConfigError
-from cl_runner.fisher.estimators import Probe
+from cl_runner.fisher.estimators import Exact, Probe
 from cl_runner.memory import Herding, Reservoir
 from cl_runner.models.mlp import MLP
 from cl_runner.models.model import PretrainedView
@@ -19,6 +19,8 @@ from cl_runner.strategies import (
     L2P,
     LFL,
     LUCIR,
+    MAS,
+    MIR,
     NCM,
     SI,
     SLCA,
@@ -30,6 +32,7 @@ from cl_runner.strategies import (
     Joint,
     LoRA,
     LwF,
+    RWalk,
 )
 from cl_runner.strategies.base import Strategy
 from cl_runner.streams.split import Split
@@ -193,6 +196,14 @@ def test_the_pretrained_teacher_has_no_prompts():
 def test_a_teacher_that_has_prompts_resumes_in_the_middle_of_a_task(prompts, monkeypatch):
     monkeypatch.setattr(midway, "toy_model", toy_vit_model)
     assert_resumes(lambda: Combined(parts={"lwf": LwF(), "prompts": PROMPTS[prompts]()}), "class")
+
+
+@pytest.mark.parametrize("prompts", PROMPTS)
+def test_prompts_learn_beside_what_puts_other_tensors_in_their_place(prompts):
+    for part in (MIR(memory=Reservoir(size=12), candidates=9), MAS(), EWC(fisher=Exact()), RWalk(fisher=Probe())):
+        stream = toy_stream("class")
+        strategy = Combined(parts={"prompts": PROMPTS[prompts](), "part": part})
+        learn(strategy, stream, toy_vit_model(stream), tasks=2, epochs=1)
 
 
 def test_each_part_refuses_what_it_cannot_serve():
