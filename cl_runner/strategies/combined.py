@@ -11,6 +11,7 @@ from cl_runner.models.architecture import Architecture
 from cl_runner.models.model import ActiveLogits, Model, Output
 from cl_runner.strategies.base import Strategy
 from cl_runner.strategies.closed_form import ClosedForm
+from cl_runner.strategies.coda_prompt import CODAPrompt
 from cl_runner.strategies.cumulative import Cumulative
 from cl_runner.strategies.dualprompt import DualPrompt
 from cl_runner.strategies.ease import EASE
@@ -53,11 +54,11 @@ class Combined(Strategy):
         if len(inside) > 1:
             got = ", ".join(inside)
             raise ConfigError("strategy.parts", f"expected one method that puts prompts or branches into it, got {got}")
-        anew = self._those(lambda part: isinstance(part, LoRA | EASE))
+        anew = self._those(lambda part: isinstance(part, LoRA | EASE | DualPrompt | CODAPrompt))
         if anew and (holding := self._those(_holds_earlier_weights)):
             raise ConfigError(
                 "strategy.parts",
-                f"expected none that holds earlier weights beside {anew[0]}, whose branches begin anew in each task, "
+                f"expected none that holds earlier weights beside {anew[0]}, whose own begin anew in each task, "
                 f"got {holding[0]}",
             )
         with_memory = self._those(lambda part: hasattr(part, "memory"))

@@ -16,6 +16,7 @@ from cl_runner.strategies import (
     EASE,
     ER,
     EWC,
+    L2,
     L2P,
     LFL,
     LUCIR,
@@ -234,8 +235,18 @@ def test_each_part_refuses_what_it_cannot_serve():
         ),
         (
             {"ewc": PARTS["ewc"](), "lora": LoRA(layers=["*qkv"])},
-            "expected none that holds earlier weights beside lora (LoRA), whose branches begin anew in each task, "
+            "expected none that holds earlier weights beside lora (LoRA), whose own begin anew in each task, "
             "got ewc (EWC)",
+        ),
+        (
+            {"prompts": CODAPrompt(components=4), "si": PARTS["si"]()},
+            "expected none that holds earlier weights beside prompts (CODAPrompt), whose own begin anew in each task, "
+            "got si (SI)",
+        ),
+        (
+            {"l2": L2(towards="previous"), "prompts": DualPrompt()},
+            "expected none that holds earlier weights beside prompts (DualPrompt), whose own begin anew in each task, "
+            "got l2 (L2)",
         ),
         ({"ewc": PARTS["ewc"](), "ncm": NCM()}, "expected methods that learn by gradients, got ncm (NCM)"),
         (
@@ -250,6 +261,12 @@ def test_each_part_refuses_what_it_cannot_serve():
 )
 def test_parts_that_do_not_go_together_are_refused(parts, reason):
     with pytest.raises(ConfigError, match=re.escape(f"strategy.parts: {reason}")):
+        Combined(parts=parts).check(digits(), Timm(name="test_vit", pretrained=False))
+
+
+def test_earlier_weights_may_be_held_beside_a_pool_of_prompts_which_goes_on():
+    for part in (PARTS["si"](), L2(towards="previous"), MAS()):
+        parts = {"part": part, "prompts": L2P()}
         Combined(parts=parts).check(digits(), Timm(name="test_vit", pretrained=False))
 
 
