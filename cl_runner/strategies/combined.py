@@ -85,7 +85,8 @@ class Combined(Strategy):
             part.setup(model, stream)  # teachers are copies of what the others have made of the model
 
     def before_task(self, task: Task) -> None:
-        for part in self.parts.values():
+        # Teachers first: others may put the model where it was never asked, by branches that begin anew, say.
+        for part in sorted(self.parts.values(), key=lambda part: not isinstance(part, Taught)):
             part.before_task(task)
 
     def training_data(self, task: Task) -> Examples:

@@ -36,6 +36,7 @@ from cl_runner.strategies import (
     RWalk,
 )
 from cl_runner.strategies.base import Strategy
+from cl_runner.strategies.taught import Taught
 from cl_runner.streams.split import Split
 from tests.strategies import midway
 from tests.strategies.midway import assert_resumes
@@ -170,17 +171,19 @@ def test_which_outputs_are_active_is_said_by_the_part_that_has_the_loss(names):
     assert strategy.active_logits == ("all" if "der" in names else "current")
 
 
-@pytest.mark.parametrize("prompts", PROMPTS)
-@pytest.mark.parametrize("taught", [LwF, LFL])
-def test_a_teacher_has_the_prompts_that_the_model_had_before_the_task(taught, prompts):
+@pytest.mark.parametrize("inside", [*PROMPTS, "ease"])
+@pytest.mark.parametrize("names", [("lwf", "inside"), ("inside", "lwf"), ("lfl", "inside"), ("inside", "lfl")])
+def test_a_teacher_answers_as_the_model_did_before_the_task_with_its_prompts_and_branches(names, inside):
     stream = toy_stream("class")
     model = toy_vit_model(stream)
-    strategy = Combined(parts={"taught": taught(), "prompts": PROMPTS[prompts]()})
+    made = {"lwf": LwF, "lfl": LFL, "inside": (PROMPTS | {"ease": lambda: EASE(width=8)})[inside]}
+    strategy = Combined(parts={name: made[name]() for name in names})
     learn(strategy, stream, model, tasks=1, epochs=10)
     inputs = model.eval()(stream.tasks[0].test.images).inputs
-    prompted = model.encode(inputs).logits
+    before = model.encode(inputs).logits
     strategy.before_task(stream.tasks[1])
-    torch.testing.assert_close(strategy.parts["taught"].teacher.encode(inputs).logits, prompted)
+    teacher = next(part for part in strategy.parts.values() if isinstance(part, Taught)).teacher
+    torch.testing.assert_close(teacher.encode(inputs).logits, before)
 
 
 def test_the_pretrained_teacher_has_no_prompts():
