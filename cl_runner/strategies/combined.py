@@ -16,6 +16,7 @@ from cl_runner.strategies.cumulative import Cumulative
 from cl_runner.strategies.dualprompt import DualPrompt
 from cl_runner.strategies.ease import EASE
 from cl_runner.strategies.ewc import EWC
+from cl_runner.strategies.frozen import Frozen
 from cl_runner.strategies.importance import Importance
 from cl_runner.strategies.lora import LoRA
 from cl_runner.strategies.norms import NormPenalty
@@ -54,6 +55,9 @@ class Combined(Strategy):
         if len(inside) > 1:
             got = ", ".join(inside)
             raise ConfigError("strategy.parts", f"expected one method that puts prompts or branches into it, got {got}")
+        if inside and (frozen := self._those(lambda part: isinstance(part, Frozen))):
+            # Features are computed once, past what is put into it.
+            raise ConfigError("strategy.parts", f"expected no frozen backbone beside {inside[0]}, got {frozen[0]}")
         anew = self._those(lambda part: isinstance(part, LoRA | EASE | DualPrompt | CODAPrompt))
         if anew and (holding := self._those(_holds_earlier_weights)):
             raise ConfigError(

@@ -29,6 +29,7 @@ from cl_runner.strategies import (
     Combined,
     Cumulative,
     DualPrompt,
+    Frozen,
     ICaRL,
     Joint,
     LoRA,
@@ -250,6 +251,14 @@ def test_each_part_refuses_what_it_cannot_serve():
             {"l2": L2(towards="previous"), "prompts": DualPrompt()},
             "expected none that holds earlier weights beside prompts (DualPrompt), whose own begin anew in each task, "
             "got l2 (L2)",
+        ),
+        (
+            {"frozen": Frozen(), "prompts": L2P()},
+            "expected no frozen backbone beside prompts (L2P), got frozen (Frozen)",
+        ),
+        (
+            {"lora": LoRA(layers=["*qkv"]), "frozen": Frozen()},
+            "expected no frozen backbone beside lora (LoRA), got frozen (Frozen)",
         ),
         ({"ewc": PARTS["ewc"](), "ncm": NCM()}, "expected methods that learn by gradients, got ncm (NCM)"),
         (
