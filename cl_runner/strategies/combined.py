@@ -17,6 +17,7 @@ from cl_runner.strategies.dualprompt import DualPrompt
 from cl_runner.strategies.ease import EASE
 from cl_runner.strategies.ewc import EWC
 from cl_runner.strategies.frozen import Frozen
+from cl_runner.strategies.gdumb import GDumb
 from cl_runner.strategies.importance import Importance
 from cl_runner.strategies.lora import LoRA
 from cl_runner.strategies.norms import NormPenalty
@@ -55,6 +56,11 @@ class Combined(Strategy):
         if len(inside) > 1:
             got = ", ".join(inside)
             raise ConfigError("strategy.parts", f"expected one method that puts prompts or branches into it, got {got}")
+        prompting = self._those(lambda part: isinstance(part, Prompting))
+        if prompting and (afresh := self._those(lambda part: isinstance(part, GDumb))):
+            # The prompts would go on from what was learned before.
+            got = f"beside {prompting[0]}, got {afresh[0]}"
+            raise ConfigError("strategy.parts", f"expected none that starts afresh {got}")
         if inside and (frozen := self._those(lambda part: isinstance(part, Frozen))):
             # Features are computed once, past what is put into it.
             raise ConfigError("strategy.parts", f"expected no frozen backbone beside {inside[0]}, got {frozen[0]}")

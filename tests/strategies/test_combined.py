@@ -7,7 +7,7 @@ from torch import nn
 
 from cl_runner.errors import ConfigError
 from cl_runner.fisher.estimators import Exact, Probe
-from cl_runner.memory import Herding, Reservoir
+from cl_runner.memory import ClassBalanced, Herding, Reservoir
 from cl_runner.models.mlp import MLP
 from cl_runner.models.model import PretrainedView
 from cl_runner.models.timm import Timm
@@ -30,6 +30,7 @@ from cl_runner.strategies import (
     Cumulative,
     DualPrompt,
     Frozen,
+    GDumb,
     ICaRL,
     Joint,
     LoRA,
@@ -259,6 +260,10 @@ def test_each_part_refuses_what_it_cannot_serve():
         (
             {"lora": LoRA(layers=["*qkv"]), "frozen": Frozen()},
             "expected no frozen backbone beside lora (LoRA), got frozen (Frozen)",
+        ),
+        (
+            {"prompts": L2P(), "gdumb": GDumb(memory=ClassBalanced(size=12))},
+            "expected none that starts afresh beside prompts (L2P), got gdumb (GDumb)",
         ),
         ({"ewc": PARTS["ewc"](), "ncm": NCM()}, "expected methods that learn by gradients, got ncm (NCM)"),
         (
