@@ -18,7 +18,7 @@ from cl_runner.strategies.ease import EASE
 from cl_runner.strategies.ewc import EWC
 from cl_runner.strategies.frozen import Frozen
 from cl_runner.strategies.gdumb import GDumb
-from cl_runner.strategies.importance import Importance
+from cl_runner.strategies.importance import Importance, PathIntegral
 from cl_runner.strategies.lora import LoRA
 from cl_runner.strategies.norms import NormPenalty
 from cl_runner.strategies.prompting import Prompting
@@ -118,7 +118,8 @@ class Combined(Strategy):
             part.after_backward()
 
     def after_step(self, batch: Examples, output: Output) -> None:
-        for part in self.parts.values():
+        # Paths last: others may shorten the step, or take some of it back.
+        for part in sorted(self.parts.values(), key=lambda part: isinstance(part, PathIntegral)):
             part.after_step(batch, output)
 
     def after_task(self, task: Task) -> None:

@@ -173,6 +173,20 @@ def test_which_outputs_are_active_is_said_by_the_part_that_has_the_loss(names):
     assert strategy.active_logits == ("all" if "der" in names else "current")
 
 
+@pytest.mark.parametrize("path", [SI, lambda: RWalk(fisher=Probe(), interval=2)], ids=["si", "rwalk"])
+@pytest.mark.parametrize(
+    "other", [lambda: SLCA(epochs=0), LFL, lambda: LUCIR(memory=Herding(size=12))], ids=["slca", "lfl", "lucir"]
+)
+def test_a_path_is_that_of_the_steps_as_they_are_made_whichever_part_comes_first(path, other):
+    found = []
+    for names in (("path", "other"), ("other", "path")):
+        stream = toy_stream("class")
+        made = {"path": path(), "other": other()}
+        learn(Combined(parts={name: made[name] for name in names}), stream, toy_model(stream), tasks=2)
+        found.append(made["path"].importance.values)
+    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
+
+
 @pytest.mark.parametrize("inside", [*PROMPTS, "ease"])
 @pytest.mark.parametrize("names", [("lwf", "inside"), ("inside", "lwf"), ("lfl", "inside"), ("inside", "lfl")])
 def test_a_teacher_answers_as_the_model_did_before_the_task_with_its_prompts_and_branches(names, inside):
