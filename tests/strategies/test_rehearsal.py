@@ -196,6 +196,14 @@ def test_weights_make_the_mean_over_rows_the_sum_of_the_parts_means():
     assert torch.equal(joined.images, concatenate(parts).images)
 
 
+@pytest.mark.parametrize("make", [lambda memory: AGEM(memory=memory), lambda memory: GEM(memory=memory)])
+def test_a_single_remembered_row_has_a_gradient_beside_a_normalisation_layer(make):
+    stream = toy_stream("class")
+    model = toy_model(stream, norm=True)
+    learn(make(ClassBalanced(size=1)), stream, model)
+    assert model.backbone.training
+
+
 @pytest.mark.parametrize("method", ["agem", "gem"])
 def test_an_edited_gradient_lies_in_memory_as_its_weight_does(method):
     """Fused optimizers walk both as they lie: another order is another weight's gradient."""
