@@ -18,7 +18,8 @@ class ICaRL(Exemplars):
     """Learn each class against all others, keep the answers for earlier ones, and name the class whose exemplars' mean
     feature is nearest (algorithms 1 and 3).
 
-    Losses are summed over outputs and averaged over rows. The paper's memory is herding.
+    Losses are summed over outputs and averaged over rows. The paper's memory is herding. An output of an earlier class
+    learns from the teacher alone: a task that brings classes of earlier ones only learns no labels.
     """
 
     saved = (*Exemplars.saved, "means")
