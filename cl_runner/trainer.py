@@ -81,7 +81,8 @@ class Trainer:
         class: seen). `drift_samples`: held-out images on which the distance from the pretrained model is measured (0:
         not at all). The run is saved after each task, and within one after `checkpoint_every` steps or
         `checkpoint_seconds`, whichever comes first; null: not for that reason. `seed`: of the order of the batches,
-        dropout and augmentation."""
+        dropout and augmentation. `precision`: bf16 is the step's alone (by autocast): passes that a method makes of its
+        own, as A-GEM, GEM and MIR do for their gradients, are computed in fp32."""
         if accumulate > batch_size:
             raise ConfigError("trainer.accumulate", f"expected at most batch_size={batch_size}, got {accumulate}")
         self.first_task = FirstTask.model_validate(first_task or {})

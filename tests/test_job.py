@@ -281,6 +281,9 @@ def test_the_outcome_is_the_validation_accuracy_where_there_is_a_split(tmp_path,
         (["strategy=finetune"], "seen"),
         (["strategy=slca", "strategy.epochs=1"], "current"),
         (["strategy=slca", "strategy.epochs=1", "trainer.active_logits=all"], "all"),
+        (["strategy=der"], "all"),
+        (["strategy=derpp"], "all"),
+        (["strategy=derpp", "trainer.active_logits=seen"], "seen"),
     ],
 )
 def test_the_loss_sees_the_outputs_that_the_methods_paper_has_it_see_unless_told_otherwise(words, active, tmp_path):

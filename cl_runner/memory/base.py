@@ -1,5 +1,6 @@
 """What is kept of past tasks: examples, chosen by rank within groups that share the room."""
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal
@@ -8,7 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cl_runner.streams.base import Examples
+from cl_runner.streams.base import Examples, Stream
+
+log = logging.getLogger("cl_runner")
 
 Features = Callable[[Tensor], Tensor]  # images [B, C, H, W] uint8 -> [B, D], of the model as it is when it is called
 Share = Literal["class", "task", "task_class"]  # task_class: each class of each task apart, where tasks share classes
@@ -48,6 +51,14 @@ class Memory(ABC):
         if self._rows is None:
             raise LookupError("the memory is empty: ask for its length first")
         return self._rows[: len(self)]
+
+    def warn_of_lack(self, stream: Stream) -> None:
+        """Say so where not every class will have a row here, for methods that answer from the rows of each."""
+        groups = [task.classes for task in stream.tasks]
+        wanted = {"all": len(set().union(*groups)), "task": max(len(group) for group in groups)}.get(self.per, 1)
+        if self.size < wanted:
+            each = " for each task" if self.per == "task" else ""
+            log.warning("memory.size: %d rows%s for %d classes: some are never kept", self.size, each, wanted)
 
     def sample(self, count: int) -> Examples:
         """`count` rows drawn without replacement, or all, in random order, where there are not so many.

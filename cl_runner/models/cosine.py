@@ -17,5 +17,11 @@ class CosineHead(nn.Linear):
         """[B, D] -> [B, K]."""
         return F.linear(F.normalize(features), F.normalize(self.weight))
 
+    @torch.no_grad()
+    def as_linear(self) -> dict[str, Tensor]:
+        """The state of a linear layer that names the same class for all features, and says the same of those of length
+        one."""
+        return {"weight": self.scale * F.normalize(self.weight)}
+
     def forward(self, input: Tensor) -> Tensor:
         return self.scale * self.cosines(input)

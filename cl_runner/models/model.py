@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from cl_runner.models.cosine import CosineHead
 from cl_runner.models.heads import Init, draw
 from cl_runner.streams.base import Scenario, Stream, Task
 
@@ -110,9 +111,12 @@ class Model(nn.Module):
         return self
 
     def plain_state(self) -> dict[str, Tensor]:
-        """Backbone and head by the architecture's own names, on the CPU: what `model.pretrained` reads from a file."""
-        head = {f"{self.head_name}.{name}": value for name, value in self.head.state_dict().items()}
-        state = {**self.backbone.state_dict(), **head}
+        """Backbone and head by the architecture's own names, on the CPU: what `model.pretrained` reads from a file.
+
+        A head of cosines is written as the linear layer that comes nearest to it.
+        """
+        head = self.head.as_linear() if isinstance(self.head, CosineHead) else self.head.state_dict()
+        state = {**self.backbone.state_dict(), **{f"{self.head_name}.{name}": value for name, value in head.items()}}
         layout = torch.contiguous_format
         return {name: value.to("cpu", copy=True, memory_format=layout) for name, value in state.items()}
 

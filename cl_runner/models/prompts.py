@@ -238,8 +238,8 @@ class Components(Prompts):
 
         What no task has filled yet is zero, and so are its weights.
         """
-        names = ("prompts", "keys", "attention")
-        return [(self.get_parameter(name), self.get_buffer(f"past_{name}")) for name in names]
+        names = ("prompts", "keys", "attention")  # getattr: plain tensors may stand in the parameters' place
+        return [(getattr(self, name), getattr(self, f"past_{name}")) for name in names]
 
     @torch.no_grad()
     def begin(self, task: int) -> None:
@@ -262,7 +262,7 @@ class Components(Prompts):
 
     def dependence(self) -> Tensor:
         """|B B' - I|^2 over all banks B, without the part that is fixed; a scalar, zero where rows are orthonormal."""
-        total = torch.zeros((), device=self.get_parameter("keys").device)
+        total = torch.zeros((), device=self.banks[0][0].device)
         with torch.autocast(total.device.type, enabled=False):
             for current, past in self.banks:
                 live, known = current.flatten(2), past.flatten(2)

@@ -23,6 +23,7 @@ class BiC(Exemplars):
     Deviation: the two numbers are fitted by L-BFGS to convergence, not by so many epochs more; a normal prior around no
     correction, of variance one, stands in for stopping early: a few rows would be told apart by a scale without bounds.
     The teacher's answers are corrected ones, the student's are not, so that the correction is learned into the network.
+    A task that brings classes of earlier ones alone learns no labels: all of its loss is distillation.
     """
 
     saved = (*Exemplars.saved, "share", "scale", "shift")

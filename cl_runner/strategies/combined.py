@@ -11,11 +11,14 @@ from cl_runner.models.architecture import Architecture
 from cl_runner.models.model import ActiveLogits, Model, Output
 from cl_runner.strategies.base import Strategy
 from cl_runner.strategies.closed_form import ClosedForm
+from cl_runner.strategies.coda_prompt import CODAPrompt
 from cl_runner.strategies.cumulative import Cumulative
 from cl_runner.strategies.dualprompt import DualPrompt
 from cl_runner.strategies.ease import EASE
 from cl_runner.strategies.ewc import EWC
-from cl_runner.strategies.importance import Importance
+from cl_runner.strategies.frozen import Frozen
+from cl_runner.strategies.gdumb import GDumb
+from cl_runner.strategies.importance import Importance, PathIntegral
 from cl_runner.strategies.lora import LoRA
 from cl_runner.strategies.norms import NormPenalty
 from cl_runner.strategies.prompting import Prompting
@@ -53,11 +56,19 @@ class Combined(Strategy):
         if len(inside) > 1:
             got = ", ".join(inside)
             raise ConfigError("strategy.parts", f"expected one method that puts prompts or branches into it, got {got}")
-        anew = self._those(lambda part: isinstance(part, LoRA | EASE))
+        prompting = self._those(lambda part: isinstance(part, Prompting))
+        if prompting and (afresh := self._those(lambda part: isinstance(part, GDumb))):
+            # The prompts would go on from what was learned before.
+            got = f"beside {prompting[0]}, got {afresh[0]}"
+            raise ConfigError("strategy.parts", f"expected none that starts afresh {got}")
+        if inside and (frozen := self._those(lambda part: isinstance(part, Frozen))):
+            # Features are computed once, past what is put into it.
+            raise ConfigError("strategy.parts", f"expected no frozen backbone beside {inside[0]}, got {frozen[0]}")
+        anew = self._those(lambda part: isinstance(part, LoRA | EASE | DualPrompt | CODAPrompt))
         if anew and (holding := self._those(_holds_earlier_weights)):
             raise ConfigError(
                 "strategy.parts",
-                f"expected none that holds earlier weights beside {anew[0]}, whose branches begin anew in each task, "
+                f"expected none that holds earlier weights beside {anew[0]}, whose own begin anew in each task, "
                 f"got {holding[0]}",
             )
         with_memory = self._those(lambda part: hasattr(part, "memory"))
@@ -75,8 +86,8 @@ class Combined(Strategy):
 
     @property
     def active_logits(self) -> ActiveLogits | None:
-        """Those of the first part that has its own."""
-        return next((part.active_logits for part in self.parts.values() if part.active_logits), None)
+        """Those of the first part that has its own, one with a memory before all others: it has the loss."""
+        return next((part.active_logits for _, part in self._by_memory if part.active_logits), None)
 
     def setup(self, model: Model, stream: Stream) -> None:
         super().setup(model, stream)
@@ -88,7 +99,8 @@ class Combined(Strategy):
             part.setup(model, stream)  # teachers are copies of what the others have made of the model
 
     def before_task(self, task: Task) -> None:
-        for part in self.parts.values():
+        # Teachers first: others may put the model where it was never asked, by branches that begin anew, say.
+        for part in sorted(self.parts.values(), key=lambda part: not isinstance(part, Taught)):
             part.before_task(task)
 
     def training_data(self, task: Task) -> Examples:
@@ -110,7 +122,8 @@ class Combined(Strategy):
             part.after_backward()
 
     def after_step(self, batch: Examples, output: Output) -> None:
-        for part in self.parts.values():
+        # Paths last: others may shorten the step, or take some of it back.
+        for part in sorted(self.parts.values(), key=lambda part: isinstance(part, PathIntegral)):
             part.after_step(batch, output)
 
     def after_task(self, task: Task) -> None:

@@ -19,10 +19,12 @@ class DER(Rehearsal):
     """Keep answering for remembered rows as the model did when they were stored.
 
     As in the authors' code, the squares of the logits' differences are averaged over the outputs, where the paper
-    writes their sum; fresh and replayed rows go through the model in one batch, not in two. An output that is revealed
-    later is held to what it answers then, untrained. The paper's outputs are all active from the start: for its figures
-    in class-incremental learning, trainer.active_logits=all.
+    writes their sum; fresh and replayed rows go through the model in one batch, not in two. All outputs are active from
+    the start, so that the stored logits of classes to come say that these are not meant. Told otherwise by
+    trainer.active_logits, an output that is revealed later is held to what it answers then, untrained.
     """
+
+    active_logits = "all"  # as in the paper
 
     def __init__(
         self, *, memory: Memory, alpha: Annotated[float, Field(ge=0)] = 0.5, replay_batch_size: Count | None = None

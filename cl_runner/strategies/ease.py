@@ -23,10 +23,11 @@ class EASE(Strategy):
     """Learn adapters for each task beside a frozen vision transformer; answer from class means under all of them.
 
     Each task's adapters are learned from scratch with the head, stand beside every block's MLP, and then stay: they
-    span a subspace of their own. A class's score is the sum over subspaces of the cosine between features and its mean
-    there, `alpha` times in those of other tasks. Means that old classes would have in a new subspace are made up from
-    those of the new classes they resemble. An answer takes a pass through the network for each task so far, and what it
-    takes beside the backbone is not in a finished run's file of weights.
+    span a subspace of their own. A class's score is the mean over subspaces of the cosine between features and its mean
+    there, counted `alpha` times in those of other tasks (the paper's sum, divided by what would be larger for a class
+    that comes back). Means that old classes would have in a new subspace are made up from those of the new classes they
+    resemble. An answer takes a pass through the network for each task so far, and what it takes beside the backbone is
+    not in a finished run's file of weights.
 
     The loss sees the task's own outputs alone. Other than in the authors' code, adapters are learned with a linear
     head, not one of cosines, and without dropout; they see what the MLP sees, the normed tokens, and add to what it

@@ -17,7 +17,8 @@ CHUNK = 2**20  # numbers of each gradient in double precision at a time
 class GEM(Rehearsal):
     """Step along the nearest direction that, to first order, increases no earlier task's loss on its memory.
 
-    A task's rows are chosen at its end, and all of them are learned from in every step.
+    A task's rows are chosen at its end, and all of them are learned from in every step. The margin is added to the
+    dual's solution, as the paper says; the authors' code solves for v >= margin instead, a shorter correction.
     """
 
     def __init__(self, *, memory: Memory, margin: Annotated[float, Field(ge=0)] = 0.5) -> None:

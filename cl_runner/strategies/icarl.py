@@ -18,7 +18,8 @@ class ICaRL(Exemplars):
     """Learn each class against all others, keep the answers for earlier ones, and name the class whose exemplars' mean
     feature is nearest (algorithms 1 and 3).
 
-    Losses are summed over outputs and averaged over rows. The paper's memory is herding.
+    Losses are summed over outputs and averaged over rows. The paper's memory is herding. An output of an earlier class
+    learns from the teacher alone: a task that brings classes of earlier ones only learns no labels.
     """
 
     saved = (*Exemplars.saved, "means")
@@ -31,6 +32,7 @@ class ICaRL(Exemplars):
 
     def setup(self, model: Model, stream: Stream) -> None:
         super().setup(model, stream)
+        self.memory.warn_of_lack(stream)
         self.means = model.head.weight.new_zeros(stream.num_classes, model.head.in_features)  # [K, D], of length one
 
     def task_loss(self, batch: Examples, output: Output) -> Tensor:

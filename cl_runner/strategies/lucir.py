@@ -21,7 +21,10 @@ class LUCIR(Exemplars):
     from the new classes that are most like them (eq. 3, 6 and 8). The embeddings of old classes are held.
 
     Deviations: features are as the backbone gives them, where the paper takes away the last ReLU; new embeddings start
-    at random; no fine-tuning on balanced data at the end. The paper's memory is herding.
+    at random; no fine-tuning on balanced data at the end. The authors' code starts the scale of the cosines at 1 and
+    averages the ranking term over the negatives, which the paper and we sum: at the same `margin_strength` its term is
+    smaller by their number. The paper's memory is herding. A finished run's file of weights holds the classifier as a
+    linear layer, which names the same classes, but is surer of longer features.
     """
 
     saved = (*Exemplars.saved, "new", "balance")

@@ -6,6 +6,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from cl_runner.errors import ConfigError
 from cl_runner.models.architecture import Architecture
 from cl_runner.models.model import Model, Output, PretrainedView
 from cl_runner.strategies.anchors import Source, check_source, wants_pretrained, wants_previous
@@ -50,10 +51,12 @@ class LwF(Taught):
     def check(self, stream: Recipe, model: Architecture) -> None:
         super().check(stream, model)
         check_source("strategy.teacher", self.source, model)
+        self._check_softmax(stream.task_sizes or [], self.source != "previous" and model.has_pretrained_head)
 
     def setup(self, model: Model, stream: Stream) -> None:
         super().setup(model, stream)
         self.pretrained = still(PretrainedView(model)) if wants_pretrained(self.source, model) else None
+        self._check_softmax([len(task.classes) for task in stream.tasks], self.pretrained is not None)
         self.old_groups: list[Tensor] = []  # the earlier outputs, int64, for each softmax
 
     def before_task(self, task: Task) -> None:
@@ -63,6 +66,13 @@ class LwF(Taught):
             old = sorted({label for group in groups for label in group})
             groups = {tuple(old if self.softmax == "joint" else range(self.stream.num_classes)): None}
         self.old_groups = [torch.tensor(group, device=self.model.device) for group in groups]
+
+    def _check_softmax(self, sizes: list[int], pretrained: bool) -> None:
+        """Refuse a softmax that is 1 whatever the model says, where no `pretrained` teacher is there to hold to either;
+        `sizes`: each task's number of classes, as far as known."""
+        if self.softmax == "task" and set(sizes) == {1} and wants_previous(self.source) and not pretrained:
+            expected = "expected joint or all where every task has a single class (one output is nothing to tell apart)"
+            raise ConfigError("strategy.softmax", f"{expected}, got 'task'; try strategy.softmax=joint")
 
     def task_loss(self, batch: Examples, output: Output) -> Tensor:
         weight = 1 / self.number if self.weighting == "average" else 1.0

@@ -1,6 +1,7 @@
 """What methods with a memory share: when it is offered rows, and how its rows join a batch."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Literal
 
@@ -13,7 +14,7 @@ from cl_runner.memory.base import Memory
 from cl_runner.models.model import Output
 from cl_runner.ranges import Count
 from cl_runner.strategies.base import Strategy
-from cl_runner.strategies.looking import features_of
+from cl_runner.strategies.looking import evaluating, features_of
 from cl_runner.streams.base import Examples, Task, concatenate
 
 Store = Literal["step", "task"]
@@ -58,8 +59,12 @@ class Rehearsal(Strategy):
         return F.cross_entropy(self.model.restrict(output.logits, batch.task_ids), batch.labels, reduction="none")
 
     def gradient(self, examples: Examples) -> list[Tensor]:
-        """Of the mean loss on these examples, for each of `learning`; what training has gathered stays as it is."""
-        loss = self.row_losses(examples, self.model(examples.images)).mean()
+        """Of the mean loss on these examples, for each of `learning`; what training has gathered stays as it is.
+
+        A single row goes through in eval mode: it has no statistics for a normalisation layer.
+        """
+        with evaluating(self.model) if len(examples) == 1 else nullcontext():
+            loss = self.row_losses(examples, self.model(examples.images)).mean()
         return list(torch.autograd.grad(loss, self.learning, allow_unused=True, materialize_grads=True))
 
     @property

@@ -56,7 +56,8 @@ class SLCA(Strategy):
     def before_task(self, task: Task) -> None:
         rows = self.moments.seen  # those of new classes have been drawn since
         for name, value in self.unaligned.items():
-            self.model.head.get_parameter(name)[rows] = value[rows]
+            which = rows if value.dim() else ...  # a cosine head's scale has no rows
+            self.model.head.get_parameter(name)[which] = value[which]
 
     @torch.no_grad()
     def after_backward(self) -> None:

@@ -46,11 +46,15 @@ class Subspaces(nn.Module):
         return means
 
     def scores(self, features: Sequence[Tensor], alpha: float) -> Tensor:
-        """[B, K], given the features [B, D] in each of the first spaces: the cosines to the means, summed over spaces,
-        `alpha` times where a space is not of a task of the class; -inf for classes that have not come."""
+        """[B, K], given the features [B, D] in each of the first spaces: the mean over spaces of the cosines to the
+        means, each counted `alpha` times where the space is not of a task of the class; -inf for classes that have not
+        come."""
         total = torch.zeros(len(features[0]), self.counts.shape[1]).to(self.sums)
+        weight = torch.zeros_like(self.counts[0])
         for space, (rows, means) in enumerate(zip(features, self.means(len(features)), strict=True)):
             share = torch.full_like(self.counts[space], alpha)
             share[list(self.classes[space])] = 1.0
+            weight += share
             total += share * (F.normalize(rows.to(self.sums)) @ F.normalize(means).T)
+        total /= weight.clamp(min=torch.finfo(weight.dtype).tiny)  # zero for other tasks' classes where alpha is
         return total.masked_fill(self.counts.sum(0) == 0, -torch.inf)

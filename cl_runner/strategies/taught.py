@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from cl_runner.memory.base import Memory
 from cl_runner.models.model import Model, Output
+from cl_runner.models.prompts import Prompts
 from cl_runner.strategies.base import Strategy
 from cl_runner.strategies.looking import features_of
 from cl_runner.streams.base import Examples, Stream, Task
@@ -18,7 +19,7 @@ Module = TypeVar("Module", bound=nn.Module)
 class Taught(Strategy):
     """Has the model as it was before the task, still, to answer for what was learned earlier."""
 
-    saved = ("teacher", "old", "number")
+    saved = ("teacher", "old", "number", "prompted")
 
     def setup(self, model: Model, stream: Stream) -> None:
         super().setup(model, stream)
@@ -28,9 +29,20 @@ class Taught(Strategy):
 
     def before_task(self, task: Task) -> None:
         self.teacher.load_state_dict(self.model.state_dict())
+        self.prompted = any(prompts.on for prompts in _prompts_of(self.model))
         self.number = task.index + 1
         self.old = torch.zeros_like(self.old)
         self.old[[label for earlier in self.stream.tasks[: task.index] for label in earlier.classes]] = True
+
+    @property
+    def prompted(self) -> bool:
+        """Whether the prompts that another part has given the teacher are on, which its state does not say."""
+        return any(prompts.on for prompts in _prompts_of(self.teacher))
+
+    @prompted.setter
+    def prompted(self, value: bool) -> None:
+        for prompts in _prompts_of(self.teacher):
+            prompts.on = value
 
     @torch.no_grad()
     def taught(self, output: Output) -> Output:
@@ -63,6 +75,10 @@ class Exemplars(Taught):
 
     def after_task(self, task: Task) -> None:
         self.memory.add_task(task.train, features_of(self.model))
+
+
+def _prompts_of(model: Model) -> list[Prompts]:
+    return [module for module in model.modules() if isinstance(module, Prompts)]
 
 
 def still(model: Module) -> Module:

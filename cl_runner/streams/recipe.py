@@ -91,6 +91,14 @@ class Recipe(ABC):
         return self.label_space(self._num_source_classes)
 
     @property
+    def task_sizes(self) -> list[int] | None:
+        """How many classes each task has; None for a folder of images before `prepare`."""
+        if self._num_source_classes is None:
+            return None
+        tasks = [self.labels(index, self._num_source_classes) for index in range(self.max_tasks or self.num_tasks)]
+        return [int((labels >= 0).sum()) for labels in tasks]
+
+    @property
     def image_shape(self) -> tuple[int, int, int]:
         """C, H, W of the tasks' images; of a folder of images after `prepare` only."""
         channels, *size = self._image_shape

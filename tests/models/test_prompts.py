@@ -7,6 +7,7 @@ from torch import nn
 
 from cl_runner.errors import ConfigError
 from cl_runner.models.prompts import Components, Experts, Pool, Prefix, orthonormal, vision_transformer
+from cl_runner.models.substitute import call_with
 from tests.vits import SIZE, toy_vit
 
 KINDS = {
@@ -84,6 +85,19 @@ def test_a_copy_has_prompts_of_its_own(make):
     assert torch.equal(copy["vit"](pictures()), before)
     copy["prompts"].on = False
     assert torch.equal(copy["vit"](pictures()), toy_vit()(pictures()))
+
+
+@every_kind
+def test_a_call_with_other_prompts_is_that_of_prompts_that_have_these_values(make):
+    prompts, vit = entered(make)
+    prompts.on = True
+    both = nn.Sequential(vit)
+    both.add_module("prompts", prompts)
+    both.forward = lambda images: vit(images)
+    instead = {name: value.detach() + 0.5 for name, value in both.named_parameters() if name.startswith("prompts.")}
+    found = call_with(both, instead, pictures())
+    both.load_state_dict(instead, strict=False)
+    assert torch.equal(found, vit(pictures()))
 
 
 def test_a_pass_that_fails_leaves_the_transformer_as_it_was():

@@ -3,35 +3,53 @@ from itertools import permutations
 
 import pytest
 import torch
+from torch import nn
 
 from cl_runner.errors import ConfigError
-from cl_runner.fisher.estimators import Probe
-from cl_runner.memory import Herding, Reservoir
+from cl_runner.fisher.estimators import Exact, Probe
+from cl_runner.memory import ClassBalanced, Herding, Reservoir
 from cl_runner.models.mlp import MLP
+from cl_runner.models.model import PretrainedView
 from cl_runner.models.timm import Timm
 from cl_runner.strategies import (
     DER,
     EASE,
     ER,
     EWC,
+    L2,
     L2P,
     LFL,
     LUCIR,
+    MAS,
+    MIR,
     NCM,
     SI,
+    SLCA,
+    CODAPrompt,
     Combined,
     Cumulative,
     DualPrompt,
+    Frozen,
+    GDumb,
     ICaRL,
     Joint,
     LoRA,
     LwF,
+    RWalk,
 )
 from cl_runner.strategies.base import Strategy
+from cl_runner.strategies.taught import Taught
 from cl_runner.streams.split import Split
+from tests.strategies import midway
 from tests.strategies.midway import assert_resumes
 from tests.toys import learn, toy_model, toy_stream
+from tests.vits import SIZE, toy_vit_model
 
+PROMPTS = {
+    "l2p": lambda: L2P(pool=6, length=2, top=3),
+    "dualprompt": lambda: DualPrompt(general_blocks=[0], expert_blocks=[1, 2], general_length=2, expert_length=4),
+    "coda_prompt": lambda: CODAPrompt(blocks=[0, 1, 2], components=4, length=4),
+}
 SCENARIOS = ["task", "domain", "class"]
 PARTS = {
     "ewc": lambda: EWC(fisher=Probe(), strength=5.0),
@@ -148,6 +166,66 @@ def test_a_teacher_is_a_copy_of_the_model_that_other_parts_have_made_whatever_th
     learn(Combined(parts={name: made[name] for name in names}), stream, toy_model(stream), tasks=2)
 
 
+@pytest.mark.parametrize("names", [("slca", "der"), ("der", "slca"), ("er", "slca")])
+def test_which_outputs_are_active_is_said_by_the_part_that_has_the_loss(names):
+    made = {"slca": SLCA(), "der": DER(memory=Reservoir(size=12)), "er": ER(memory=Reservoir(size=12))}
+    strategy = Combined(parts={name: made[name] for name in names})
+    assert strategy.active_logits == ("all" if "der" in names else "current")
+
+
+@pytest.mark.parametrize("path", [SI, lambda: RWalk(fisher=Probe(), interval=2)], ids=["si", "rwalk"])
+@pytest.mark.parametrize(
+    "other", [lambda: SLCA(epochs=0), LFL, lambda: LUCIR(memory=Herding(size=12))], ids=["slca", "lfl", "lucir"]
+)
+def test_a_path_is_that_of_the_steps_as_they_are_made_whichever_part_comes_first(path, other):
+    found = []
+    for names in (("path", "other"), ("other", "path")):
+        stream = toy_stream("class")
+        made = {"path": path(), "other": other()}
+        learn(Combined(parts={name: made[name] for name in names}), stream, toy_model(stream), tasks=2)
+        found.append(made["path"].importance.values)
+    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
+
+
+@pytest.mark.parametrize("inside", [*PROMPTS, "ease"])
+@pytest.mark.parametrize("names", [("lwf", "inside"), ("inside", "lwf"), ("lfl", "inside"), ("inside", "lfl")])
+def test_a_teacher_answers_as_the_model_did_before_the_task_with_its_prompts_and_branches(names, inside):
+    stream = toy_stream("class")
+    model = toy_vit_model(stream)
+    made = {"lwf": LwF, "lfl": LFL, "inside": (PROMPTS | {"ease": lambda: EASE(width=8)})[inside]}
+    strategy = Combined(parts={name: made[name]() for name in names})
+    learn(strategy, stream, model, tasks=1, epochs=10)
+    inputs = model.eval()(stream.tasks[0].test.images).inputs
+    before = model.encode(inputs).logits
+    strategy.before_task(stream.tasks[1])
+    teacher = next(part for part in strategy.parts.values() if isinstance(part, Taught)).teacher
+    torch.testing.assert_close(teacher.encode(inputs).logits, before)
+
+
+def test_the_pretrained_teacher_has_no_prompts():
+    stream = toy_stream("class")
+    model = toy_vit_model(stream, pretrained_head=nn.Linear(SIZE, 5))
+    inputs = model.eval()(stream.tasks[0].test.images).inputs
+    before = PretrainedView(model).encode(inputs).logits
+    strategy = Combined(parts={"lwf": LwF(), "prompts": PROMPTS["l2p"]()})
+    learn(strategy, stream, model, tasks=2)
+    assert torch.equal(strategy.parts["lwf"].pretrained.encode(inputs).logits, before)
+
+
+@pytest.mark.parametrize("prompts", PROMPTS)
+def test_a_teacher_that_has_prompts_resumes_in_the_middle_of_a_task(prompts, monkeypatch):
+    monkeypatch.setattr(midway, "toy_model", toy_vit_model)
+    assert_resumes(lambda: Combined(parts={"lwf": LwF(), "prompts": PROMPTS[prompts]()}), "class")
+
+
+@pytest.mark.parametrize("prompts", PROMPTS)
+def test_prompts_learn_beside_what_puts_other_tensors_in_their_place(prompts):
+    for part in (MIR(memory=Reservoir(size=12), candidates=9), MAS(), EWC(fisher=Exact()), RWalk(fisher=Probe())):
+        stream = toy_stream("class")
+        strategy = Combined(parts={"prompts": PROMPTS[prompts](), "part": part})
+        learn(strategy, stream, toy_vit_model(stream), tasks=2, epochs=1)
+
+
 def test_each_part_refuses_what_it_cannot_serve():
     combined("ewc", "er").check(digits("domain"), MLP(widths=[8]))
     with pytest.raises(ConfigError, match=r"strategy: expected stream\.scenario="):
@@ -176,8 +254,30 @@ def test_each_part_refuses_what_it_cannot_serve():
         ),
         (
             {"ewc": PARTS["ewc"](), "lora": LoRA(layers=["*qkv"])},
-            "expected none that holds earlier weights beside lora (LoRA), whose branches begin anew in each task, "
+            "expected none that holds earlier weights beside lora (LoRA), whose own begin anew in each task, "
             "got ewc (EWC)",
+        ),
+        (
+            {"prompts": CODAPrompt(components=4), "si": PARTS["si"]()},
+            "expected none that holds earlier weights beside prompts (CODAPrompt), whose own begin anew in each task, "
+            "got si (SI)",
+        ),
+        (
+            {"l2": L2(towards="previous"), "prompts": DualPrompt()},
+            "expected none that holds earlier weights beside prompts (DualPrompt), whose own begin anew in each task, "
+            "got l2 (L2)",
+        ),
+        (
+            {"frozen": Frozen(), "prompts": L2P()},
+            "expected no frozen backbone beside prompts (L2P), got frozen (Frozen)",
+        ),
+        (
+            {"lora": LoRA(layers=["*qkv"]), "frozen": Frozen()},
+            "expected no frozen backbone beside lora (LoRA), got frozen (Frozen)",
+        ),
+        (
+            {"prompts": L2P(), "gdumb": GDumb(memory=ClassBalanced(size=12))},
+            "expected none that starts afresh beside prompts (L2P), got gdumb (GDumb)",
         ),
         ({"ewc": PARTS["ewc"](), "ncm": NCM()}, "expected methods that learn by gradients, got ncm (NCM)"),
         (
@@ -192,6 +292,12 @@ def test_each_part_refuses_what_it_cannot_serve():
 )
 def test_parts_that_do_not_go_together_are_refused(parts, reason):
     with pytest.raises(ConfigError, match=re.escape(f"strategy.parts: {reason}")):
+        Combined(parts=parts).check(digits(), Timm(name="test_vit", pretrained=False))
+
+
+def test_earlier_weights_may_be_held_beside_a_pool_of_prompts_which_goes_on():
+    for part in (PARTS["si"](), L2(towards="previous"), MAS()):
+        parts = {"part": part, "prompts": L2P()}
         Combined(parts=parts).check(digits(), Timm(name="test_vit", pretrained=False))
 
 

@@ -72,7 +72,7 @@ def test_an_old_class_in_a_new_subspace_is_made_up_from_the_new_classes_that_it_
     torch.testing.assert_close(means[0], measured)  # where all came later, nothing is made up
 
 
-def test_the_score_is_the_cosine_in_the_classs_own_subspace_and_a_share_of_that_in_the_others():
+def test_the_score_is_a_mean_of_cosines_in_which_the_classs_own_subspace_counts_most():
     spaces = filled()
     features = list(torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64))
     scores, means = spaces.scores(features, alpha=0.3), spaces.means(3)
@@ -82,7 +82,7 @@ def test_the_score_is_the_cosine_in_the_classs_own_subspace_and_a_share_of_that_
             share * F.cosine_similarity(features[space], means[space, label][None])
             for space, share in enumerate(shares)
         )
-        torch.testing.assert_close(scores[:, label], expected)
+        torch.testing.assert_close(scores[:, label], expected / 1.6)
 
 
 def test_a_class_that_comes_back_adds_to_its_statistics_and_has_two_subspaces_of_its_own():
@@ -94,9 +94,20 @@ def test_a_class_that_comes_back_adds_to_its_statistics_and_has_two_subspaces_of
     features = list(torch.randn(3, 4, 5, dtype=torch.float64))
     measured = spaces.sums[2, 0] / spaces.counts[2, 0]
     torch.testing.assert_close(spaces.means(3)[2, 0], measured)  # not made up: the class was there
-    difference = spaces.scores(features, 1.0) - spaces.scores(features, 0.0)
+    difference = 3 * spaces.scores(features, 1.0) - 2 * spaces.scores(features, 0.0)
     expected = F.cosine_similarity(features[1], spaces.means(3)[1, 0][None])  # task 1 alone is not its own
     torch.testing.assert_close(difference[:, 0], expected)
+
+
+def test_a_class_that_came_twice_is_not_named_for_that():
+    spaces = Subspaces([(0, 1), (2, 3), (0, 4)], 6, 5, torch.device("cpu"))
+    for space in range(3):
+        for task in range(space, 3):
+            labels = torch.tensor(spaces.classes[task])
+            alike = torch.ones(2, 5, dtype=torch.float64) + torch.eye(6, 5, dtype=torch.float64)[labels]
+            spaces.add(space, alike, labels)
+    looks_like_3 = (1 + torch.eye(6, 5, dtype=torch.float64)[[3]]).expand(3, 1, 5)
+    assert spaces.scores(list(looks_like_3), 0.1).argmax() == 3
 
 
 @pytest.mark.parametrize("learned", [0, 2])

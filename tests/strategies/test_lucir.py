@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from cl_runner.errors import ConfigError
 from cl_runner.memory import Herding
 from cl_runner.models.mlp import MLP
+from cl_runner.models.weights import Net
 from cl_runner.strategies import LUCIR, Finetune
 from cl_runner.streams.split import Split
 from tests.strategies.midway import assert_resumes
@@ -31,6 +32,19 @@ def test_logits_are_scaled_cosines_whatever_the_lengths():
     with torch.no_grad():
         model.head.weight *= torch.arange(1, 7)[:, None]
     torch.testing.assert_close(model(images).logits, output.logits)
+
+
+def test_its_file_of_weights_holds_a_linear_classifier_that_names_the_same_classes():
+    stream = toy_stream("class")
+    model = toy_model(stream)
+    lucir().setup(model, stream)
+    with torch.no_grad():
+        model.head.weight *= torch.tensor([1.0, 9.0, 2.0, 8.0, 3.0, 7.0])[:, None]
+    head = Net(model.backbone).head_of(model.plain_state())
+    features = 3 * torch.rand(60, 8, generator=torch.Generator().manual_seed(0))
+    answers = model.head(features)
+    assert torch.equal(head(features).argmax(1), answers.argmax(1))
+    torch.testing.assert_close(head(F.normalize(features)), answers)
 
 
 def test_the_scale_learns():

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -5,6 +7,7 @@ import torch.nn.functional as F
 from cl_runner.errors import ConfigError
 from cl_runner.models.efficientnet import EfficientNetLite0
 from cl_runner.strategies import LwF
+from cl_runner.streams.base import Task
 from cl_runner.streams.split import Split
 from tests.toys import learn, toy_model, toy_stream, toy_trainer
 
@@ -25,6 +28,27 @@ def test_the_student_starts_each_task_in_full_agreement_with_its_teacher():
     strategy = LwF()
     batch = at_task(strategy, stream, model, 1)
     torch.testing.assert_close(strategy.penalties(batch, model(batch.images))["lwf"], torch.tensor(0.0))
+
+
+def test_a_softmax_a_task_is_refused_where_every_task_has_a_single_class():
+    single, model = Split(name="digits", num_tasks=10, scenario="class"), EfficientNetLite0(pretrained=False)
+    refused = pytest.raises(ConfigError, match=r"strategy\.softmax: expected joint or all .* strategy\.softmax=joint")
+    with refused:
+        LwF().check(single, model)
+    LwF(softmax="joint").check(single, model)
+    LwF().check(Split(name="digits", num_tasks=9, first_task_classes=2, scenario="class"), model)
+    LwF().check(single, EfficientNetLite0(pretrained=True))  # there is the pretrained model to hold to
+    with refused:
+        LwF(teacher="previous").check(single, EfficientNetLite0(pretrained=True))
+
+
+def test_a_softmax_a_task_is_refused_as_soon_as_the_classes_are_known():
+    stream = toy_stream("class")
+    tasks = [Task(task.index, task.classes[:1], lambda name: stream.tasks[0].train) for task in stream.tasks]
+    single = replace(stream, tasks=tasks)
+    with pytest.raises(ConfigError, match=r"strategy\.softmax: expected joint or all"):
+        LwF().setup(toy_model(single), single)
+    LwF().setup(toy_model(single, pretrained=True), single)
 
 
 def test_the_teacher_is_still_while_the_student_trains():

@@ -196,6 +196,34 @@ def test_weights_make_the_mean_over_rows_the_sum_of_the_parts_means():
     assert torch.equal(joined.images, concatenate(parts).images)
 
 
+@pytest.mark.parametrize("make", [lambda memory: ICaRL(memory=memory), lambda memory: GDumb(memory=memory)])
+@pytest.mark.parametrize(
+    ("memory", "said"),
+    [
+        ({"size": 5}, "memory.size: 5 rows for 6 classes: some are never kept"),
+        ({"size": 6}, None),
+        ({"size": 1, "per": "task"}, "memory.size: 1 rows for each task for 2 classes: some are never kept"),
+        ({"size": 2, "per": "task"}, None),
+        ({"size": 1, "per": "class"}, None),
+    ],
+)
+def test_a_memory_without_a_row_for_each_class_is_warned_of_where_nothing_else_is_known_of_them(
+    make, memory, said, caplog
+):
+    stream = toy_stream("class")
+    with caplog.at_level("WARNING", logger="cl_runner"):
+        make(ClassBalanced(**memory)).setup(toy_model(stream), stream)
+    assert [record.message for record in caplog.records] == ([said] if said else [])
+
+
+@pytest.mark.parametrize("make", [lambda memory: AGEM(memory=memory), lambda memory: GEM(memory=memory)])
+def test_a_single_remembered_row_has_a_gradient_beside_a_normalisation_layer(make):
+    stream = toy_stream("class")
+    model = toy_model(stream, norm=True)
+    learn(make(ClassBalanced(size=1)), stream, model)
+    assert model.backbone.training
+
+
 @pytest.mark.parametrize("method", ["agem", "gem"])
 def test_an_edited_gradient_lies_in_memory_as_its_weight_does(method):
     """Fused optimizers walk both as they lie: another order is another weight's gradient."""

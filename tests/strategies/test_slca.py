@@ -3,6 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from cl_runner.evaluate import accuracies
+from cl_runner.models.cosine import CosineHead
 from cl_runner.strategies import SLCA, Finetune
 from cl_runner.streams.base import Scenario
 from tests.strategies.midway import assert_resumes
@@ -73,6 +74,21 @@ def test_the_alignment_changes_only_the_rows_of_classes_that_have_come():
     assert changed == ["head.weight", "head.bias"]
     assert (model.head.weight[:4] != before["head.weight"][:4]).any(1).all()
     assert torch.equal(model.head.weight[4:], before["head.weight"][4:])
+
+
+def test_a_task_goes_on_from_the_head_before_its_alignment_the_scale_of_its_cosines_too():
+    stream = toy_stream("class")
+    model = toy_model(stream)
+    model.head = CosineHead(8, 6, 10.0)
+    strategy = SLCA(lr=1.0)
+    learn(strategy, stream, model, tasks=2)
+    unaligned = {name: value.clone() for name, value in strategy.unaligned.items()}
+    with torch.no_grad():
+        model.head.scale += 1.0
+    model.reveal(stream.tasks[2])
+    strategy.before_task(stream.tasks[2])
+    assert torch.equal(model.head.scale, unaligned["scale"])
+    assert torch.equal(model.head.weight[:4], unaligned["weight"][:4])
 
 
 def test_the_alignment_brings_back_classes_that_the_head_has_forgotten():
