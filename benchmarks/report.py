@@ -68,7 +68,7 @@ def make_config(strategy: str, strength: float | None, lr: float, seed: int, tas
         "optimizer": {"_target_": "torch.optim.AdamW", "lr": lr, "weight_decay": 0.0},
         "scheduler": {"_target_": "cl_runner.schedulers.constant"},
         "trainer": {"_target_": "cl_runner.trainer.Trainer", "epochs": 5, "iterations": None, "seed": seed},
-        "tracker": {"_target_": "cl_runner.trackers.base.Null"},
+        "tracker": {"_target_": "cl_runner.trackers.base.NullTracker"},
         "seed": seed,
         "device": "cpu",
         "data_root": "data",

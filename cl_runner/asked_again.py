@@ -9,6 +9,7 @@ from cl_runner.config import Experiment
 from cl_runner.errors import ConfigError
 from cl_runner.folder import RunFolder, groups
 from cl_runner.identity import sources
+from cl_runner.lock import FolderInUseError
 from cl_runner.trackers.console import show_results, the_console
 
 
@@ -65,14 +66,31 @@ def other_code(experiment: Experiment) -> list[str]:
     return [f"other code of {', '.join(changed)} than is there now"] if changed else []
 
 
+def is_made_again(experiment: Experiment) -> bool:
+    """Whether rerun=true says so, or a plugin whose fault may have ended the run has been changed since."""
+    return experiment.config["rerun"] or bool(_failed_with(experiment))
+
+
 def move_aside(experiment: Experiment) -> None:
-    """Make room for a run that is to be made again: where rerun=true says so, or where a plugin whose fault may have
-    ended it has been changed since."""
-    folder = RunFolder(experiment.folder)
-    mended = folder.state == "failed" and other_code(experiment)
-    if folder.path.exists() and (experiment.config["rerun"] or mended):
+    """Make room for a run that is to be made again.
+
+    Raises FolderInUseError where rerun=true says so and another process is at it.
+    """
+    folder, mended = RunFolder(experiment.folder), _failed_with(experiment)
+    if folder.path.exists() and is_made_again(experiment):
+        try:
+            kept = folder.move_aside()
+        except FolderInUseError:
+            if experiment.config["rerun"]:
+                raise
+            return  # another command has begun it anew
         why = f"; it failed with {mended[0]}" if mended else ""
-        print(f"the earlier run is kept in {folder.move_aside()}{why}")
+        print(f"the earlier run is kept in {kept}{why}")
+
+
+def _failed_with(experiment: Experiment) -> list[str]:
+    """Other code of a plugin than is there now, where the run failed with it."""
+    return other_code(experiment) if RunFolder(experiment.folder).state == "failed" else []
 
 
 def show(experiment: Experiment) -> None:

@@ -107,20 +107,22 @@ def make_room(experiment: Experiment) -> None:
 
 def run_sweep(request: Asked, experiments: list[Experiment]) -> int:
     """Have those jobs carried out that are not done, and say what has become of all. Returns the exit status."""
-    from cl_runner.asked_again import join, move_aside, other_code, other_images, refuse_halves
+    from cl_runner.asked_again import is_made_again, join, move_aside, other_code, other_images, refuse_halves
     from cl_runner.folder import RunFolder
     from cl_runner.interrupt import same_command
     from cl_runner.sweep import Job, Sweep, of_this_command, this_command
 
     sys.argv[1:] = request.argv
     root = Path(experiments[0].config["output_root"])
-    sweep = Sweep(root, this_command())
-    if request.hydra.sweeper._target_ == GRID:  # a search comes to know its jobs as it goes
+    sweep = Sweep(root, this_command(), grows=request.hydra.sweeper._target_ != GRID)
+    if not sweep.grows:
         pairs = zip(request.jobs, experiments, strict=True)
         once = {experiment.folder: (words, experiment) for (words, _), experiment in pairs}
-        for folder, (words, experiment) in once.items():
+        for _, experiment in once.values():
+            if not is_made_again(experiment):
+                refuse_halves(experiment)
+        for folder, (words, experiment) in once.items():  # only now that none is refused
             move_aside(experiment)
-            refuse_halves(experiment)
             sweep.jobs.append(Job(words, folder.name, experiment.hash))
         done = [each for _, each in once.values() if RunFolder(each.folder).done]
         if old := [each for each in done if other_images(each) or other_code(each)]:
@@ -227,8 +229,8 @@ def _say_random(jobs: list[Experiment]) -> None:
     names = [called("strategy", job.config["strategy"]) for job in fresh if job.strategy.for_pretrained]
     names += ["model.freeze" for job in fresh if "*" in (job.config["model"].get("freeze") or ())]
     if names:
-        whose = f"{', '.join(dict.fromkeys(names))} builds on a pretrained backbone"
-        print(f"cl-runner: model.pretrained: {whose}; false leaves it at random weights", file=sys.stderr)
+        what = f"random weights, where a pretrained backbone is meant for {', '.join(dict.fromkeys(names))}"
+        print(f"cl-runner: model.pretrained: false gives {what}", file=sys.stderr)
 
 
 def _takes(strategy: dict[str, Any], name: str) -> bool:

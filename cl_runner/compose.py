@@ -26,6 +26,7 @@ CONF = _HERE / "conf" if (_HERE / "conf").is_dir() else _HERE.parent / "conf"
 VERSION_BASE = "1.3" if hydra.__version__ < "1.4" else None
 GRID = "hydra_plugins.cl_runner.sweepers.Grid"  # the sweeper whose jobs are known before the first starts
 _FOLDERS = "expected output_root to say where runs go: a run's folder is named by what it computes"
+BRACKETS = ("()", "[]", "{}")
 RESERVED = {
     **dict.fromkeys(("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir"), _FOLDERS),
     "hydra.mode": "expected -m (--multirun), which says the same",
@@ -226,6 +227,8 @@ class _Words:
         """How the first word that Hydra cannot read as it stands may be meant."""
         for word in words:
             key, equals, value = word.partition("=")
+            if re.match(r"{|\w+\(", value) or any(value.count(one) != value.count(other) for one, other in BRACKETS):
+                continue  # a mapping or a sweep, or something is left out
             parts = [part.strip() for part in value.removeprefix("[").removesuffix("]").split(",")]
             meant = f"[{','.join(map(repr, parts))}]" if value.startswith("[") else repr(value)
             if equals and not _is_read(word) and "'" not in value and _is_read(f"{key}={meant}"):
@@ -307,8 +310,8 @@ def _composed(overrides: list[str], with_hydra: bool = False) -> DictConfig:
         return compose("config", overrides=overrides, return_hydra_config=with_hydra)
     except MissingConfigException as error:
         group, _, choice = str(error.missing_cfg_file or "").rpartition("/")
-        if group.startswith("experiment/"):
-            own = group.removeprefix("experiment/")
+        own = group.removeprefix("experiment/")
+        if own != group and (CONF / own).is_dir():
             says = f"expected its defaults to say `override /{own}: {choice}`, got `{own}: {choice}`"
             raise ConfigError("experiment", says) from None
         options = error.options or ["nothing"]

@@ -171,7 +171,7 @@ def _refuse_unknown_fields(plain: dict[str, Any]) -> None:
         for key in node if isinstance(node, dict) else ():
             places.setdefault(key, []).append(f"{name}.{key}")
     if "experiment" in plain:
-        raise ConfigError("experiment", EXPERIMENT_HEAD)
+        raise ConfigError("experiment", f"unknown key; {EXPERIMENT_HEAD}")
     for key in plain:
         if key not in Settings.model_fields:
             meant = [place for near in get_close_matches(key, places, n=1) for place in places[near]]

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from difflib import get_close_matches
 
-EXPERIMENT_HEAD = "expected `# @package _global_` as the first line of an experiment's file"
+EXPERIMENT_HEAD = "an experiment's file has `# @package _global_` as its first line"
 
 
 class ConfigError(Exception):

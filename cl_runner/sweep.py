@@ -11,6 +11,7 @@ from typing import Any
 
 from filelock import FileLock
 
+from cl_runner.errors import ConfigError
 from cl_runner.folder import RunFolder, read_json, write_atomically
 
 FILE = "sweep.json"
@@ -32,13 +33,17 @@ class Job:
 
 @dataclass
 class Sweep:
-    """The jobs of one command. The run's folders are the truth about what has become of them."""
+    """The jobs of one command. The run's folders are the truth about what has become of them.
+
+    grows: it is a search, which comes to know its jobs as it goes.
+    """
 
     root: Path
     command: str
     jobs: list[Job] = field(default_factory=list)
     started: float = field(default_factory=time.time)
     finished: float | None = None
+    grows: bool = False
 
     def write(self) -> None:
         """Put the sweep into `sweep.json`, in place of what the same command has left there before."""
@@ -47,6 +52,7 @@ class Sweep:
             "command": self.command,
             "started": self.started,
             "finished": self.finished,
+            "grows": self.grows,
             "jobs": [{key: value for key, value in asdict(job).items() if value is not None} for job in self.jobs],
         }
         with FileLock(self.root / f".{FILE}.lock"):
@@ -101,6 +107,7 @@ def sweeps(root: Path) -> list[Sweep]:
             [Job(**{name: job[name] for name in Job.__dataclass_fields__ if name in job}) for job in entry["jobs"]],
             entry["started"],
             entry.get("finished"),
+            entry.get("grows", False),
         )
         for entry in _entries(root)
     ]
@@ -117,10 +124,18 @@ def of_this_command(root: Path) -> Sweep:
 
 
 def place_of(folder: Path) -> str:
-    """Which job of this command's sweep a run is, `3/16`; nothing where it is none of several."""
-    found = next((sweep.jobs for sweep in sweeps(folder.parent) if sweep.command == this_command()), [])
-    names = [job.folder for job in found]
-    return f"{names.index(folder.name) + 1}/{len(names)}" if len(names) > 1 and folder.name in names else ""
+    """Which job of this command's sweep a run is: `3/16`, or of a search `3`; nothing where it is none of several."""
+    try:
+        entry = next((entry for entry in _entries(folder.parent) if entry["command"] == this_command()), {"jobs": []})
+        names = [job["folder"] for job in entry["jobs"]]
+    except (ConfigError, KeyError, TypeError):  # a plan that is damaged is no matter to its runs
+        return ""
+    if folder.name not in names:
+        return ""
+    number = names.index(folder.name) + 1
+    if entry.get("grows"):
+        return str(number)
+    return f"{number}/{len(names)}" if len(names) > 1 else ""
 
 
 def reason(run: RunFolder, state: str) -> str:

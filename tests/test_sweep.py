@@ -91,6 +91,30 @@ def test_every_job_says_which_of_how_many_it_is(fragile):
     ]
 
 
+@pytest.mark.parametrize("content", ["{torn", '{"sweeps": [{"command": "x"}]}', '{"sweeps": [{}]}'])
+def test_a_damaged_plan_stops_no_run_beside_it(content, cl_runner, tmp_path):
+    (tmp_path / "outputs").mkdir()
+    (tmp_path / "outputs" / "sweep.json").write_text(content)
+    status, said = cl_runner("strategy=finetune", "stream.max_tasks=1")
+    assert status == 0, said
+
+
+def test_nothing_is_moved_aside_where_another_job_is_refused(fragile, tmp_path):
+    (tmp_path / "break.0").touch()
+    (tmp_path / "interrupt.1").touch()
+    assert fragile()[0] == 130
+    (tmp_path / "break.0").unlink()
+    (tmp_path / "interrupt.1").unlink()
+    names = sorted(path.name for path in (tmp_path / "outputs").iterdir())
+    stopped = tmp_path / "outputs" / plan(tmp_path)["jobs"][1]["folder"]
+    (stopped / "checkpoint").mkdir(exist_ok=True)
+    (tmp_path / "fragile.py").write_text(FRAGILE + "\n")
+    status, said = fragile()
+    assert status == 2
+    assert "was saved with other code of fragile than is there now" in said
+    assert sorted(path.name for path in (tmp_path / "outputs").iterdir()) == names
+
+
 def test_a_job_that_fails_stops_no_other_and_is_named_at_the_end(fragile, tmp_path):
     (tmp_path / "break.1").touch()
     status, said = fragile()

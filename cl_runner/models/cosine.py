@@ -21,7 +21,7 @@ class CosineHead(nn.Linear):
     def as_linear(self) -> dict[str, Tensor]:
         """The state of a linear layer that names the same class for all features, and says the same of those of length
         one."""
-        return {"weight": self.scale * F.normalize(self.weight)}
+        return {"weight": self.scale * F.normalize(self.weight), "bias": self.weight.new_zeros(self.out_features)}
 
     def forward(self, input: Tensor) -> Tensor:
         return self.scale * self.cosines(input)

@@ -34,8 +34,7 @@ MOST_NAMED = 12  # runs that are not in the table, on the terminal; the page nam
 VALIDATION = "validation_accuracy"
 SELECTION = "selection.md"
 PICTURES = ("png", "pdf", "svg")
-DRAWN = ("matrices", "accuracy", "forgetting", "curve-*")
-NOT_ALWAYS = [SELECTION, *(f"{name}.{kind}" for name in DRAWN for kind in PICTURES)]  # what some reports have
+PAGE = "index.html"
 
 
 def main(argv: list[str]) -> int:
@@ -146,7 +145,7 @@ def _write(
         contents[f"{name}.{asked.pictures}"] = drawn(figure, asked.pictures)
     runs, groups = len({run.folder for group in table.groups for run in group.runs}), len(table.groups)
     grouped = f"in {groups} group{'s' * (groups != 1)}"
-    contents["index.html"] = page.make_page(
+    contents[PAGE] = page.make_page(
         table,
         title=asked.folder.resolve().name,
         summary=f"{runs} run{'s' * (runs != 1)} {grouped} · cl-runner report {shlex.join(asked.argv)}",
@@ -158,14 +157,15 @@ def _write(
     )
     try:
         folder.mkdir(exist_ok=True)
+        earlier = (folder / PAGE).read_text() if (folder / PAGE).exists() else ""
         for name, content in contents.items():
             write_atomically(folder / name, content)
-        for old in {path for pattern in NOT_ALWAYS for path in folder.glob(pattern)}:  # an earlier report's
-            if old.name not in contents:
+        for old in (*folder.glob(SELECTION), *folder.glob(f"*.{asked.pictures}")):
+            if old.name not in contents and f'"{old.name}"' in earlier:  # of other runs or keys
                 old.unlink()
     except OSError as error:
         raise ConfigError("DIR", f"expected a folder that can be written, got {str(folder)!r} ({error})") from None
-    return f"{runs} of {runs + len(out)} runs {grouped}: {folder / 'index.html'}"
+    return f"{runs} of {runs + len(out)} runs {grouped}: {folder / PAGE}"
 
 
 def _print(table: Table, asked: argparse.Namespace, picks: Sequence[Pick]) -> None:

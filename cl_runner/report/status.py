@@ -74,9 +74,7 @@ def main(argv: list[str]) -> int:
     else:
         rows = board.rows()
         terminal = Console() if Console().is_terminal else Console(width=1000)  # a pipe has no edge to break lines at
-        terminal.print(_counts(rows)) if not rows else terminal.print(
-            Group(_table(rows, terminal.width), _counts(rows))
-        )
+        terminal.print(_shown(rows, terminal.width))
     return int(any(row.state in BAD for row in board.rows()))
 
 
@@ -86,7 +84,7 @@ def _watch(board: "Board") -> None:
         while True:
             rows = sorted(board.rows(), key=lambda row: URGENCY.index(row.state))
             fits = rows[: max(1, console.height - 6)]
-            live.update(Group(_table(fits, console.width), _counts(rows, hidden=len(rows) - len(fits))), refresh=True)
+            live.update(_shown(fits, console.width, hidden=len(rows) - len(fits)), refresh=True)
             if not any(row.state in ("running", "pending") for row in rows):
                 return
             try:
@@ -198,6 +196,11 @@ def _last_task(journal: Path) -> dict[str, Any]:
             if tail >= size:
                 return {}
             tail *= 8
+
+
+def _shown(rows: list[Row], width: int, hidden: int = 0) -> Group:
+    """What is printed of them; `hidden`: how many more there are."""
+    return Group(*([_table(rows, width)] if rows else []), _counts(rows, hidden))
 
 
 def _table(rows: list[Row], width: int) -> Table:

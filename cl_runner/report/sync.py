@@ -43,9 +43,9 @@ def main(argv: list[str]) -> int:
 
 
 def kept_runs(root: Path) -> list[Path]:
-    """The runs at or below `root` that were tracked with W&B, and have not been made again since."""
+    """The runs at or below `root` that were tracked with W&B; those below that have been made again since are none."""
     runs = {log.parents[2] for log in root.glob("**/wandb/*run-*/run-*.wandb")}
-    return sorted(run for run in runs if not moved_aside(run))
+    return sorted(run for run in runs if run == root or not moved_aside(run))
 
 
 def _send(runs: list[Path]) -> int:

@@ -70,7 +70,8 @@ class LwF(Taught):
     def _check_softmax(self, sizes: list[int], pretrained: bool) -> None:
         """Refuse a softmax that is 1 whatever the model says, where no `pretrained` teacher is there to hold to either;
         `sizes`: each task's number of classes, as far as known."""
-        if self.softmax == "task" and set(sizes) == {1} and wants_previous(self.source) and not pretrained:
+        in_vain = len(sizes) > 1 and set(sizes) == {1} and wants_previous(self.source) and not pretrained
+        if in_vain and self.softmax == "task":
             expected = "expected joint or all where every task has a single class (one output is nothing to tell apart)"
             raise ConfigError("strategy.softmax", f"{expected}, got 'task'; try strategy.softmax=joint")
 

@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 
 from cl_runner.errors import ConfigError
-from cl_runner.report.status import Row, _table, main
+from cl_runner.report.status import Row, _shown, _table, main
 from cl_runner.sweep import Job, Sweep
 
 
@@ -124,6 +124,12 @@ def test_the_jobs_of_a_sweep_stand_in_its_order_and_before_what_is_in_none(run, 
     Sweep(tmp_path, "cl-runner -m", [Job([f"lr={lr}"], name, "0") for lr, name in enumerate("cad", start=1)]).write()
     rows = [line for line in said()[1] if line.endswith("100.0 %")]
     assert rows == ["c lr=1 done 100.0 %", "a lr=2 done 100.0 %", "d lr=3 done 100.0 %", "b done 100.0 %"]
+
+
+def test_where_there_are_no_runs_yet_a_watched_board_says_so():
+    file = StringIO()
+    Console(file=file).print(_shown([], 80))
+    assert file.getvalue() == "no runs\n"
 
 
 def test_columns_that_say_nothing_are_left_out(run, said):

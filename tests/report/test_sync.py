@@ -48,6 +48,8 @@ def test_a_run_that_was_made_again_is_not_sent_beside_its_successor(
     (root / "second").rename(root / "first.1")
     assert sync.main([str(root), "--dry-run"]) == 0
     assert capsys.readouterr().out == f"to send  {root / 'first'}\n"
+    assert sync.main([str(root / "first.1"), "--dry-run"]) == 0  # asked for by its name
+    assert capsys.readouterr().out == f"to send  {root / 'first.1'}\n"
 
 
 def test_every_run_that_w_and_b_lacks_is_sent_and_named(
