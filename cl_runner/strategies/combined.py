@@ -22,6 +22,7 @@ from cl_runner.strategies.importance import Importance, PathIntegral
 from cl_runner.strategies.lora import LoRA
 from cl_runner.strategies.norms import NormPenalty
 from cl_runner.strategies.prompting import Prompting
+from cl_runner.strategies.slca import SLCA
 from cl_runner.strategies.taught import Taught
 from cl_runner.streams.base import Examples, Stream, Task
 from cl_runner.streams.recipe import Recipe
@@ -99,8 +100,9 @@ class Combined(Strategy):
             part.setup(model, stream)  # teachers are copies of what the others have made of the model
 
     def before_task(self, task: Task) -> None:
-        # Teachers first: others may put the model where it was never asked, by branches that begin anew, say.
-        for part in sorted(self.parts.values(), key=lambda part: not isinstance(part, Taught)):
+        # Teachers first: others may put the model where it was never asked, by branches that begin anew, say. Then who
+        # takes the head back to what the task goes on from: others may remember it.
+        for part in sorted(self.parts.values(), key=lambda part: (not isinstance(part, Taught), not _aligns(part))):
             part.before_task(task)
 
     def training_data(self, task: Task) -> Examples:
@@ -127,7 +129,7 @@ class Combined(Strategy):
             part.after_step(batch, output)
 
     def after_task(self, task: Task) -> None:
-        for part in self.parts.values():
+        for part in sorted(self.parts.values(), key=_aligns):  # last: the next task goes on from the head before it
             part.after_task(task)
 
     def state_dict(self) -> dict[str, Any]:
@@ -166,6 +168,11 @@ class Combined(Strategy):
 
 def _own(part: Strategy, hook: str) -> bool:
     return getattr(type(part), hook) is not getattr(Strategy, hook)
+
+
+def _aligns(part: Strategy) -> bool:
+    """Whether it answers by another head between tasks than it learns on."""
+    return isinstance(part, SLCA)
 
 
 def _holds_earlier_weights(part: Strategy) -> bool:

@@ -174,9 +174,7 @@ def test_which_outputs_are_active_is_said_by_the_part_that_has_the_loss(names):
 
 
 @pytest.mark.parametrize("path", [SI, lambda: RWalk(fisher=Probe(), interval=2)], ids=["si", "rwalk"])
-@pytest.mark.parametrize(
-    "other", [lambda: SLCA(epochs=0), LFL, lambda: LUCIR(memory=Herding(size=12))], ids=["slca", "lfl", "lucir"]
-)
+@pytest.mark.parametrize("other", [SLCA, LFL, lambda: LUCIR(memory=Herding(size=12))], ids=["slca", "lfl", "lucir"])
 def test_a_path_is_that_of_the_steps_as_they_are_made_whichever_part_comes_first(path, other):
     found = []
     for names in (("path", "other"), ("other", "path")):
@@ -184,6 +182,21 @@ def test_a_path_is_that_of_the_steps_as_they_are_made_whichever_part_comes_first
         made = {"path": path(), "other": other()}
         learn(Combined(parts={name: made[name] for name in names}), stream, toy_model(stream), tasks=2)
         found.append(made["path"].importance.values)
+    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
+
+
+@pytest.mark.parametrize("holding", [lambda: EWC(fisher=Exact(), strength=1.0), MAS, lambda: L2(towards="previous")])
+def test_what_holds_earlier_weights_holds_the_head_that_slca_goes_on_from_whichever_comes_first(holding):
+    found = []
+    for names in (("slca", "holding"), ("holding", "slca")):
+        stream = toy_stream("class")
+        model, made = toy_model(stream), {"slca": SLCA(), "holding": holding()}
+        strategy = Combined(parts={name: made[name] for name in names})
+        learn(strategy, stream, model, tasks=2)
+        strategy.before_task(stream.tasks[2])
+        batch = stream.tasks[2].train[:8]
+        pull = torch.stack(list(strategy.penalties(batch, model(batch.images)).values())).sum()
+        found.append({**model.state_dict(), "pull": pull.detach()})
     assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
 
 
