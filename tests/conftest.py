@@ -1,3 +1,4 @@
+import logging
 import os
 import signal
 import sys
@@ -35,6 +36,7 @@ SMALL = [
 @pytest.fixture
 def cl_runner(tmp_path, monkeypatch, capsys):
     """Call the command line in an empty folder: overrides -> (exit status, what it printed)."""
+    monkeypatch.setattr(logging.root, "handlers", [*logging.root.handlers])  # Hydra's own help leaves some behind
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("CL_RUNNER_DATA", raising=False)
 
