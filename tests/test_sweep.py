@@ -59,6 +59,7 @@ def fragile(cl_runner, tmp_path, monkeypatch):
     (tmp_path / "conf" / "strategy" / "fragile.yaml").write_text("_target_: fragile.Fragile\nwidth: 0\n")
     (tmp_path / "fragile.py").write_text(FRAGILE)
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "fragile", raising=False)
     return lambda *overrides: cl_runner(*FRAGILE_JOBS, *(overrides or ("strategy.width=0,1,2",)))
 
 
