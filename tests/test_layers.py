@@ -59,3 +59,8 @@ def test_hydra_and_wandb_stay_where_they_belong(file):
 def test_every_part_of_the_package_has_a_floor():
     parts = {file.relative_to(PACKAGE).with_suffix("").parts[0] for file in FILES} - {"__init__"}
     assert parts <= set(FLOOR)
+
+
+@pytest.mark.parametrize("file", sorted(PACKAGE.glob("[a-z]*.py")), ids=lambda file: file.name)
+def test_the_map_in_contributing_names_every_module(file):
+    assert file.name in (PACKAGE.parent / "CONTRIBUTING.md").read_text()

@@ -3,9 +3,11 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from cl_runner.errors import ConfigError
 from cl_runner.memory import Herding
+from cl_runner.models.cosine import CosineHead
 from cl_runner.models.mlp import MLP
 from cl_runner.models.weights import Net
 from cl_runner.strategies import LUCIR, Finetune
@@ -17,6 +19,13 @@ from tests.toys import learn, toy_model, toy_stream
 
 def lucir(size=6, **settings):
     return LUCIR(memory=Herding(size=size, per="class"), **settings)
+
+
+def test_its_head_is_a_linear_layer_that_says_the_same_of_features_of_length_one():
+    head, linear = CosineHead(4, 3, scale=2.0), nn.Linear(4, 3)
+    linear.load_state_dict(head.as_linear())
+    features = F.normalize(torch.randn(5, 4))
+    torch.testing.assert_close(linear(features), head(features))
 
 
 def test_logits_are_scaled_cosines_whatever_the_lengths():

@@ -36,6 +36,7 @@ def test_a_softmax_a_task_is_refused_where_every_task_has_a_single_class():
     with refused:
         LwF().check(single, model)
     LwF(softmax="joint").check(single, model)
+    LwF().check(replace(single, max_tasks=1), model)  # nothing is old there
     LwF().check(Split(name="digits", num_tasks=9, first_task_classes=2, scenario="class"), model)
     LwF().check(single, EfficientNetLite0(pretrained=True))  # there is the pretrained model to hold to
     with refused:
