@@ -9,7 +9,9 @@ import torch
 
 
 def seed_all(seed: int) -> None:
-    """Start every global generator from `seed`: PyTorch's on every device, numpy's and Python's."""
+    """Start every global generator for `seed`: PyTorch's on every device, numpy's and Python's; and apart from those
+    that start from `seed` itself, as a task's order of batches does."""
+    seed = derived(seed, "global")
     torch.manual_seed(seed)
     np.random.seed(seed % 2**32)
     random.seed(seed)

@@ -20,6 +20,11 @@ def test_all_generators_go_back_to_where_they_were():
     assert drawn() == first
 
 
+def test_the_global_generator_repeats_no_generator_that_starts_from_the_seed_itself():
+    seed_all(3)
+    assert torch.rand(3).tolist() != torch.rand(3, generator=torch.Generator().manual_seed(3)).tolist()
+
+
 def test_a_seed_is_another_for_every_purpose_and_for_every_seed():
     seeds = {derived(seed, purpose) for seed in range(100) for purpose in ("backbone", "head")}
     assert len(seeds) == 200
