@@ -263,63 +263,6 @@ def _fill(journal):
     os.close(full)
 
 
-def test_the_outcome_is_the_validation_accuracy_where_there_is_a_split(tmp_path, whole):
-    results, folder = whole
-    assert (
-        carry_out(experiment(folder.parent, "strategy=finetune", *OFTEN)) == results["metrics"]["validation_accuracy"]
-    )
-    without = experiment(tmp_path, "strategy=finetune")
-    outcome = carry_out(without)
-    results = RunFolder(without.folder).results
-    assert outcome == results["metrics"]["average_accuracy"]
-    assert (results["validation"], results["metrics"]["validation_accuracy"]) == ({}, None)
-
-
-@pytest.mark.parametrize(
-    ("words", "active"),
-    [
-        (["strategy=finetune"], "seen"),
-        (["strategy=slca", "strategy.epochs=1"], "current"),
-        (["strategy=slca", "strategy.epochs=1", "trainer.active_logits=all"], "all"),
-        (["strategy=der"], "all"),
-        (["strategy=derpp"], "all"),
-        (["strategy=derpp", "trainer.active_logits=seen"], "seen"),
-    ],
-)
-def test_the_loss_sees_the_outputs_that_the_methods_paper_has_it_see_unless_told_otherwise(words, active, tmp_path):
-    made = experiment(tmp_path, "stream.scenario=class", *words)
-    carry_out(made)
-    assert made.strategy.model.active_logits == active
-
-
-def test_validation_is_measured_after_each_task_on_the_tasks_learned_so_far(whole):
-    results, _ = whole
-    rows = results["validation"]["task"]
-    assert [[value is None for value in row] for row in rows] == [[j > i for j in range(5)] for i in range(5)]
-    measured = results["metrics"]
-    assert measured["validation_accuracy"] == measured["validation_accuracy/task"] == pytest.approx(sum(rows[-1]) / 5)
-    assert measured["validation_accuracy/class"] == pytest.approx(sum(results["validation"]["class"][-1]) / 5)
-    assert set(results["validation"]) == set(results["accuracy"])
-
-
-def test_a_task_without_validation_images_is_left_out_and_no_reason_to_look_no_more(tmp_path):
-    made = experiment(tmp_path, "strategy=finetune", *OFTEN)
-    load = made.stream.load
-
-    def without(*words):
-        stream = load(*words)
-        build = stream.tasks[4]._build
-        stream.tasks[4]._build = lambda split: build(split)[:0] if split == "validation" else build(split)
-        return stream
-
-    object.__setattr__(made.stream, "load", without)
-    carry_out(made)
-    results = RunFolder(made.folder).results
-    last = results["validation"]["task"][-1]
-    assert [value is None for value in last] == [False] * 4 + [True]
-    assert results["metrics"]["validation_accuracy"] == pytest.approx(sum(last[:4]) / 4)
-
-
 def test_a_signal_that_comes_when_all_is_done_is_for_what_comes_next(tmp_path, monkeypatch):
     made = experiment(tmp_path, "strategy=finetune")
     update = RunFolder.update_status
@@ -333,12 +276,6 @@ def test_a_signal_that_comes_when_all_is_done_is_for_what_comes_next(tmp_path, m
     with pytest.raises(KeyboardInterrupt):
         carry_out(made)
     assert RunFolder(made.folder).done
-
-
-def test_where_tasks_share_their_classes_validation_still_does_not_look_ahead(tmp_path):
-    results, _ = finished(experiment(tmp_path, "strategy=finetune", "stream.scenario=domain", *OFTEN))
-    assert results["accuracy"]["domain"][0][4] is not None
-    assert [value is None for value in results["validation"]["domain"][0]] == [False, True, True, True, True]
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
