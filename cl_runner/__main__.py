@@ -32,6 +32,11 @@ def main() -> None:
         except ConfigError as error:
             print(f"cl-runner: {error}", file=sys.stderr)
             sys.exit(2)
+        except OSError as error:
+            if error.filename is None:
+                raise
+            print(f"cl-runner: {error.filename}: {error.strerror}", file=sys.stderr)  # no right to read it, say
+            sys.exit(2)
         except KeyboardInterrupt as stopped:  # a run says where it goes on, and which signal it was
             print(f"cl-runner: {str(stopped) or 'stopped'}", file=sys.stderr)
             sys.exit(getattr(stopped, "status", 130))

@@ -19,6 +19,7 @@ from cl_runner.__main__ import COMMANDS
 from cl_runner.folder import RunFolder
 
 QUIET = {**os.environ, "WANDB_SILENT": "true"}
+TOO_LONG = 300 * "a"
 
 
 def test_a_run_leaves_everything_in_its_folder(cl_runner, the_run):
@@ -453,3 +454,19 @@ def test_python_m_is_the_same(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "wandb" not in done.stdout
     assert len(list(Path(tmp_path, "outputs").iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["status", TOO_LONG],
+        ["report", TOO_LONG],
+        ["stream=split_mnist", f"data_root={TOO_LONG}"],
+        [f"output_root={TOO_LONG}"],
+    ],
+)
+def test_a_path_that_no_file_can_have_is_said_in_a_line(words, cl_runner):
+    status, said = cl_runner(*words, small=False)
+    assert (status, said.count("\n")) == (2, 1)
+    assert TOO_LONG in said
+    assert said.endswith(": File name too long\n")
