@@ -69,8 +69,8 @@ class Net:
 
 NETS = {
     "mnist": Net("MNIST, MLP 784-400-400-10", "mnist", MLP(), 60_000, 256, 0.995, 4000),
-    "cifar_half": Net("CIFAR-100, Conv5, half learnt", "cifar100", Conv5(), 10_000, 128, 0.5, 1000),
-    "cifar_all": Net("CIFAR-100, Conv5, all learnt", "cifar100", Conv5(), 5_000, 64, 1.0, 400),
+    "cifar_half": Net("CIFAR-100, Conv5, half trained", "cifar100", Conv5(), 10_000, 128, 0.5, 1000),
+    "cifar_all": Net("CIFAR-100, Conv5, fully trained", "cifar100", Conv5(), 5_000, 64, 1.0, 400),
 }
 
 
@@ -187,7 +187,7 @@ def row(name: str, family: str, estimator: Estimator, model: Model, examples: Ex
 def lines(table: Table) -> list[str]:
     net, exact = table.net, f"| exact | {table.classes - 1} | 0 | – | 1 | 1 ({table.seconds:.3g} s) |"
     return [
-        f"{net.title}: {table.accuracy:.2%} of {net.images:,} training images right, mean loss {table.loss:.2g}; "
+        f"{net.title}: {table.accuracy:.2%} of {net.images:,} training images correct, mean loss {table.loss:.2g}; "
         f"the Fisher over {net.samples:,} of them.",
         "",
         "| Fisher | passes | error | error it reports | share of the trace | seconds / exact's |",
@@ -237,7 +237,7 @@ def draw(tables: list[Table], path: Path) -> None:
                     axes.annotate(f"↑ {mean:,.0f}", (place, TOP), (7, -4), textcoords="offset points", fontsize=10)
         axes.axvline(table.classes - 1, color=COLOUR["exact"], linestyle=":", label="exact (no error)")
         axes.set(xscale="log", yscale="log", ylim=(BOTTOM, 1.5 * TOP), xlabel="backward passes a sample")
-        axes.set_title(f"{table.net.title}\n{table.accuracy:.1%} of the training images right", fontsize=11)
+        axes.set_title(f"{table.net.title}\n{table.accuracy:.1%} of the training images correct", fontsize=11)
         axes.grid(alpha=0.3)
     panels[0][0].set_ylabel("relative error of the diagonal")
     handles, labels = panels[0][0].get_legend_handles_labels()
