@@ -131,7 +131,7 @@ class Memory(ABC):
         return {"class": labels, "task": tasks, "task_class": tasks * 2**32 + labels}[self._group_by].cpu()
 
     def _kept(self, groups: np.ndarray, ranks: np.ndarray) -> np.ndarray:
-        """[N] bool: which rows stay. Of equal ranks, the row that comes first."""
+        """[N] bool: which rows stay. Of equal ranks in a group, the row that came first."""
         rows = np.arange(len(ranks))
         order = np.lexsort((ranks, groups))  # by group, and by rank in it
         starts = np.flatnonzero(np.diff(groups[order], prepend=-1))
@@ -140,7 +140,9 @@ class Memory(ABC):
         if self.per != "all":
             return place < self.size
         kept = np.zeros(len(rows), dtype=bool)
-        kept[place.argsort(kind="stable")[: self.size]] = True  # all groups' firsts, then all their seconds, …
+        # All groups' firsts, then all their seconds, …; the last round goes by group, so that sizes alone decide how many
+        # rows a group keeps, and ranks alone which.
+        kept[np.lexsort((groups, place))[: self.size]] = True
         return kept
 
     def _put(self, slots: Tensor, rows: Examples) -> None:

@@ -176,18 +176,19 @@ def test_classes_that_come_back_can_have_room_in_each_task(settings):
     assert cells.unique(dim=0, return_counts=True)[1].tolist() == [3, 3, 3, 3]
 
 
-def test_within_a_class_the_sample_is_uniform_also_after_others_came():
+@pytest.mark.parametrize(("size", "quota"), [(4, 1), (6, 2), (16, 4)])
+def test_within_a_class_the_sample_is_uniform_also_after_others_came(size, quota):
     torch.manual_seed(0)
     held = torch.zeros(40)
     for _ in range(500):
-        memory = ClassBalanced(size=16)
-        offer(memory, [0] * 40, batch=20)
-        offer(memory, [1, 2, 3] * 5, batch=15, first=40)
+        memory = ClassBalanced(size=size)
+        for label in range(4):
+            offer(memory, [label] * 40, batch=20, first=40 * label)
         ours = number(memory.examples)[memory.examples.labels == 0]
-        assert len(ours) == 4
+        assert len(ours) == quota
         held[ours] += 1
-    expected = 500 * 4 / 40
-    chi_square = ((held - expected) ** 2 / (expected * 0.9)).sum() * 39 / 40
+    expected, p = 500 * quota / 40, quota / 40
+    chi_square = ((held - expected) ** 2 / (expected * (1 - p))).sum() * 39 / 40
     assert chi_square < 72.1  # 39 degrees of freedom, one in a thousand
 
 
