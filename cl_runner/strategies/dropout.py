@@ -11,13 +11,16 @@ from cl_runner.streams.base import Stream
 
 
 class Dropout(Strategy):
-    """Fine-tune with this rate in every dropout layer of the backbone, and before the head."""
+    """Fine-tune with this rate in every dropout layer of the backbone, and before the head unless the backbone ends in
+    one."""
 
     def __init__(self, *, rate: Annotated[float, Field(ge=0, lt=1)] = 0.5) -> None:
         self.rate = rate
 
     def setup(self, model: Model, stream: Stream) -> None:
         super().setup(model, stream)
-        for module in [*model.backbone.modules(), model.dropout]:
-            if isinstance(module, nn.Dropout):
-                module.p = self.rate
+        layers = [module for module in model.backbone.modules() if not isinstance(module, nn.Identity)]
+        ends_in_dropout = isinstance(layers[-1], nn.Dropout)
+        for layer in layers if ends_in_dropout else [*layers, model.dropout]:
+            if isinstance(layer, nn.Dropout):
+                layer.p = self.rate

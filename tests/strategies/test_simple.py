@@ -186,11 +186,14 @@ def test_ncm_accumulates_a_class_that_comes_back():
     assert strategy.counts.tolist() == [36, 36]
 
 
-def test_dropout_is_everywhere_and_only_in_training():
+@pytest.mark.parametrize("last", [nn.Identity(), nn.ReLU()], ids=["dropout", "relu"])
+def test_dropout_is_everywhere_once_and_only_in_training(last):
     stream = toy_stream()
     model = toy_model(stream)
+    model.backbone.append(last)
     Dropout(rate=0.3).setup(model, stream)
-    assert model.dropout.p == model.backbone[3].p == 0.3
+    assert model.backbone[3].p == 0.3
+    assert model.dropout.p == (0.3 if isinstance(last, nn.ReLU) else 0)  # the features have been through one
     images = stream.tasks[0].test.images
     model.train()
     assert not torch.equal(model(images).logits, model(images).logits)
