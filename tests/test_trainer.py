@@ -182,6 +182,7 @@ def test_the_rate_is_stepped_with_every_batch():
     trainer, rows = toy_trainer(Finetune(), stream, toy_model(stream), log_every=1)
     for scheduler, rates in (
         (partial(step, milestones=[0.5], gamma=0.1), [0.1] * 6 + [0.01] * 6),
+        (partial(step, milestones=[0.01], gamma=0.1), [0.1] + [0.01] * 11),
         (cosine, [0.05 * (1 + math.cos(math.pi * t / 12)) for t in range(12)]),
     ):
         rows.clear()
