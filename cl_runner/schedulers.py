@@ -24,5 +24,5 @@ def step(
     milestones: list[Annotated[float, Field(gt=0, lt=1)]],
     gamma: Annotated[float, Field(gt=0)] = 0.1,
 ) -> LRScheduler:
-    """Multiply the rate by `gamma` at each of `milestones`, which are shares of the task's steps; not before the first."""
+    """Multiply the rate by `gamma` at each of `milestones`, shares of the task's steps, but never before the first."""
     return MultiStepLR(optimizer, [max(1, round(share * steps)) for share in milestones], gamma)

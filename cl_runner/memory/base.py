@@ -140,8 +140,8 @@ class Memory(ABC):
         if self.per != "all":
             return place < self.size
         kept = np.zeros(len(rows), dtype=bool)
-        # All groups' firsts, then all their seconds, …; the last round goes by group, so that sizes alone decide how many
-        # rows a group keeps, and ranks alone which.
+        # All groups' firsts, then all their seconds, …; the last round goes by group, so that how many rows a group
+        # keeps depends on the groups' sizes alone, and which on ranks alone.
         kept[np.lexsort((groups, place))[: self.size]] = True
         return kept
 
