@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -60,14 +60,14 @@ class Trainer:
         batch_size: Count = 32,
         accumulate: Count = 1,
         optimizer_state: Literal["reset", "keep"] = "reset",
-        clip_norm: Annotated[float, Field(gt=0)] | None = None,
+        clip_norm: PositiveFloat | None = None,
         active_logits: ActiveLogits | None = None,
         precision: Literal["fp32", "tf32", "bf16"] = "fp32",
         compile: bool = False,
         deterministic: bool = False,
         log_every: Count = 10,
         eval_batch_size: Count = 512,
-        drift_samples: Annotated[int, Field(ge=0)] = 512,
+        drift_samples: NonNegativeInt = 512,
         checkpoint_every: Count | None = None,
         checkpoint_seconds: Annotated[float, Field(ge=1)] | None = 300.0,
         keep_checkpoint: bool = False,

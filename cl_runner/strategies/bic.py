@@ -4,7 +4,7 @@ from typing import Annotated
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, PositiveFloat
 from torch import Tensor
 
 from cl_runner.memory.base import Memory
@@ -34,7 +34,7 @@ class BiC(Exemplars):
         *,
         memory: Memory,
         held_out: Annotated[float, Field(gt=0, lt=1)] = 0.1,
-        temperature: Annotated[float, Field(gt=0)] = 2.0,
+        temperature: PositiveFloat = 2.0,
         seed: Seed = 0,
     ) -> None:
         """`held_out`: share of each old class's exemplars, at least one, that only the correction learns from (none, so

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
-from pydantic import Field
+from pydantic import Field, NonNegativeFloat
 from torch import Tensor
 
 from cl_runner.errors import ConfigError
@@ -35,7 +35,7 @@ class CODAPrompt(Prompting):
         blocks: Sequence[int] = (0, 1, 2, 3, 4),
         components: Count = 10,
         length: Annotated[int, Field(ge=2)] = 8,
-        strength: Annotated[float, Field(ge=0)] = 0.0,
+        strength: NonNegativeFloat = 0.0,
     ) -> None:
         """`blocks`: of the transformer, from 0; `components`: a task; `length`: a prompt's keys and values together."""
         if length % 2:

@@ -1,10 +1,9 @@
 """Dark experience replay (Buzzega et al., 2020, arXiv 2004.07211)."""
 
 from dataclasses import replace
-from typing import Annotated
 
 import torch
-from pydantic import Field
+from pydantic import NonNegativeFloat
 from torch import Tensor
 
 from cl_runner.memory.base import Memory
@@ -27,7 +26,7 @@ class DER(Rehearsal):
     active_logits = "all"  # as in the paper
 
     def __init__(
-        self, *, memory: Memory, alpha: Annotated[float, Field(ge=0)] = 0.5, replay_batch_size: Count | None = None
+        self, *, memory: Memory, alpha: NonNegativeFloat = 0.5, replay_batch_size: Count | None = None
     ) -> None:
         """`alpha`: of the logits' mean squared error; nothing is drawn for a term of weight zero."""
         super().__init__(memory=memory, replay_batch_size=replay_batch_size, store="step")

@@ -1,8 +1,6 @@
 """DER++: dark experience replay that keeps the labels too (Buzzega et al., 2020, arXiv 2004.07211)."""
 
-from typing import Annotated
-
-from pydantic import Field
+from pydantic import NonNegativeFloat
 
 from cl_runner.memory.base import Memory
 from cl_runner.ranges import Count
@@ -16,8 +14,8 @@ class DERpp(DER):
         self,
         *,
         memory: Memory,
-        alpha: Annotated[float, Field(ge=0)] = 0.5,
-        beta: Annotated[float, Field(ge=0)] = 0.5,
+        alpha: NonNegativeFloat = 0.5,
+        beta: NonNegativeFloat = 0.5,
         replay_batch_size: Count | None = None,
     ) -> None:
         """`alpha`: see DER; `beta`: of the cross-entropy; `replay_batch_size`: of each draw."""

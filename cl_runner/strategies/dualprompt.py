@@ -1,9 +1,9 @@
 """DualPrompt: complementary prompting (Wang et al., 2022, arXiv 2204.04799)."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-from pydantic import Field
+from pydantic import NonNegativeFloat
 
 from cl_runner.models.prompts import Experts, Prompts
 from cl_runner.ranges import Count
@@ -31,7 +31,7 @@ class DualPrompt(Prompting):
         expert_blocks: Sequence[int] = (2, 3, 4),
         general_length: Count = 5,
         expert_length: Count = 20,
-        strength: Annotated[float, Field(ge=0)] = 1.0,
+        strength: NonNegativeFloat = 1.0,
     ) -> None:
         """`…_blocks`: of the transformer, from 0; `…_length`: keys, and as many values, in each (the authors' code has
         an `expert_length` of 20 for ImageNet-R and of 5 for CIFAR-100)."""

@@ -1,9 +1,7 @@
 """EASE: expandable subspace ensemble (Zhou et al., 2024, arXiv 2403.12030)."""
 
-from typing import Annotated
-
 import torch
-from pydantic import Field
+from pydantic import NonNegativeFloat, PositiveFloat
 from torch import Tensor, nn
 
 from cl_runner.models.adapters import Bottleneck
@@ -45,8 +43,8 @@ class EASE(Strategy):
         self,
         *,
         width: Count = 16,
-        scale: Annotated[float, Field(gt=0)] = 0.1,
-        alpha: Annotated[float, Field(ge=0)] = 0.1,
+        scale: PositiveFloat = 0.1,
+        alpha: NonNegativeFloat = 0.1,
         batch_size: Count = 256,
     ) -> None:
         """`width`: of the adapters' bottleneck; `scale`: of what they add."""

@@ -1,11 +1,11 @@
 """FeCAM: feature covariance-aware metric (Goswami et al., 2023, arXiv 2309.14062)."""
 
 from collections.abc import Callable
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import NonNegativeFloat, PositiveFloat
 from torch import Tensor
 
 from cl_runner.models.model import Model
@@ -33,9 +33,9 @@ class FeCAM(ClosedForm):
     def __init__(
         self,
         *,
-        power: Annotated[float, Field(gt=0)] = 0.5,
-        diagonal_shrinkage: Annotated[float, Field(ge=0)] = 1.0,
-        off_diagonal_shrinkage: Annotated[float, Field(ge=0)] = 1.0,
+        power: PositiveFloat = 0.5,
+        diagonal_shrinkage: NonNegativeFloat = 1.0,
+        off_diagonal_shrinkage: NonNegativeFloat = 1.0,
         normalize: bool = True,
         unit_length: Literal["compared", "first"] | None = "compared",
         covariance: Literal["class", "shared"] = "class",

@@ -1,10 +1,8 @@
 """Gradient episodic memory (Lopez-Paz & Ranzato, 2017, arXiv 1706.08840)."""
 
-from typing import Annotated
-
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import NonNegativeFloat
 from torch import Tensor
 
 from cl_runner.memory.base import Memory
@@ -21,7 +19,7 @@ class GEM(Rehearsal):
     dual's solution, as the paper says; the authors' code solves for v >= margin instead, a shorter correction.
     """
 
-    def __init__(self, *, memory: Memory, margin: Annotated[float, Field(ge=0)] = 0.5) -> None:
+    def __init__(self, *, memory: Memory, margin: NonNegativeFloat = 0.5) -> None:
         """`margin`: added to the solution of the dual (the paper's memory strength γ): pulls towards earlier tasks."""
         super().__init__(memory=memory, store="task")
         self.margin = margin

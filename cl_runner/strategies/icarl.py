@@ -1,10 +1,8 @@
 """iCaRL: incremental classifier and representation learning (Rebuffi et al., 2017, arXiv 1611.07725)."""
 
-from typing import Annotated
-
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import PositiveFloat
 from torch import Tensor
 
 from cl_runner.memory.base import Memory
@@ -25,7 +23,7 @@ class ICaRL(Exemplars):
     saved = (*Exemplars.saved, "means")
     scenarios = frozenset({Scenario.TASK, Scenario.CLASS})  # where classes are shared, none of their labels is learned
 
-    def __init__(self, *, memory: Memory, temperature: Annotated[float, Field(gt=0)] = 1.0) -> None:
+    def __init__(self, *, memory: Memory, temperature: PositiveFloat = 1.0) -> None:
         """`temperature`: of the teacher's answers; the paper's is 1, van de Ven's code has 2."""
         super().__init__(memory=memory)
         self.temperature = temperature

@@ -1,8 +1,8 @@
 """Learning to prompt (L2P: Wang et al., 2022, arXiv 2112.08654)."""
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-from pydantic import Field
+from pydantic import NonNegativeFloat
 
 from cl_runner.errors import ConfigError
 from cl_runner.models.prompts import Pool, Prompts
@@ -29,7 +29,7 @@ class L2P(Prompting):
         pool: Count = 10,
         length: Count = 5,
         top: Count = 5,
-        strength: Annotated[float, Field(ge=0)] = 0.5,
+        strength: NonNegativeFloat = 0.5,
     ) -> None:
         """`pool`: prompts in all; `length`: tokens each; `top`: prompts for an image."""
         if top > pool:

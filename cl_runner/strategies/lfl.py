@@ -1,8 +1,6 @@
 """Less-forgetting learning (Jung et al., 2016, arXiv 1607.00122)."""
 
-from typing import Annotated
-
-from pydantic import Field
+from pydantic import NonNegativeFloat
 from torch import Tensor
 
 from cl_runner.models.model import Output
@@ -18,7 +16,7 @@ class LFL(Taught):
     task's features are held too where the model came with a pretrained head.
     """
 
-    def __init__(self, *, strength: Annotated[float, Field(ge=0)] = 1.0, hold_head: bool = True) -> None:
+    def __init__(self, *, strength: NonNegativeFloat = 1.0, hold_head: bool = True) -> None:
         """`hold_head`: whether the rows of earlier classes stay as they were before the task (algorithm 1)."""
         self.strength, self.hold_head = strength, hold_head
 

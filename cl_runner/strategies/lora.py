@@ -2,10 +2,9 @@
 
 import logging
 from collections.abc import Sequence
-from typing import Annotated
 
 import torch
-from pydantic import Field
+from pydantic import PositiveFloat
 from torch import Tensor, nn
 
 from cl_runner.errors import ConfigError
@@ -38,7 +37,7 @@ class LoRA(Strategy):
         self,
         *,
         rank: Count = 8,
-        alpha: Annotated[float, Field(gt=0)] = 8.0,
+        alpha: PositiveFloat = 8.0,
         layers: Sequence[str] = ("*",),
         merge: bool = True,
     ) -> None:

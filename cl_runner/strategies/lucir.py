@@ -1,11 +1,10 @@
 """LUCIR: learning a unified classifier incrementally via rebalancing (Hou et al., 2019, CVPR)."""
 
 from dataclasses import replace
-from typing import Annotated
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import NonNegativeFloat, PositiveFloat
 from torch import Tensor
 
 from cl_runner.memory.base import Memory
@@ -35,11 +34,11 @@ class LUCIR(Exemplars):
         self,
         *,
         memory: Memory,
-        strength: Annotated[float, Field(ge=0)] = 5.0,
-        margin: Annotated[float, Field(ge=0)] = 0.5,
-        margin_strength: Annotated[float, Field(ge=0)] = 1.0,
+        strength: NonNegativeFloat = 5.0,
+        margin: NonNegativeFloat = 0.5,
+        margin_strength: NonNegativeFloat = 1.0,
         negatives: Count = 2,
-        scale: Annotated[float, Field(gt=0)] = 10.0,
+        scale: PositiveFloat = 10.0,
         hold_head: bool = True,
     ) -> None:
         """`strength`: of the features' term, times sqrt(old classes / new classes); `margin` and `margin_strength`: of

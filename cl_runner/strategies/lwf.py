@@ -1,9 +1,9 @@
 """Learning without forgetting (Li & Hoiem, 2017, arXiv 1606.09282), from the pretrained model too."""
 
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
-from pydantic import Field
+from pydantic import NonNegativeFloat, PositiveFloat
 from torch import Tensor
 
 from cl_runner.errors import ConfigError
@@ -28,10 +28,10 @@ class LwF(Taught):
     def __init__(
         self,
         *,
-        strength: Annotated[float, Field(ge=0)] = 1.0,
-        pretrained_strength: Annotated[float, Field(ge=0)] | None = None,
+        strength: NonNegativeFloat = 1.0,
+        pretrained_strength: NonNegativeFloat | None = None,
         teacher: Source = "auto",
-        temperature: Annotated[float, Field(gt=0)] = 2.0,
+        temperature: PositiveFloat = 2.0,
         squared_temperature: bool = True,
         weighting: Literal["constant", "tasks", "average"] = "tasks",
         softmax: Literal["task", "joint", "all"] = "task",

@@ -1,9 +1,7 @@
 """Maximally interfered retrieval (Aljundi et al., 2019, arXiv 1908.04742, ER-MIR, eq. 1)."""
 
-from typing import Annotated
-
 import torch
-from pydantic import Field
+from pydantic import PositiveFloat
 
 from cl_runner.errors import ConfigError
 from cl_runner.memory.base import Memory
@@ -28,7 +26,7 @@ class MIR(Rehearsal):
         replay_batch_size: Count | None = None,
         store: Store = "step",
         candidates: Count = 50,
-        virtual_lr: Annotated[float, Field(gt=0)] = 0.1,
+        virtual_lr: PositiveFloat = 0.1,
     ) -> None:
         """`candidates`: drawn from memory, of which `replay_batch_size` are replayed (all, where a batch is as large as
         that); `virtual_lr`: of the step that is tried (to first order the choice does not depend on it)."""

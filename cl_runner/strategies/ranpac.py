@@ -2,10 +2,9 @@
 without its first phase: the backbone is not adapted to the first task."""
 
 from collections.abc import Callable
-from typing import Annotated
 
 import torch
-from pydantic import Field
+from pydantic import PositiveFloat
 from torch import Tensor
 
 from cl_runner.models.architecture import seeded
@@ -30,7 +29,7 @@ class RanPAC(ClosedForm):
         self,
         *,
         projection: Count | None = 10_000,
-        ridge: Annotated[float, Field(gt=0)] | None = None,
+        ridge: PositiveFloat | None = None,
         batch_size: Count = 256,
     ) -> None:
         """`projection`: M, or null for the features themselves; the statistics take 8 M^2 bytes, and three times as

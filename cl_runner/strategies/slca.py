@@ -4,7 +4,7 @@ from typing import Annotated
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, NonNegativeInt, PositiveFloat
 from torch import Tensor
 
 from cl_runner.models.model import Model, Output
@@ -36,10 +36,10 @@ class SLCA(Strategy):
         self,
         *,
         backbone_rate: Annotated[float, Field(ge=0, le=1)] = 0.01,
-        epochs: Annotated[int, Field(ge=0)] = 5,
+        epochs: NonNegativeInt = 5,
         samples: Count = 256,
-        lr: Annotated[float, Field(gt=0)] = 0.01,
-        temperature: Annotated[float, Field(gt=0)] = 0.1,
+        lr: PositiveFloat = 0.01,
+        temperature: PositiveFloat = 0.1,
         batch_size: Count = 256,
     ) -> None:
         """Of the alignment: `epochs` (0: none), `samples` a class in each, `lr` (SGD, momentum 0.9, cosine schedule),

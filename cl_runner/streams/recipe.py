@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat
 from torch import Tensor
 
 from cl_runner.errors import ConfigError
@@ -58,15 +58,15 @@ class Recipe(ABC):
     pad_to: Count | None = None
     normalize: bool = False
     mean: list[float] | None = None
-    std: list[Annotated[float, Field(gt=0)]] | None = None
+    std: list[PositiveFloat] | None = None
     image_size: Count | None = None
     max_per_class: Count | None = None
     validation: Annotated[float, Field(ge=0, lt=1)] = 0.0
     augment: list[Literal["crop", "flip", "brightness"]] = field(default_factory=list)
-    crop_padding: Annotated[int, Field(ge=0)] = 4
+    crop_padding: NonNegativeInt = 4
     seed: Seed = 0
     download: bool = True
-    max_device_gb: Annotated[float, Field(ge=0)] = 8.0
+    max_device_gb: NonNegativeFloat = 8.0
 
     def __post_init__(self) -> None:
         self.scenario = Scenario(self.scenario)  # a config holds its plain name
