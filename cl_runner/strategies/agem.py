@@ -16,8 +16,7 @@ class AGEM(Rehearsal):
         """See Rehearsal; with store=step, rows of the task that is being learned are held still as well."""
         super().__init__(memory=memory, replay_batch_size=replay_batch_size, store=store)
 
-    def before_batch(self, batch: Examples) -> Examples:
-        self.fresh = len(batch)
+    def with_replay(self, batch: Examples) -> Examples:
         self.reference = self.replay(batch) if len(self.memory) else None
         return batch
 

@@ -41,8 +41,7 @@ class DER(Rehearsal):
                 missing = ~stored.isfinite() & self.model.revealed.to(stored.device)
                 stored.copy_(torch.where(missing, answers.to(stored), stored))
 
-    def before_batch(self, batch: Examples) -> Examples:
-        self.fresh = len(batch)
+    def with_replay(self, batch: Examples) -> Examples:
         nothing = torch.full((len(batch), self.stream.num_classes), -torch.inf, device=batch.labels.device)
         parts = [(replace(batch, extras={"logits": nothing}), {"label": 1.0, "logit": 0.0})]
         if len(self.memory):

@@ -47,10 +47,9 @@ class ER(Rehearsal):
         rows = torch.arange(max(len(data), len(held)), device=held.labels.device) % len(held)
         return data + held[rows].to(data.labels.device)
 
-    def before_batch(self, batch: Examples) -> Examples:
+    def with_replay(self, batch: Examples) -> Examples:
         if self.mode == "concatenated":
-            return super().before_batch(batch)
-        self.fresh = len(batch)
+            return super().with_replay(batch)
         if self.mode == "oversampled" or self.number == 1 or not len(self.memory):
             return batch
         share = 1 / self.number

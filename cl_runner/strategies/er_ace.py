@@ -14,8 +14,7 @@ class ERACE(Rehearsal):
     """Fresh rows are told apart by the classes of their batch only, so that they do not push old classes away; replayed
     rows by all. Both mean losses are added."""
 
-    def before_batch(self, batch: Examples) -> Examples:
-        self.fresh = len(batch)
+    def with_replay(self, batch: Examples) -> Examples:
         every = torch.ones(self.stream.num_classes, dtype=torch.bool, device=batch.labels.device)
         present = torch.zeros_like(every).index_fill(0, batch.labels, True)
         parts = [(_among(batch, present), {"weight": 1.0})]

@@ -24,8 +24,7 @@ class GEM(Rehearsal):
         super().__init__(memory=memory, store="task")
         self.margin = margin
 
-    def before_batch(self, batch: Examples) -> Examples:
-        self.fresh = len(batch)
+    def with_replay(self, batch: Examples) -> Examples:
         return batch
 
     def after_backward(self) -> None:

@@ -36,6 +36,10 @@ class Rehearsal(Strategy):
 
     def before_batch(self, batch: Examples) -> Examples:
         self.fresh = len(batch)
+        return self.with_replay(batch)
+
+    def with_replay(self, batch: Examples) -> Examples:
+        """The batch to learn: the fresh rows of `batch`, then any replayed ones."""
         return batch + self.replay(batch) if len(self.memory) else batch
 
     def replay(self, batch: Examples) -> Examples:
