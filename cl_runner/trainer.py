@@ -216,5 +216,7 @@ class Trainer:
 
 def _joined(outputs: list[Output]) -> Output:
     return Output(
-        *(torch.cat(parts) for parts in zip(*((o.logits, o.features, o.inputs) for o in outputs), strict=True))
+        logits=torch.cat([output.logits for output in outputs]),
+        features=torch.cat([output.features for output in outputs]),
+        source=lambda: torch.cat([output.inputs for output in outputs]),
     )

@@ -1,7 +1,8 @@
 """The model of a run: preprocess -> backbone -> head, and which outputs the loss may see."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -20,7 +21,12 @@ class Output:
 
     logits: Tensor  # [B, K], unmasked
     features: Tensor  # [B, D]
-    inputs: Tensor  # [B, C, H, W] float, as the backbone saw them: a teacher must see the same augmented pixels
+    source: Tensor | Callable[[], Tensor]  # the inputs, or what computes them once somebody asks
+
+    @cached_property
+    def inputs(self) -> Tensor:
+        """[B, C, H, W] float, as the backbone saw them: a teacher must see the same augmented pixels."""
+        return self.source if isinstance(self.source, Tensor) else self.source()
 
 
 class Model(nn.Module):
@@ -87,13 +93,18 @@ class Model(nn.Module):
         return self.visible.any(0)
 
     def forward(self, images: Tensor, features: Tensor | None = None) -> Output:
-        """`images`: [B, C, H, W] uint8; `features`: theirs, where a backbone that stays still gave them before."""
-        return self.encode(self.preprocess(images), features)
+        """`images`: [B, C, H, W] uint8; `features`: theirs, if a frozen backbone has computed them before.
 
-    def encode(self, inputs: Tensor, features: Tensor | None = None) -> Output:
+        With `features`, images are preprocessed only for those who ask for `Output.inputs`.
+        """
+        if features is None:
+            return self.encode(self.preprocess(images))
+        return Output(self.head(self.dropout(features)), features, lambda: self.preprocess(images))
+
+    def encode(self, inputs: Tensor) -> Output:
         """`inputs`: [B, C, H, W] float, already preprocessed (`Output.inputs`, say)."""
-        known = self.backbone(inputs) if features is None else features
-        return Output(self.head(self.dropout(known)), known, inputs)
+        features = self.backbone(inputs)
+        return Output(self.head(self.dropout(features)), features, inputs)
 
     def restrict(self, logits: Tensor, task_ids: Tensor) -> Tensor:
         """`logits` [B, K] with -inf where an example of its task [B] may not be told apart by them."""
