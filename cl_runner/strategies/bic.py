@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cl_runner.memory.base import Memory
 from cl_runner.models.model import Model, Output
-from cl_runner.randomness import of_task
+from cl_runner.randomness import derived, of_task
 from cl_runner.ranges import Seed
 from cl_runner.strategies.looking import CHUNK, evaluating
 from cl_runner.strategies.taught import Exemplars
@@ -92,7 +92,8 @@ class BiC(Exemplars):
         if not len(self.memory):
             return fresh, fresh[:0]
         held = self.memory.examples.to(fresh.labels.device)
-        generator = torch.Generator().manual_seed(of_task(self.seed, task.index))
+        # Apart from the trainer, which shuffles the task's rows by the task's seed itself.
+        generator = torch.Generator().manual_seed(derived(of_task(self.seed, task.index), "held out"))
         to_spare = [int(part.labels.unique(return_counts=True)[1].min()) - 1 for part in (fresh, held)]
         count = min(max(1, round(self.held_out * len(held) / len(held.labels.unique()))), *to_spare)
         kept, apart = [], []
