@@ -176,7 +176,7 @@ class Trainer:
         for _ in range(done // steps_a_pass):
             torch.randperm(len(data), generator=generator)  # the order of a pass that was made before
         while done < steps:
-            for batch in data.batches(self.batch_size, generator, drop_last, first=done % steps_a_pass):
+            for batch in data.shuffled(self.batch_size, generator, drop_last, first=done % steps_a_pass):
                 if done == steps:
                     return
                 done += 1

@@ -49,19 +49,19 @@ class Examples:
         extras = {name: move(values) for name, values in self.extras.items()}
         return Examples(move(self.images), move(self.labels), move(self.task_ids), extras)
 
-    def batches(
-        self, size: int, generator: torch.Generator | None = None, drop_last: bool = False, first: int = 0
-    ) -> Iterator["Examples"]:
-        """All rows once, `size` at a time: in order, or shuffled by `generator` (a CPU generator); those from batch
-        number `first` on.
+    def batches(self, size: int) -> Iterator["Examples"]:
+        """All rows in order, `size` at a time; the last batch may be short."""
+        for start in range(0, len(self), size):
+            yield self[start : start + size]
 
-        The last batch is short, or left out with `drop_last` (unless it is the only one). A single row that is left
-        over joins the batch before it when shuffled: a batch of one has no statistics for a normalisation layer.
+    def shuffled(
+        self, size: int, generator: torch.Generator, drop_last: bool = False, first: int = 0
+    ) -> Iterator["Examples"]:
+        """All rows once, shuffled by `generator` (a CPU generator), `size` at a time, starting at batch number `first`.
+
+        The last batch may be short; `drop_last` leaves it out unless it is the only one. A single row left over joins
+        the batch before it: a batch of one has no statistics for a normalisation layer.
         """
-        if generator is None:
-            for start in range(first * size, len(self), size):
-                yield self[start : start + size]
-            return
         order = torch.randperm(len(self), generator=generator).to(self.labels.device)
         count = number_of_batches(len(self), size, drop_last)
         for number in range(first, count):
@@ -78,7 +78,7 @@ class Examples:
 
 
 def number_of_batches(rows: int, size: int, drop_last: bool = False) -> int:
-    """How many shuffled batches `Examples.batches` makes."""
+    """How many batches `Examples.shuffled` makes."""
     whole, rest = divmod(rows, size)
     return max(1, whole) if drop_last or rest == 0 or (rest == 1 and whole) else whole + 1
 
