@@ -1,4 +1,4 @@
-"""What all architectures share: the weights a backbone starts from, what of it stays still, what images it takes."""
+"""What all architectures share: the weights a backbone starts from, what of it is frozen, what images it takes."""
 
 import logging
 import re
@@ -104,7 +104,7 @@ class Architecture(ABC):
         """
         self.check_names()
         if self.freeze or self.file:
-            still_names(self.outline.backbone, self.freeze)
+            frozen_names(self.outline.backbone, self.freeze)
         if self.file:
             weights.compare(self.outline, weights.read(self.file, self.key_map, "meta"), shapes=False)
 
@@ -140,9 +140,9 @@ class Architecture(ABC):
         with seeded(derived(self.seed, "backbone")):  # the head's rows would repeat the first layer's numbers
             inputs, net = self._assembled(stream)
             num_features = self._num_features(net, inputs)
-            still = still_names(net.backbone, self.freeze)
+            frozen = frozen_names(net.backbone, self.freeze)
             for name, parameter in net.backbone.named_parameters():
-                parameter.requires_grad_(name not in still)
+                parameter.requires_grad_(name not in frozen)
             channels_last = self.in_channels_last(net.backbone)
             if channels_last:
                 net.backbone.to(memory_format=torch.channels_last)
@@ -158,8 +158,8 @@ class Architecture(ABC):
                 head_name=net.classifiers[0],
                 metadata={"format": "pt", "architecture": self.label, **inputs.metadata()},
             )
-            frozen = (self.norm_stats or ("frozen" if self.pretrained else "adapt")) == "frozen"
-            model.hold_statistics(norm_layers(net.backbone, None if frozen else still))
+            norm_stats = self.norm_stats or ("frozen" if self.pretrained else "adapt")
+            model.hold_statistics(norm_layers(net.backbone, None if norm_stats == "frozen" else frozen))
         return model
 
     @cached_property
@@ -271,13 +271,13 @@ def refused(label: str, shape: Shape, error: Exception) -> ConfigError:
     return ConfigError("model.image_size", f"expected a size that {label} can take, got images of {images} ({reason})")
 
 
-def still_names(backbone: nn.Module, patterns: Sequence[str]) -> set[str]:
+def frozen_names(backbone: nn.Module, patterns: Sequence[str]) -> set[str]:
     """Names of the parameters and buffers that some pattern matches.
 
     Raises ConfigError for a pattern that matches none, with names that are near.
     """
     names = [name for name, _ in (*backbone.named_parameters(), *backbone.named_buffers())]
-    still: set[str] = set()
+    frozen: set[str] = set()
     for pattern in patterns:
         matched = {name for name in names if fnmatchcase(name, pattern)}
         if not matched:
@@ -285,8 +285,8 @@ def still_names(backbone: nn.Module, patterns: Sequence[str]) -> set[str]:
             raise ConfigError(
                 "model.freeze", f"expected patterns of the backbone's names, such as {near}, got {pattern!r}"
             )
-        still |= matched
-    return still
+        frozen |= matched
+    return frozen
 
 
 def has_narrow_shortcut(backbone: nn.Module) -> bool:
@@ -299,13 +299,13 @@ def has_narrow_shortcut(backbone: nn.Module) -> bool:
     return any(max(one.kernel_size) == 1 < max(one.stride) and one.in_channels < 16 for one in layers)
 
 
-def norm_layers(backbone: nn.Module, still: set[str] | None) -> list[nn.Module]:
-    """Layers with running statistics: all, or those whose statistics, or all of whose parameters, are in `still`."""
+def norm_layers(backbone: nn.Module, frozen: set[str] | None) -> list[nn.Module]:
+    """Layers with running statistics: all, or those whose statistics, or all of whose parameters, are in `frozen`."""
     found = []
     for name, module in backbone.named_modules():
         if not isinstance(getattr(module, "running_mean", None), Tensor):
             continue
         parameters = {f"{name}.{own}" for own, _ in module.named_parameters(recurse=False)}
-        if still is None or f"{name}.running_mean" in still or (parameters and parameters <= still):
+        if frozen is None or f"{name}.running_mean" in frozen or (parameters and parameters <= frozen):
             found.append(module)
     return found

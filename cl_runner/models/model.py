@@ -70,7 +70,7 @@ class Model(nn.Module):
         }
         self.active_logits = active_logits or defaults[stream.scenario]
         self.register_buffer("visible", torch.zeros(len(stream), stream.num_classes, dtype=torch.bool))
-        self._still: list[nn.Module] = []
+        self._eval_only: list[nn.Module] = []
 
     def reveal(self, task: Task) -> None:
         """Let the loss see `task`'s outputs; rows that it sees for the first time are drawn afresh."""
@@ -112,12 +112,12 @@ class Model(nn.Module):
 
     def hold_statistics(self, modules: Iterable[nn.Module]) -> None:
         """Keep these modules (normalisation layers) in eval mode, whatever mode the model is put in."""
-        self._still = list(modules)
+        self._eval_only = list(modules)
         self.train(self.training)
 
     def train(self, mode: bool = True) -> "Model":
         super().train(mode)
-        for module in self._still:
+        for module in self._eval_only:
             module.eval()
         return self
 

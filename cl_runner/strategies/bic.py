@@ -11,7 +11,7 @@ from cl_runner.memory.base import Memory
 from cl_runner.models.model import Model, Output
 from cl_runner.randomness import derived, of_task
 from cl_runner.ranges import Seed
-from cl_runner.strategies.looking import CHUNK, evaluating
+from cl_runner.strategies.inference import CHUNK, evaluating
 from cl_runner.strategies.taught import Exemplars
 from cl_runner.streams.base import Examples, Scenario, Stream, Task, concatenate
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from cl_runner.models.model import Model
 from cl_runner.strategies.base import Strategy
-from cl_runner.strategies.looking import Recalled, gathered, home
+from cl_runner.strategies.inference import FeatureCache, extract_features, float64_device
 from cl_runner.streams.base import Examples, Stream, Task
 
 
@@ -37,22 +37,22 @@ class ClosedForm(Strategy):
     def setup(self, model: Model, stream: Stream) -> None:
         super().setup(model, stream)
         model.requires_grad_(False)
-        self.home = home(model.device)
+        self.float64_device = float64_device(model.device)
         self.counts = self.zeros(stream.num_classes)
         self.classifier: Callable[[Tensor], Tensor] | None = None  # follows from the statistics: never saved
-        self.recalled = Recalled(model)
+        self.cached_features = FeatureCache(model)
 
     def zeros(self, *shape: int) -> Tensor:
-        return torch.zeros(shape, dtype=torch.float64, device=self.home)
+        return torch.zeros(shape, dtype=torch.float64, device=self.float64_device)
 
     def training_data(self, task: Task) -> Examples:
         return task.train[:0]
 
     def after_task(self, task: Task) -> None:
-        self.gather(*gathered(self.model, task.train, self.batch_size))
+        self.gather(*extract_features(self.model, task.train, self.batch_size))
         self.classifier = None
 
     def predict(self, images: Tensor, task_ids: Tensor) -> Tensor:
         self.classifier = self.classifier or self.fit()
-        scores = self.classifier(self.recalled(images).to(self.home).double())
+        scores = self.classifier(self.cached_features(images).to(self.float64_device).double())
         return scores.masked_fill(self.counts == 0, -torch.inf).to(images.device, torch.float32)

@@ -51,8 +51,8 @@ class Combined(Strategy):
             raise ConfigError("strategy.parts", f"expected methods that are not combined themselves, got {nested[0]}")
         if alone := self._those(lambda part: part.offline or part.needs_task_id):
             raise ConfigError("strategy.parts", f"expected methods that learn one model task by task, got {alone[0]}")
-        if still := self._those(lambda part: isinstance(part, ClosedForm)):
-            raise ConfigError("strategy.parts", f"expected methods that learn by gradients, got {still[0]}")
+        if closed_form := self._those(lambda part: isinstance(part, ClosedForm)):
+            raise ConfigError("strategy.parts", f"expected methods that learn by gradients, got {closed_form[0]}")
         inside = self._those(lambda part: isinstance(part, Prompting | LoRA | EASE))
         if len(inside) > 1:
             got = ", ".join(inside)

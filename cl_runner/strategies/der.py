@@ -9,7 +9,7 @@ from torch import Tensor
 from cl_runner.memory.base import Memory
 from cl_runner.models.model import Output
 from cl_runner.ranges import Count
-from cl_runner.strategies.looking import CHUNK, evaluating
+from cl_runner.strategies.inference import CHUNK, evaluating
 from cl_runner.strategies.rehearsal import Rehearsal, weighted
 from cl_runner.streams.base import Examples, Task
 

@@ -11,7 +11,7 @@ from cl_runner.models.prompts import vision_transformer
 from cl_runner.models.substitute import call_with
 from cl_runner.ranges import Count
 from cl_runner.strategies.base import Strategy
-from cl_runner.strategies.looking import gathered, home
+from cl_runner.strategies.inference import extract_features, float64_device
 from cl_runner.strategies.subspaces import Subspaces
 from cl_runner.streams.base import Stream, Task
 from cl_runner.streams.recipe import Recipe
@@ -64,7 +64,7 @@ class EASE(Strategy):
             adapter.to(model.device).beside(block.get_submodule("mlp"))
         model.add_module("adapters", nn.ModuleList(self.adapters))
         classes = [task.classes for task in stream.tasks]
-        self.subspaces = Subspaces(classes, stream.num_classes, model.head.in_features, home(model.device))
+        self.subspaces = Subspaces(classes, stream.num_classes, model.head.in_features, float64_device(model.device))
         self.learned: list[dict[str, Tensor]] = []  # each task's adapters, by the model's names for them
 
     def before_task(self, task: Task) -> None:
@@ -75,7 +75,7 @@ class EASE(Strategy):
         names = {name: value for name, value in self.model.named_parameters() if name.startswith("adapters.")}
         self.learned.append({name: value.detach().clone() for name, value in names.items()})
         for space, weights in enumerate(self.learned):
-            self.subspaces.add(space, *gathered(self.model, task.train, self.batch_size, weights))
+            self.subspaces.add(space, *extract_features(self.model, task.train, self.batch_size, weights))
 
     def predict(self, images: Tensor, task_ids: Tensor) -> Tensor:
         spaces = self.learned or [{}]  # asked before the first task, there are no means yet to compare with

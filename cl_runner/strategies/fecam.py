@@ -51,7 +51,9 @@ class FeCAM(ClosedForm):
 
     def setup(self, model: Model, stream: Stream) -> None:
         super().setup(model, stream)
-        self.moments = Moments(stream.num_classes, model.head.in_features, shared=self.shared, device=self.home)
+        self.moments = Moments(
+            stream.num_classes, model.head.in_features, shared=self.shared, device=self.float64_device
+        )
         self.counts = self.moments.counts  # one tensor, filled in place
         self.factors: dict[int, Tensor] = {}  # of classes whose covariance has not changed since; never saved
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from cl_runner.models.model import Model
 from cl_runner.strategies.base import Strategy
-from cl_runner.strategies.looking import CHUNK, Recalled, features_of
+from cl_runner.strategies.inference import CHUNK, FeatureCache, features_of
 from cl_runner.streams.base import Examples, Stream, Task
 
 
@@ -23,7 +23,7 @@ class Frozen(Strategy):
         super().setup(model, stream)
         model.backbone.requires_grad_(False)
         model.hold_statistics(model.backbone.modules())
-        self.recalled = Recalled(model)
+        self.cached_features = FeatureCache(model)
 
     def training_data(self, task: Task) -> Examples:
         data = task.train
@@ -33,4 +33,4 @@ class Frozen(Strategy):
         return replace(data, extras={"features": features.to(data.labels.device)})
 
     def predict(self, images: Tensor, task_ids: Tensor) -> Tensor:
-        return self.model.head(self.recalled(images))
+        return self.model.head(self.cached_features(images))

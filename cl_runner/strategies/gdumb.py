@@ -3,7 +3,7 @@
 from cl_runner.memory.base import Memory
 from cl_runner.models.model import Model
 from cl_runner.strategies.base import Strategy
-from cl_runner.strategies.looking import features_of
+from cl_runner.strategies.inference import features_of
 from cl_runner.streams.base import Examples, Stream, Task
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from cl_runner.memory.base import Memory
 from cl_runner.models.model import Model, Output
-from cl_runner.strategies.looking import CHUNK, features_of
+from cl_runner.strategies.inference import CHUNK, features_of
 from cl_runner.strategies.taught import Exemplars
 from cl_runner.streams.base import Examples, Scenario, Stream, Task
 

@@ -14,7 +14,7 @@ from cl_runner.models.model import Model
 from cl_runner.models.substitute import call_with
 from cl_runner.ranges import Count
 from cl_runner.strategies.base import Strategy
-from cl_runner.strategies.looking import evaluating
+from cl_runner.strategies.inference import evaluating
 from cl_runner.streams.base import Scenario, Stream, Task
 from cl_runner.streams.recipe import Recipe
 

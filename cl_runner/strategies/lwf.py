@@ -10,7 +10,7 @@ from cl_runner.errors import ConfigError
 from cl_runner.models.architecture import Architecture
 from cl_runner.models.model import Model, Output, PretrainedView
 from cl_runner.strategies.anchors import Source, check_source, wants_pretrained, wants_previous
-from cl_runner.strategies.taught import Taught, still
+from cl_runner.strategies.taught import Taught, frozen_copy
 from cl_runner.streams.base import Examples, Stream, Task
 from cl_runner.streams.recipe import Recipe
 
@@ -55,7 +55,7 @@ class LwF(Taught):
 
     def setup(self, model: Model, stream: Stream) -> None:
         super().setup(model, stream)
-        self.pretrained = still(PretrainedView(model)) if wants_pretrained(self.source, model) else None
+        self.pretrained = frozen_copy(PretrainedView(model)) if wants_pretrained(self.source, model) else None
         self._check_softmax([len(task.classes) for task in stream.tasks], self.pretrained is not None)
         self.old_groups: list[Tensor] = []  # the earlier outputs, int64, for each softmax
 

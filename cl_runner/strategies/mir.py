@@ -7,7 +7,7 @@ from cl_runner.errors import ConfigError
 from cl_runner.memory.base import Memory
 from cl_runner.models.substitute import call_with
 from cl_runner.ranges import Count
-from cl_runner.strategies.looking import evaluating
+from cl_runner.strategies.inference import evaluating
 from cl_runner.strategies.rehearsal import Rehearsal, Store
 from cl_runner.streams.base import Examples
 

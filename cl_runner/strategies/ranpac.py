@@ -43,7 +43,7 @@ class RanPAC(ClosedForm):
         features = model.head.in_features
         size = self.size or features
         with seeded(model.seed):  # on the CPU: the same on every device, and in a resumed run
-            self.projection = torch.randn(features, size).to(self.home).double()
+            self.projection = torch.randn(features, size).to(self.float64_device).double()
         self.gram, self.sums = self.zeros(size, size), self.zeros(size, stream.num_classes)
         self.ridge = self.fixed_ridge or 1.0
 

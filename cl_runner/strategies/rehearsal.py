@@ -14,7 +14,7 @@ from cl_runner.memory.base import Memory
 from cl_runner.models.model import Output
 from cl_runner.ranges import Count
 from cl_runner.strategies.base import Strategy
-from cl_runner.strategies.looking import evaluating, features_of
+from cl_runner.strategies.inference import evaluating, features_of
 from cl_runner.streams.base import Examples, Task, concatenate
 
 Store = Literal["step", "task"]

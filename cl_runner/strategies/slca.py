@@ -10,7 +10,7 @@ from torch import Tensor
 from cl_runner.models.model import Model, Output
 from cl_runner.ranges import Count
 from cl_runner.strategies.base import Strategy
-from cl_runner.strategies.looking import gathered, home
+from cl_runner.strategies.inference import extract_features, float64_device
 from cl_runner.strategies.moments import Moments
 from cl_runner.streams.base import Examples, Scenario, Stream, Task
 
@@ -49,7 +49,9 @@ class SLCA(Strategy):
 
     def setup(self, model: Model, stream: Stream) -> None:
         super().setup(model, stream)
-        self.moments = Moments(stream.num_classes, model.head.in_features, shared=False, device=home(model.device))
+        self.moments = Moments(
+            stream.num_classes, model.head.in_features, shared=False, device=float64_device(model.device)
+        )
         self.unaligned: dict[str, Tensor] = {}  # the head's parameters as the last task left them
 
     @torch.no_grad()
@@ -70,7 +72,7 @@ class SLCA(Strategy):
             parameter.copy_(torch.lerp(before, parameter, self.backbone_rate))
 
     def after_task(self, task: Task) -> None:
-        self.moments.add(*gathered(self.model, task.train, self.batch_size))
+        self.moments.add(*extract_features(self.model, task.train, self.batch_size))
         if self.epochs and task.index:
             self.unaligned = {name: value.detach().clone() for name, value in self.model.head.named_parameters()}
             self.align()

@@ -36,7 +36,7 @@ class SLDA(ClosedForm):
 
     def setup(self, model: Model, stream: Stream) -> None:
         super().setup(model, stream)
-        self.moments = Moments(stream.num_classes, model.head.in_features, shared=True, device=self.home)
+        self.moments = Moments(stream.num_classes, model.head.in_features, shared=True, device=self.float64_device)
         self.counts = self.moments.counts  # one tensor, filled in place
 
     def gather(self, features: Tensor, labels: Tensor) -> None:

@@ -10,7 +10,7 @@ from cl_runner.memory.base import Memory
 from cl_runner.models.model import Model, Output
 from cl_runner.models.prompts import Prompts
 from cl_runner.strategies.base import Strategy
-from cl_runner.strategies.looking import features_of
+from cl_runner.strategies.inference import features_of
 from cl_runner.streams.base import Examples, Stream, Task
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -23,7 +23,7 @@ class Taught(Strategy):
 
     def setup(self, model: Model, stream: Stream) -> None:
         super().setup(model, stream)
-        self.teacher = still(model)
+        self.teacher = frozen_copy(model)
         self.old: Tensor = torch.zeros_like(model.revealed)  # [K] bool: the classes of earlier tasks
         self.number = 1  # of the task, from 1
 
@@ -81,6 +81,6 @@ def _prompts_of(model: Model) -> list[Prompts]:
     return [module for module in model.modules() if isinstance(module, Prompts)]
 
 
-def still(model: Module) -> Module:
+def frozen_copy(model: Module) -> Module:
     """A copy that never changes: no gradients, in eval mode, out of reach of the model's own `train()`."""
     return deepcopy(model).requires_grad_(False).eval()

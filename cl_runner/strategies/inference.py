@@ -37,13 +37,13 @@ def features_of(model: Model) -> Features:
     return features
 
 
-def home(device: torch.device) -> torch.device:
+def float64_device(device: torch.device) -> torch.device:
     """Where statistics are kept and computed in float64: on the device, if it knows such numbers."""
     return torch.device("cpu") if device.type == "mps" else device
 
 
 @torch.no_grad()
-def gathered(
+def extract_features(
     model: Model, examples: Examples, batch_size: int, weights: dict[str, Tensor] | None = None
 ) -> tuple[Tensor, Tensor]:
     """Features [N, D] (float64, where statistics are kept) and labels [N] of all examples, without augmentation.
@@ -53,11 +53,11 @@ def gathered(
     model.eval()
     parts = list(examples.batches(batch_size))
     features = [call_with(model, weights or {}, part.images.to(model.device)).features for part in parts]
-    place = home(model.device)
+    place = float64_device(model.device)
     return torch.cat(features).to(place).double(), torch.cat([part.labels for part in parts]).to(place)
 
 
-class Recalled:
+class FeatureCache:
     """The features of images that are asked about, where nothing that they depend on ever changes: computed once and
     kept (4 D bytes each). Batches are told apart by what is in them."""
 
