@@ -11,7 +11,7 @@ from cl_runner.models.prompts import vision_transformer
 from cl_runner.models.substitute import call_with
 from cl_runner.ranges import Count
 from cl_runner.strategies.base import Strategy
-from cl_runner.strategies.inference import extract_features, float64_device
+from cl_runner.strategies.inference import cloned_state, extract_features, float64_device
 from cl_runner.strategies.subspaces import Subspaces
 from cl_runner.streams.base import Stream, Task
 from cl_runner.streams.recipe import Recipe
@@ -72,8 +72,7 @@ class EASE(Strategy):
             adapter.reset()
 
     def after_task(self, task: Task) -> None:
-        names = {name: value for name, value in self.model.named_parameters() if name.startswith("adapters.")}
-        self.learned.append({name: value.detach().clone() for name, value in names.items()})
+        self.learned.append(cloned_state(self.model, "adapters."))
         for space, weights in enumerate(self.learned):
             self.subspaces.add(space, *extract_features(self.model, task.train, self.batch_size, weights))
 

@@ -1,6 +1,6 @@
 """The model asked, in eval mode, and its weights and statistics left as they were."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from hashlib import blake2b
 
@@ -55,6 +55,22 @@ def extract_features(
     features = [call_with(model, weights or {}, part.images.to(model.device)).features for part in parts]
     place = float64_device(model.device)
     return torch.cat(features).to(place).double(), torch.cat([part.labels for part in parts]).to(place)
+
+
+def cloned_state(model: Model, *prefixes: str) -> dict[str, Tensor]:
+    """Copies of the parameters and buffers whose names start with one of the prefixes."""
+    return {name: value.clone() for name, value in model.state_dict().items() if name.startswith(prefixes)}
+
+
+def predict_by_task(
+    model: Model, images: Tensor, task_ids: Tensor, learned: Mapping[int, dict[str, Tensor]], other: dict[str, Tensor]
+) -> Tensor:
+    """Logits [B, K], float32, of each image under the weights `learned` for its task, or else the `other` weights."""
+    scores = images.new_zeros(len(images), model.head.out_features, dtype=torch.float32)
+    for task in task_ids.unique().tolist():
+        rows = task_ids == task
+        scores[rows] = call_with(model, learned.get(task, other), images[rows]).logits.float()
+    return scores
 
 
 class FeatureCache:

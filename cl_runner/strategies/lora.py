@@ -11,10 +11,9 @@ from cl_runner.errors import ConfigError
 from cl_runner.models.adapters import LowRank, called_in, low_rank_layers
 from cl_runner.models.architecture import Architecture, norm_layers
 from cl_runner.models.model import Model
-from cl_runner.models.substitute import call_with
 from cl_runner.ranges import Count
 from cl_runner.strategies.base import Strategy
-from cl_runner.strategies.inference import evaluating
+from cl_runner.strategies.inference import cloned_state, evaluating, predict_by_task
 from cl_runner.streams.base import Scenario, Stream, Task
 from cl_runner.streams.recipe import Recipe
 
@@ -85,7 +84,7 @@ class LoRA(Strategy):
 
     def after_task(self, task: Task) -> None:
         if not self.merge:
-            self.learned[task.index] = self._branches()
+            self.learned[task.index] = cloned_state(self.model, "adapters.")
             return
         for branch, layer in zip(self.branches, self.layers, strict=True):
             branch.merge(layer)
@@ -93,17 +92,4 @@ class LoRA(Strategy):
     def predict(self, images: Tensor, task_ids: Tensor) -> Tensor:
         if self.merge:
             return super().predict(images, task_ids)
-        scores = images.new_zeros(len(images), self.stream.num_classes, dtype=torch.float32)
-        for task in task_ids.unique().tolist():
-            rows = task_ids == task
-            branches = self.learned.get(task, {})
-            scores[rows] = call_with(self.model, branches, images[rows]).logits.float()
-        return scores
-
-    def _branches(self) -> dict[str, Tensor]:
-        """The branches as they now are, by the model's names for them."""
-        return {
-            name: value.detach().clone()
-            for name, value in self.model.named_parameters()
-            if name.startswith("adapters.")
-        }
+        return predict_by_task(self.model, images, task_ids, self.learned, {})
