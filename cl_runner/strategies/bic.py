@@ -52,7 +52,7 @@ class BiC(Exemplars):
     def before_task(self, task: Task) -> None:
         super().before_task(task)
         old = int(self.old.sum())
-        self.share = old / (old + int(self._new(task).sum()))
+        self.share = old / (old + len(self.new))
 
     def training_data(self, task: Task) -> Examples:
         return self._parts(task)[0]
@@ -71,20 +71,14 @@ class BiC(Exemplars):
         return {"bic": self.share * losses.mean()}
 
     def after_task(self, task: Task) -> None:
-        balanced, new = self._parts(task)[1], self._new(task)
+        _, balanced = self._parts(task)
         self.scale, self.shift = torch.ones_like(self.scale), torch.zeros_like(self.shift)
         if len(balanced):
-            self.scale[new], self.shift[new] = self._fitted(balanced, new).to(self.scale)
+            self.scale[self.new], self.shift[self.new] = self._fitted(balanced).to(self.scale)
         super().after_task(task)
 
     def predict(self, images: Tensor, task_ids: Tensor) -> Tensor:
         return self.model(images).logits * self.scale + self.shift
-
-    def _new(self, task: Task) -> Tensor:
-        """[K] bool."""
-        new = torch.zeros_like(self.old)
-        new[list(task.classes)] = True
-        return new & ~self.old
 
     def _parts(self, task: Task) -> tuple[Examples, Examples]:
         """What the network learns from, and what the correction does."""
@@ -103,20 +97,21 @@ class BiC(Exemplars):
             apart.append(examples[chosen])
         return concatenate(kept), concatenate(apart)
 
-    def _fitted(self, balanced: Examples, new: Tensor) -> Tensor:
+    def _fitted(self, balanced: Examples) -> Tensor:
         """The scale and the shift of the new classes' logits that fit these rows best, [2]."""
         device = self.model.device
         with evaluating(self.model), torch.no_grad():
             parts = [batch.to(device) for batch in balanced.batches(CHUNK)]
             logits = torch.cat([self.model(part.images).logits for part in parts]).cpu().double()  # not all devices can
         labels, seen = balanced.labels.cpu(), self.model.visible[balanced.task_ids.to(device)].cpu()
+        new = torch.zeros(logits.shape[1], dtype=torch.bool).index_fill(0, self.new.cpu(), True)
         none = torch.tensor([1.0, 0.0], dtype=torch.float64)
         found = none.clone().requires_grad_()
         optimizer = torch.optim.LBFGS([found], max_iter=200, line_search_fn="strong_wolfe")
 
         def loss() -> Tensor:
             optimizer.zero_grad()
-            corrected = torch.where(new.cpu(), logits * found[0] + found[1], logits)
+            corrected = torch.where(new, logits * found[0] + found[1], logits)
             value = F.cross_entropy(corrected.masked_fill(~seen, -torch.inf), labels)
             value = value + (found - none).square().sum() / (2 * len(labels))
             value.backward()

@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 
-import torch
 import torch.nn.functional as F
 from pydantic import NonNegativeFloat, PositiveFloat
 from torch import Tensor
@@ -26,7 +25,7 @@ class LUCIR(Exemplars):
     linear layer, which names the same classes, but is surer of longer features.
     """
 
-    saved = (*Exemplars.saved, "new", "balance")
+    saved = (*Exemplars.saved, "balance")
     rewires = True
     scenarios = frozenset({Scenario.CLASS})  # elsewhere no old class has a new one beside it
 
@@ -52,15 +51,11 @@ class LUCIR(Exemplars):
     def setup(self, model: Model, stream: Stream) -> None:
         model.head = CosineHead(model.head.in_features, model.head.out_features, self.first_scale).to(model.device)
         super().setup(model, stream)
-        self.new: Tensor = torch.zeros(0, dtype=torch.int64, device=model.device)  # the classes of this task alone
         self.balance = 0.0
 
     def before_task(self, task: Task) -> None:
         super().before_task(task)
-        old = self.old.cpu()
-        new = [label for label in task.classes if not old[label]]
-        self.new = torch.tensor(new, dtype=torch.int64, device=self.old.device)
-        self.balance = (int(old.sum()) / max(1, len(new))) ** 0.5
+        self.balance = (int(self.old.sum()) / max(1, len(self.new))) ** 0.5
 
     def before_batch(self, batch: Examples) -> Examples:
         old = self.old[batch.labels]

@@ -19,20 +19,24 @@ Module = TypeVar("Module", bound=nn.Module)
 class Taught(Strategy):
     """Has the model as it was before the task, still, to answer for what was learned earlier."""
 
-    saved = ("teacher", "old", "number", "prompted")
+    saved = ("teacher", "old", "new", "number", "prompted")
 
     def setup(self, model: Model, stream: Stream) -> None:
         super().setup(model, stream)
         self.teacher = frozen_copy(model)
         self.old: Tensor = torch.zeros_like(model.revealed)  # [K] bool: the classes of earlier tasks
+        self.new: Tensor = torch.empty(0, dtype=torch.int64, device=model.device)  # classes that no earlier task had
         self.number = 1  # of the task, from 1
 
     def before_task(self, task: Task) -> None:
         self.teacher.load_state_dict(self.model.state_dict())
         self.prompted = any(prompts.on for prompts in _prompts_of(self.model))
         self.number = task.index + 1
+        earlier = {label for each in self.stream.tasks[: task.index] for label in each.classes}
         self.old = torch.zeros_like(self.old)
-        self.old[[label for earlier in self.stream.tasks[: task.index] for label in earlier.classes]] = True
+        self.old[list(earlier)] = True
+        new = [label for label in task.classes if label not in earlier]
+        self.new = torch.tensor(new, dtype=torch.int64, device=self.old.device)
 
     @property
     def prompted(self) -> bool:
