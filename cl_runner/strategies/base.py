@@ -34,6 +34,20 @@ class Strategy:
     rewires: ClassVar[bool] = False  # changes in `setup` what the model is made of
     for_pretrained: ClassVar[bool] = False  # builds on features that the backbone brings: random ones are said so
 
+    # What `Combined` must know of its parts: which go together, and whose hooks come first.
+    closed_form: ClassVar[bool] = False  # trains nothing, answers from statistics of the features
+    extends_backbone: ClassVar[bool] = False  # puts prompts or branches of its own into the backbone
+    redraws: ClassVar[bool] = False  # draws some of these anew for each task
+    carries_over: ClassVar[bool] = False  # what these have learned in earlier tasks goes into later ones
+    restarts: ClassVar[bool] = False  # takes the backbone back to its first weights before each task
+    caches_features: ClassVar[bool] = False  # computes the backbone's features once
+    holds_earlier_weights: ClassVar[bool] = False  # pulls weights to where an earlier task left them
+    keeps_all_data: ClassVar[bool] = False  # learns earlier tasks' data again, without a `memory`
+    excludes_replay: ClassVar[bool] = False  # takes every row that it learns for one of the current task
+    has_teacher: ClassVar[bool] = False  # copies the model in `setup`, and its state in `before_task`
+    realigns_head: ClassVar[bool] = False  # answers with another head in between tasks, undone in `before_task`
+    measures_steps: ClassVar[bool] = False  # looks in `after_step` at how far the step has moved the weights
+
     model: Model
     stream: Stream
 

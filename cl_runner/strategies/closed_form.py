@@ -20,6 +20,7 @@ class ClosedForm(Strategy):
     """
 
     for_pretrained = True
+    closed_form = True
 
     counts: Tensor  # [K] float64: examples of each class
 

@@ -27,6 +27,7 @@ class CODAPrompt(Prompting):
     The loss on the labels sees the task's own outputs alone.
     """
 
+    redraws = True  # the components
     prompts: Components
 
     def __init__(

@@ -24,6 +24,9 @@ class DualPrompt(Prompting):
     keys begin normal with a standard deviation of 0.02, not uniform from 0 to 0.01.
     """
 
+    redraws = True  # the key
+    excludes_replay = True  # replayed rows would train the current task's prompts, and draw its key towards them
+
     def __init__(
         self,
         *,

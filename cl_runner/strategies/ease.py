@@ -38,6 +38,8 @@ class EASE(Strategy):
     active_logits = "current"  # as in the paper
     rewires = True
     for_pretrained = True
+    extends_backbone = True
+    redraws = True
 
     def __init__(
         self,

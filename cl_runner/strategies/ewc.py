@@ -29,6 +29,7 @@ class EWC(Strategy):
     """
 
     saved = ("previous", "pretrained", "reports")
+    holds_earlier_weights = True
 
     def __init__(
         self,

@@ -18,6 +18,7 @@ class Frozen(Strategy):
     """
 
     for_pretrained = True
+    caches_features = True
 
     def setup(self, model: Model, stream: Stream) -> None:
         super().setup(model, stream)

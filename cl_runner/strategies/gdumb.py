@@ -14,6 +14,7 @@ class GDumb(Strategy):
     """
 
     saved = ("memory",)
+    restarts = True
 
     def __init__(self, *, memory: Memory) -> None:
         self.memory = memory

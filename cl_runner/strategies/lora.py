@@ -31,6 +31,8 @@ class LoRA(Strategy):
     saved = ("learned",)
     rewires = True
     for_pretrained = True
+    extends_backbone = True
+    redraws = True
 
     def __init__(
         self,

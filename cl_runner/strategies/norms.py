@@ -27,6 +27,10 @@ class NormPenalty(Strategy):
     def __init__(self, strength: float, towards: Towards) -> None:
         self.strength, self.towards = strength, towards
 
+    @property
+    def holds_earlier_weights(self) -> bool:
+        return self.towards == "previous"
+
     def check(self, stream: Recipe, model: Architecture) -> None:
         super().check(stream, model)
         if self.towards == "pretrained" and not model.pretrained:

@@ -25,6 +25,8 @@ class Prompting(Strategy):
     active_logits = "current"  # as in the paper
     rewires = True
     for_pretrained = True
+    extends_backbone = True
+    carries_over = True
     strength: float  # of the prompts' own loss
 
     @abstractmethod

@@ -31,6 +31,7 @@ class SLCA(Strategy):
     saved = ("moments", "unaligned")
     active_logits = "current"  # as in the paper
     for_pretrained = True
+    realigns_head = True
 
     def __init__(
         self,

@@ -20,6 +20,7 @@ class Taught(Strategy):
     """Has the model as it was before the task, still, to answer for what was learned earlier."""
 
     saved = ("teacher", "old", "new", "number", "prompted")
+    has_teacher = True
 
     def setup(self, model: Model, stream: Stream) -> None:
         super().setup(model, stream)
