@@ -69,8 +69,17 @@ def _run(
         state.position.rows += 1
         tracker.task(row) if row["kind"] == "task" else tracker.step(row)
 
-    make = experiment.make_optimizer, experiment.make_scheduler
-    trainer.start(Work(model, experiment.strategy, *make, record, state.position, state.pace, state.save), kept)
+    work = Work(
+        model=model,
+        strategy=experiment.strategy,
+        make_optimizer=experiment.make_optimizer,
+        make_scheduler=experiment.make_scheduler,
+        record=record,
+        position=state.position,
+        pace=state.pace,
+        pause=state.save,
+    )
+    trainer.start(work, kept)
     with pulse(state.beat, min(BEAT, trainer.checkpoint_seconds or BEAT)):
         state.prepared()
         while state.position.tasks < len(stream):

@@ -151,10 +151,10 @@ class Architecture(ABC):
                 net.backbone,
                 num_features,
                 stream,
-                active_logits,
-                self.head_init,
-                net.head,
-                self.seed,
+                active_logits=active_logits,
+                head_init=self.head_init,
+                pretrained_head=net.head,
+                seed=self.seed,
                 head_name=net.classifiers[0],
                 metadata={"format": "pt", "architecture": self.label, **inputs.metadata()},
             )
@@ -222,9 +222,16 @@ class Architecture(ABC):
 
     def _preprocess(self, inputs: Inputs, stream: Stream, channels_last: bool) -> Preprocess:
         channels, *_ = inputs.shape
-        look = inputs.size, inputs.mean, inputs.std
-        augment = stream.augment, stream.crop_padding
-        return Preprocess(channels, *look, *augment, channels_last, self.interpolation)
+        return Preprocess(
+            channels,
+            size=inputs.size,
+            mean=inputs.mean,
+            std=inputs.std,
+            augment=stream.augment,
+            crop_padding=stream.crop_padding,
+            channels_last=channels_last,
+            interpolation=self.interpolation,
+        )
 
     def _num_features(self, net: Net, inputs: Inputs) -> int:
         """D of the backbone's features [B, D]; also the proof that it takes images of this size."""

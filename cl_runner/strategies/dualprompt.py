@@ -42,5 +42,11 @@ class DualPrompt(Prompting):
         self.general_length, self.expert_length, self.strength = general_length, expert_length, strength
 
     def prompts_for(self, backbone: "VisionTransformer", num_tasks: int) -> Prompts:
-        blocks, lengths = (self.general_blocks, self.expert_blocks), (self.general_length, self.expert_length)
-        return Experts(backbone, num_tasks, *blocks, *lengths)
+        return Experts(
+            backbone,
+            num_tasks,
+            general_blocks=self.general_blocks,
+            expert_blocks=self.expert_blocks,
+            general_length=self.general_length,
+            expert_length=self.expert_length,
+        )
