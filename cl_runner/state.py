@@ -212,8 +212,7 @@ class State:
 
     def save_weights(self) -> None:
         """The final weights under plain names, usable as `model.pretrained=PATH`."""
-        weights = {name: value.detach().cpu().contiguous() for name, value in self.model.plain_state().items()}
-        content = safetensors_bytes(weights, metadata=self.model.weights_metadata())
+        content = safetensors_bytes(self.model.plain_state(), metadata=self.model.weights_metadata())
         write_atomically(self.folder.path / "model.safetensors", content)
 
     def done(self) -> None:
