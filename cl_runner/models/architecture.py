@@ -20,10 +20,10 @@ from cl_runner.models import weights
 from cl_runner.models.heads import Init
 from cl_runner.models.model import ActiveLogits, Model
 from cl_runner.models.preprocess import Interpolation, Preprocess
-from cl_runner.models.weights import Inputs, Net, Shape
+from cl_runner.models.weights import Inputs, Net
 from cl_runner.randomness import derived
 from cl_runner.ranges import Count, Seed
-from cl_runner.streams.base import Scenario, Stream
+from cl_runner.streams.base import Scenario, Shape, Stream
 
 log = logging.getLogger("cl_runner")
 

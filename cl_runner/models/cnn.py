@@ -9,8 +9,9 @@ from pydantic import Field
 from torch import nn
 
 from cl_runner.models.architecture import ImageArchitecture
-from cl_runner.models.weights import Net, Shape
+from cl_runner.models.weights import Net
 from cl_runner.ranges import Count
+from cl_runner.streams.base import Shape
 
 
 @dataclass(frozen=True, kw_only=True)

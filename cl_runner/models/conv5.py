@@ -8,8 +8,9 @@ from torch import nn
 
 from cl_runner.models.architecture import ImageArchitecture
 from cl_runner.models.mlp import perceptron
-from cl_runner.models.weights import Net, Shape
+from cl_runner.models.weights import Net
 from cl_runner.ranges import Count
+from cl_runner.streams.base import Shape
 
 WIDTHS, STRIDES = (16, 32, 64, 128, 256), (1, 2, 2, 2, 2)
 

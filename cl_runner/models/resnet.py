@@ -8,8 +8,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from cl_runner.models.architecture import ImageArchitecture
-from cl_runner.models.weights import Net, Shape
+from cl_runner.models.weights import Net
 from cl_runner.ranges import Count
+from cl_runner.streams.base import Shape
 
 
 def conv3x3(channels: int, out: int, stride: int = 1) -> nn.Conv2d:

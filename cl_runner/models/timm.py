@@ -7,7 +7,8 @@ from torch import nn
 
 from cl_runner.errors import ConfigError
 from cl_runner.models.architecture import ImageArchitecture, refused
-from cl_runner.models.weights import Inputs, Net, Shape, nearest
+from cl_runner.models.weights import Inputs, Net, nearest
+from cl_runner.streams.base import Shape
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,8 @@ from torch import nn
 
 from cl_runner.errors import ConfigError
 from cl_runner.models.architecture import ImageArchitecture, refused
-from cl_runner.models.weights import Inputs, Net, Shape, nearest
+from cl_runner.models.weights import Inputs, Net, nearest
+from cl_runner.streams.base import Shape
 
 SIZE_ARGUMENTS = {"vit": "image_size", "maxvit": "input_size"}  # of networks that are built for one size of image
 AUXILIARY = {"googlenet": ("aux1", "aux2"), "inception": ("AuxLogits",)}  # classifiers beside the classifier

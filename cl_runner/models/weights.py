@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from cl_runner.errors import ConfigError
-
-Shape = tuple[int, int, int]  # C, H, W
+from cl_runner.streams.base import Shape
 
 FIELD = "model.pretrained"
 PICKLES = (".pt", ".pth", ".bin", ".ckpt")

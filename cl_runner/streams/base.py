@@ -12,6 +12,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+Shape = tuple[int, int, int]  # C, H, W of an image
+
 
 class Scenario(StrEnum):
     """What is known of the task at test time (van de Ven et al., 2022, https://arxiv.org/abs/1904.07734)."""
@@ -124,7 +126,7 @@ class Stream:
     scenario: Scenario
     tasks: Sequence[Task]
     num_classes: int  # size of the label space, all tasks together
-    image_shape: tuple[int, int, int]  # C, H, W as the tasks' images come
+    image_shape: Shape  # as the tasks' images come
     mean: tuple[float, ...] | None  # a channel, of images in [0, 1]; None: leave them in [0, 1]
     std: tuple[float, ...] | None
     augment: tuple[str, ...] = ()  # "crop", "flip", "brightness": what a model does to training images

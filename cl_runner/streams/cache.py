@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cl_runner.errors import ConfigError
+from cl_runner.streams.base import Shape
 
 log = logging.getLogger("cl_runner")
 
@@ -31,7 +32,7 @@ class DataSet:
     test_labels: Tensor  # [N] int64
 
     @property
-    def image_shape(self) -> tuple[int, int, int]:
+    def image_shape(self) -> Shape:
         channels, height, width = self.train_images.shape[1:]
         return channels, height, width
 

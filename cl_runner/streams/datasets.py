@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from cl_runner.errors import ConfigError, did_you_mean
+from cl_runner.streams.base import Shape
 from cl_runner.streams.cache import DataSet, cached, locked, no_empty_folders
 from cl_runner.streams.folder import LAYOUT, ImageFolder
 
@@ -41,7 +42,7 @@ class Known:
 
     title: str  # the name of torchvision's class, where it has one
     num_classes: int
-    image_shape: tuple[int, int, int]  # C, H, W
+    image_shape: Shape
     folder: str = ""  # under the data root, as torchvision lays it out
     files: tuple[str, ...] = ()
     mean: tuple[float, ...] | None = None  # of images in [0, 1]; None: computed from the training images

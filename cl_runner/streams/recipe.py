@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cl_runner.errors import ConfigError
 from cl_runner.ranges import Count, Seed
-from cl_runner.streams.base import Examples, Scenario, Stream, Task
+from cl_runner.streams.base import Examples, Scenario, Shape, Stream, Task
 from cl_runner.streams.cache import DataSet
 from cl_runner.streams.datasets import KNOWN, find
 from cl_runner.streams.folder import ImageFolder
@@ -99,7 +99,7 @@ class Recipe(ABC):
         return [int((labels >= 0).sum()) for labels in tasks]
 
     @property
-    def image_shape(self) -> tuple[int, int, int]:
+    def image_shape(self) -> Shape:
         """C, H, W of the tasks' images; of a folder of images after `prepare` only."""
         channels, *size = self._image_shape
         height, width = (self.pad_to or each for each in size)
@@ -161,7 +161,7 @@ class Recipe(ABC):
     def check_classes(self, num_classes: int) -> None:
         """Raise ConfigError if so many classes of the data set cannot be made into the tasks."""
 
-    def _check(self, num_classes: int, image_shape: tuple[int, int, int]) -> None:
+    def _check(self, num_classes: int, image_shape: Shape) -> None:
         self.check_classes(num_classes)
         self._num_source_classes = num_classes
         self._image_shape = image_shape
@@ -251,7 +251,7 @@ class Remapped(Recipe):
 
 
 @lru_cache
-def examine(name: str, data_root: Path, image_size: int | None, download: bool) -> tuple[int, tuple[int, int, int]]:
+def examine(name: str, data_root: Path, image_size: int | None, download: bool) -> tuple[int, Shape]:
     """Number of classes and image shape of a data set, decoded into the cache.
 
     Once a process: a sweep asks it for every job, and to look through a large folder takes a while.
