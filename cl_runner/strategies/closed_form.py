@@ -1,4 +1,4 @@
-"""Methods that train nothing: statistics of the features as they came, and answers in closed form."""
+"""Methods that train nothing: statistics of the pretrained features, and a classifier in closed form."""
 
 from abc import abstractmethod
 from collections.abc import Callable
@@ -13,10 +13,10 @@ from cl_runner.streams.base import Examples, Stream, Task
 
 
 class ClosedForm(Strategy):
-    """Gather what is kept of each class's features, without augmentation, and answer from that.
+    """Accumulate statistics of each class's features, without augmentation, and classify by them.
 
-    One pass over a task's images gathers them; those of an image that is asked about are computed once too. A finished
-    run's file of weights holds the backbone as it came, and none of the statistics.
+    Each image, of training or test data, passes through the backbone once. A finished run's file of weights holds the
+    unchanged backbone, and none of the statistics.
     """
 
     for_pretrained = True
@@ -29,18 +29,18 @@ class ClosedForm(Strategy):
 
     @abstractmethod
     def gather(self, features: Tensor, labels: Tensor) -> None:
-        """Take a task's features [N, D] (float64) and labels [N] into the statistics; a class may have come before."""
+        """Add a task's features [N, D] (float64) and labels [N] to the statistics; classes may recur."""
 
     @abstractmethod
     def fit(self) -> Callable[[Tensor], Tensor]:
-        """From the statistics so far, the function from features [B, D] (float64) to scores [B, K]."""
+        """The function features [B, D] (float64) -> scores [B, K] that follows from the statistics so far."""
 
     def setup(self, model: Model, stream: Stream) -> None:
         super().setup(model, stream)
         model.requires_grad_(False)
         self.float64_device = float64_device(model.device)
         self.counts = self.zeros(stream.num_classes)
-        self.classifier: Callable[[Tensor], Tensor] | None = None  # follows from the statistics: never saved
+        self.classifier: Callable[[Tensor], Tensor] | None = None  # derived from the statistics: not saved
         self.cached_features = FeatureCache(model)
 
     def zeros(self, *shape: int) -> Tensor:

@@ -15,17 +15,19 @@ from cl_runner.streams.recipe import Recipe
 
 log = logging.getLogger("cl_runner")
 
-# What only one part can say: the first that says it differently from plain fine-tuning.
+# Hooks of which only one part's is used: the first that differs from plain fine-tuning.
 SINGLE = {"training_data": "what is learned", "task_loss": "the loss on the labels", "predict": "the answers"}
 
 
 class Combined(Strategy):
-    """Do what each of the parts does, in their order: penalties add up, edits of gradients follow one another. What a
-    memory replays joins a batch last, and its method has the loss: only that knows what the replayed rows count."""
+    """Do what each of the parts does, in their order: penalties add up, edits of gradients follow one another.
+
+    Replayed rows join a batch last, and the loss is that of the part with the memory: only it knows their weights.
+    """
 
     def __init__(self, *, parts: dict[str, Strategy]) -> None:
-        """`parts`: name -> method. What is learned in a task, the loss on the labels and the answers are those of the
-        first part that has its own, one with a memory before all others."""
+        """`parts`: name -> method. Training data, the loss on the labels and predictions come from the first part that
+        defines its own, where one with a memory precedes all others."""
         if not parts:
             raise ConfigError("strategy.parts", "expected at least one method, got none")
         self.parts = parts
@@ -43,29 +45,29 @@ class Combined(Strategy):
         self._check_replay()
 
     def _check_backbone(self) -> None:
-        """Refuse parts that get in each other's way in the backbone."""
+        """Refuse parts whose changes to the backbone conflict."""
         inside = self._those(lambda part: part.extends_backbone)
         if len(inside) > 1:
             got = ", ".join(inside)
-            raise ConfigError("strategy.parts", f"expected one method that puts prompts or branches into it, got {got}")
+            raise ConfigError("strategy.parts", f"expected one method with prompts or branches, got {got}")
         carrying = self._those(lambda part: part.carries_over)
         if carrying and (restarting := self._those(lambda part: part.restarts)):
-            # The prompts would go on from what was learned before.
+            # Prompts would keep what earlier tasks have taught them.
             got = f"beside {carrying[0]}, got {restarting[0]}"
             raise ConfigError("strategy.parts", f"expected none that starts afresh {got}")
         if inside and (caching := self._those(lambda part: part.caches_features)):
-            # The features would be those without what is put into the backbone.
+            # The features would be computed without what is added to the backbone.
             raise ConfigError("strategy.parts", f"expected no frozen backbone beside {inside[0]}, got {caching[0]}")
         redrawn = self._those(lambda part: part.redraws)
         if redrawn and (holding := self._those(lambda part: part.holds_earlier_weights)):
             raise ConfigError(
                 "strategy.parts",
-                f"expected none that holds earlier weights beside {redrawn[0]}, whose own begin anew in each task, "
+                f"expected none that holds earlier weights beside {redrawn[0]}, which redraws its own in each task, "
                 f"got {holding[0]}",
             )
 
     def _check_replay(self) -> None:
-        """Refuse parts that take each other's replayed rows for fresh ones."""
+        """Refuse parts that would mistake another's replayed rows for fresh ones."""
         with_memory = self._those(lambda part: hasattr(part, "memory"))
         if len(with_memory) > 1:
             raise ConfigError("strategy.parts", f"expected one method with a memory, got {', '.join(with_memory)}")
@@ -79,7 +81,7 @@ class Combined(Strategy):
 
     @property
     def active_logits(self) -> ActiveLogits | None:
-        """Those of the first part that has its own, one with a memory before all others: it has the loss."""
+        """Those of the first part that has its own, one with a memory before all others, as its loss is used."""
         return next((part.active_logits for _, part in self._by_memory if part.active_logits), None)
 
     def setup(self, model: Model, stream: Stream) -> None:
@@ -89,11 +91,11 @@ class Combined(Strategy):
             if len(names) > 1:
                 log.warning("combined: %s comes from %s alone, not from %s", what, names[0], ", ".join(names[1:]))
         for part in sorted(self.parts.values(), key=lambda part: (not part.rewires, part.has_teacher)):
-            part.setup(model, stream)  # a teacher is a copy of what the others have made of the model
+            part.setup(model, stream)  # a teacher copies the model as the others have changed it
 
     def before_task(self, task: Task) -> None:
-        # Teachers first: they copy the model that has answered so far, before others reset their branches, say. Then
-        # whoever puts back the head that training goes on from, before others take it for their anchor.
+        # Teachers first: they copy the model before others change it, by resetting their branches, for example. Then
+        # the part that restores the head to continue from, before others take it as their anchor.
         for part in sorted(self.parts.values(), key=lambda part: (not part.has_teacher, not part.realigns_head)):
             part.before_task(task)
 
@@ -121,7 +123,7 @@ class Combined(Strategy):
             part.after_step(batch, output)
 
     def after_task(self, task: Task) -> None:
-        # The head is realigned last: the next task goes on from the head that the others see.
+        # The head is realigned last: the others must see the one that the next task continues from.
         for part in sorted(self.parts.values(), key=lambda part: part.realigns_head):
             part.after_task(task)
 
@@ -152,7 +154,7 @@ class Combined(Strategy):
         return sorted(self.parts.items(), key=lambda named: not hasattr(named[1], "memory"))
 
     def _merged(self, named: dict[str, dict[str, Any]]) -> dict[str, Any]:
-        """All in one; what an earlier part has called the same, gets its part's name in front."""
+        """All in one; a name that an earlier part has used is prefixed with the part's own."""
         merged: dict[str, Any] = {}
         for part, values in named.items():
             merged |= {f"{part}_{name}" if name in merged else name: value for name, value in values.items()}

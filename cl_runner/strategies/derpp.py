@@ -1,4 +1,4 @@
-"""DER++: dark experience replay that keeps the labels too (Buzzega et al., 2020, arXiv 2004.07211)."""
+"""DER++: dark experience replay with labels (Buzzega et al., 2020, arXiv 2004.07211)."""
 
 from pydantic import NonNegativeFloat
 
@@ -8,7 +8,7 @@ from cl_runner.strategies.der import DER
 
 
 class DERpp(DER):
-    """DER, and the labels of a second, independent draw from memory are learned."""
+    """DER, plus the cross-entropy on the labels of a second, independent draw from memory."""
 
     def __init__(
         self,
@@ -18,6 +18,6 @@ class DERpp(DER):
         beta: NonNegativeFloat = 0.5,
         replay_batch_size: Count | None = None,
     ) -> None:
-        """`alpha`: see DER; `beta`: of the cross-entropy; `replay_batch_size`: of each draw."""
+        """`alpha`: see DER; `beta`: weight of the cross-entropy; `replay_batch_size`: of each draw."""
         super().__init__(memory=memory, alpha=alpha, replay_batch_size=replay_batch_size)
         self.terms.append({"label": beta, "logit": 0.0})

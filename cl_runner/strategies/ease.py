@@ -18,19 +18,18 @@ from cl_runner.streams.recipe import Recipe
 
 
 class EASE(Strategy):
-    """Learn adapters for each task beside a frozen vision transformer; answer from class means under all of them.
+    """Train adapters for each task beside a frozen vision transformer; predict from class means under all of them.
 
-    Each task's adapters are learned from scratch with the head, stand beside every block's MLP, and then stay: they
-    span a subspace of their own. A class's score is the mean over subspaces of the cosine between features and its mean
-    there, counted `alpha` times in those of other tasks (the paper's sum, divided by what would be larger for a class
-    that comes back). Means that old classes would have in a new subspace are made up from those of the new classes they
-    resemble. An answer takes a pass through the network for each task so far, and what it takes beside the backbone is
-    not in a finished run's file of weights.
+    Each task's adapters, parallel to every block's MLP, are trained from scratch with the head and then frozen: they
+    define a subspace. A class's score is the mean over subspaces of the cosine between the features and the class mean
+    there, with weight `alpha` in those of other tasks (the paper's sum, normalised, or a recurring class would score
+    higher). Means of old classes in a new subspace are synthesised from those of similar new classes. A prediction
+    takes one pass through the network per task so far; adapters and means are not in a finished run's file of weights.
 
-    The loss sees the task's own outputs alone. Other than in the authors' code, adapters are learned with a linear
-    head, not one of cosines, and without dropout; they see what the MLP sees, the normed tokens, and add to what it
-    says before a LayerScale does; `down` begins normal with variance 1 / fan-in, where theirs is uniform with a third
-    of that; their width for CIFAR is 64; `alpha` is not divided by the number of tasks; and old means are made up from
+    The loss sees only the task's own outputs. Unlike in the authors' code, adapters are trained with a linear head, not
+    a cosine one, and without dropout; they get the MLP's own input, the normalised tokens, and add to its output before
+    any LayerScale; `down` is initialised normally with variance 1 / fan-in, where theirs is uniform with a third of
+    that; their width for CIFAR is 64; `alpha` is not divided by the number of tasks; and old means are synthesised from
     the classes of the subspace's own task.
     """
 
@@ -49,7 +48,7 @@ class EASE(Strategy):
         alpha: NonNegativeFloat = 0.1,
         batch_size: Count = 256,
     ) -> None:
-        """`width`: of the adapters' bottleneck; `scale`: of what they add."""
+        """`width`: of the adapters' bottleneck; `scale`: of their output."""
         self.width, self.scale, self.alpha, self.batch_size = width, scale, alpha, batch_size
 
     def check(self, stream: Recipe, model: Architecture) -> None:
@@ -67,7 +66,7 @@ class EASE(Strategy):
         model.add_module("adapters", nn.ModuleList(self.adapters))
         classes = [task.classes for task in stream.tasks]
         self.subspaces = Subspaces(classes, stream.num_classes, model.head.in_features, float64_device(model.device))
-        self.learned: list[dict[str, Tensor]] = []  # each task's adapters, by the model's names for them
+        self.learned: list[dict[str, Tensor]] = []  # each task's adapters, by parameter name in the model
 
     def before_task(self, task: Task) -> None:
         for adapter in self.adapters:
@@ -79,6 +78,6 @@ class EASE(Strategy):
             self.subspaces.add(space, *extract_features(self.model, task.train, self.batch_size, weights))
 
     def predict(self, images: Tensor, task_ids: Tensor) -> Tensor:
-        spaces = self.learned or [{}]  # asked before the first task, there are no means yet to compare with
+        spaces = self.learned or [{}]  # before the first task there are no adapters, and no means to compare with
         features = [call_with(self.model, weights, images).features for weights in spaces]
         return self.subspaces.scores(features, self.alpha).to(images.device, torch.float32)

@@ -1,4 +1,4 @@
-"""Linear probe: what the pretrained features give without being touched."""
+"""Linear probe: how far the pretrained features get untouched."""
 
 from dataclasses import replace
 
@@ -12,9 +12,9 @@ from cl_runner.streams.base import Examples, Stream, Task
 
 
 class Frozen(Strategy):
-    """Learn the head alone; the backbone stays as it was, its statistics and its dropout included.
+    """Train the head alone; the backbone stays in eval mode, its statistics and dropout included.
 
-    So each image goes through it once, however many epochs there are, unless images are augmented.
+    Each image passes through the backbone only once, however many epochs there are, unless images are augmented.
     """
 
     for_pretrained = True

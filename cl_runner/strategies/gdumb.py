@@ -8,9 +8,10 @@ from cl_runner.streams.base import Examples, Stream, Task
 
 
 class GDumb(Strategy):
-    """Learn, from the weights that the model came with, what a balanced memory holds, and nothing else.
+    """Train, from the weights that the model came with, on what a balanced memory holds and nothing else.
 
-    The paper's memory is class_balanced. Without its CutMix and cosine restarts: optimizer and schedule are the run's.
+    The paper's memory is class_balanced. Its CutMix and cosine restarts are left out: optimizer and schedule are the
+    run's.
     """
 
     saved = ("memory",)

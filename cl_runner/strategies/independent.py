@@ -1,4 +1,4 @@
-"""One model a task: no forgetting and no transfer, at T times the memory."""
+"""One model per task: no forgetting and no transfer, at T times the memory."""
 
 from torch import Tensor
 
@@ -7,11 +7,11 @@ from cl_runner.strategies.base import Strategy
 from cl_runner.strategies.inference import cloned_state, predict_by_task
 from cl_runner.streams.base import Scenario, Stream, Task
 
-LEARNED = "backbone.", "head."  # of the model's state; which outputs are visible is the stream's
+LEARNED = "backbone.", "head."  # of the model's state; visible outputs follow from the stream
 
 
 class Independent(Strategy):
-    """Learn every task with a fresh model, which only a told task can choose."""
+    """Train a fresh model for every task, to be chosen by the task's id when predicting."""
 
     saved = ("learned",)
     scenarios = frozenset({Scenario.TASK})
@@ -23,7 +23,7 @@ class Independent(Strategy):
         self.learned: dict[int, dict[str, Tensor]] = {}
 
     def before_task(self, task: Task) -> None:
-        head = cloned_state(self.model, "head.")  # whose rows were drawn just now
+        head = cloned_state(self.model, "head.")  # whose new rows have just been drawn
         self.model.load_state_dict({**self.fresh, **head}, strict=False)
 
     def after_task(self, task: Task) -> None:

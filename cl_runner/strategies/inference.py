@@ -1,4 +1,4 @@
-"""The model asked, in eval mode, and its weights and statistics left as they were."""
+"""Inference with the model, which leaves its weights and statistics as they were."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,12 +12,12 @@ from cl_runner.models.model import Model
 from cl_runner.models.substitute import call_with
 from cl_runner.streams.base import Examples
 
-CHUNK = 256  # images that go through the model at a time, where nothing else says how many
+CHUNK = 256  # images per forward pass, unless told otherwise
 
 
 @contextmanager
 def evaluating(model: Model) -> Iterator[None]:
-    """In eval mode inside: no statistics move, nothing is dropped or augmented."""
+    """Put the model in eval mode inside: no statistics move, nothing is dropped out or augmented."""
     training = model.training
     model.eval()
     try:
@@ -27,7 +27,7 @@ def evaluating(model: Model) -> Iterator[None]:
 
 
 def features_of(model: Model) -> Features:
-    """images -> features [B, D], in eval mode and without gradients, which leaves the model as it was."""
+    """The function images -> features [B, D]: in eval mode, without gradients, and leaving the model as it was."""
 
     @torch.no_grad()
     def features(images: Tensor) -> Tensor:
@@ -38,7 +38,7 @@ def features_of(model: Model) -> Features:
 
 
 def float64_device(device: torch.device) -> torch.device:
-    """Where statistics are kept and computed in float64: on the device, if it knows such numbers."""
+    """Where to keep statistics and compute them in float64: `device`, if it supports that."""
     return torch.device("cpu") if device.type == "mps" else device
 
 
@@ -46,9 +46,9 @@ def float64_device(device: torch.device) -> torch.device:
 def extract_features(
     model: Model, examples: Examples, batch_size: int, weights: dict[str, Tensor] | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Features [N, D] (float64, where statistics are kept) and labels [N] of all examples, without augmentation.
+    """Features [N, D] (float64) and labels [N] of all examples, on `float64_device`, without augmentation.
 
-    `weights`: to take in place of the model's own, by name. Leaves the model in eval mode.
+    `weights`: by name, to use instead of the model's own. Leaves the model in eval mode.
     """
     model.eval()
     parts = list(examples.batches(batch_size))
@@ -74,8 +74,10 @@ def predict_by_task(
 
 
 class FeatureCache:
-    """The features of images that are asked about, where nothing that they depend on ever changes: computed once and
-    kept (4 D bytes each). Batches are told apart by what is in them."""
+    """The features of test images under a backbone that never changes, computed once and kept (4 D bytes each).
+
+    Batches are identified by their content.
+    """
 
     def __init__(self, model: Model) -> None:
         self.model = model

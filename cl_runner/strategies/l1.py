@@ -1,4 +1,4 @@
-"""L1 regularisation, towards zero or towards weights worth keeping."""
+"""L1 regularisation, towards zero or earlier weights."""
 
 import torch
 from pydantic import NonNegativeFloat

@@ -1,5 +1,5 @@
-"""L2 regularisation, towards zero or towards weights worth keeping (to the pretrained ones: L2-SP, Li et al., 2018,
-arXiv 1802.01483, but for the decay of the new head, which is the optimizer's weight_decay)."""
+"""L2 regularisation, towards zero or earlier weights (towards pretrained ones: L2-SP, Li et al., 2018,
+arXiv 1802.01483, except that decay of the new head is the optimizer's weight_decay)."""
 
 import torch
 from pydantic import NonNegativeFloat

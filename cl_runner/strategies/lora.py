@@ -1,4 +1,4 @@
-"""Low-rank adaptation of a frozen backbone (LoRA: Hu et al., 2022, arXiv 2106.09685), one for every task."""
+"""Low-rank adaptation of a frozen backbone for each task (LoRA: Hu et al., 2022, arXiv 2106.09685)."""
 
 import logging
 from collections.abc import Sequence
@@ -21,11 +21,11 @@ log = logging.getLogger("cl_runner")
 
 
 class LoRA(Strategy):
-    """Learn, beside the head, only a change of low rank to each layer's weight.
+    """Train the head and a low-rank update of each layer's weight.
 
-    Merged, each task's change is added to the weights once it is learned, and the next task starts from there. Kept,
-    the backbone stays as it came and each task has changes of its own, which only a told task can choose; a finished
-    run's file of weights then holds the backbone without them.
+    With `merge`, each task's update is added to the weights when it has been learned, and the next task starts from
+    there. Otherwise the backbone stays as it came and each task keeps its own updates, chosen by the task's id; a
+    finished run's file of weights then holds the backbone without them.
     """
 
     saved = ("learned",)
@@ -42,7 +42,7 @@ class LoRA(Strategy):
         layers: Sequence[str] = ("*",),
         merge: bool = True,
     ) -> None:
-        """`alpha`: the change is alpha / rank * B A; `layers`: patterns over the names of the backbone's linear layers
+        """`alpha`: the update is alpha / rank * B A; `layers`: patterns for the names of the backbone's linear layers
         and ungrouped convolutions."""
         self.rank, self.alpha, self.patterns, self.merge = rank, alpha, layers, merge
 
@@ -53,7 +53,7 @@ class LoRA(Strategy):
     def check(self, stream: Recipe, model: Architecture) -> None:
         super().check(stream, model)
         if not self.merge and stream.scenario != Scenario.TASK:
-            told = "with stream.scenario=task (of the LoRAs kept apart only a told task can choose)"
+            told = "with stream.scenario=task (unmerged LoRAs are chosen by the task's id)"
             raise ConfigError("strategy.merge", f"expected false only {told}, got {stream.scenario}")
         low_rank_layers(model.outline.backbone, self.patterns)
 
@@ -68,9 +68,9 @@ class LoRA(Strategy):
                 got = f"expected layers that the backbone calls as modules, got {passed_over[0]}"
                 raise ConfigError("strategy.layers", got)
             log.warning(
-                "lora: nothing beside %d layers that are not called, %s first", len(passed_over), passed_over[0]
+                "lora: no branch beside %d layers not called as modules, %s first", len(passed_over), passed_over[0]
             )
-        # What is frozen stays as it is.
+        # Frozen layers stay as they are.
         self.layers = [layer for layer in called.values() if layer.weight.requires_grad]
         self.branches = [LowRank(layer, self.rank, self.alpha).to(model.device) for layer in self.layers]
         for branch, layer in zip(self.branches, self.layers, strict=True):

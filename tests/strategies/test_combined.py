@@ -267,17 +267,17 @@ def test_each_part_refuses_what_it_cannot_serve():
         ),
         (
             {"ewc": PARTS["ewc"](), "lora": LoRA(layers=["*qkv"])},
-            "expected none that holds earlier weights beside lora (LoRA), whose own begin anew in each task, "
+            "expected none that holds earlier weights beside lora (LoRA), which redraws its own in each task, "
             "got ewc (EWC)",
         ),
         (
             {"prompts": CODAPrompt(components=4), "si": PARTS["si"]()},
-            "expected none that holds earlier weights beside prompts (CODAPrompt), whose own begin anew in each task, "
+            "expected none that holds earlier weights beside prompts (CODAPrompt), which redraws its own in each task, "
             "got si (SI)",
         ),
         (
             {"l2": L2(towards="previous"), "prompts": DualPrompt()},
-            "expected none that holds earlier weights beside prompts (DualPrompt), whose own begin anew in each task, "
+            "expected none that holds earlier weights beside prompts (DualPrompt), which redraws its own in each task, "
             "got l2 (L2)",
         ),
         (
@@ -295,11 +295,11 @@ def test_each_part_refuses_what_it_cannot_serve():
         ({"ewc": PARTS["ewc"](), "ncm": NCM()}, "expected methods that learn by gradients, got ncm (NCM)"),
         (
             {"one": LoRA(layers=["*qkv"]), "two": LoRA(layers=["*proj"])},
-            "expected one method that puts prompts or branches into it, got one (LoRA), two (LoRA)",
+            "expected one method with prompts or branches, got one (LoRA), two (LoRA)",
         ),
         (
             {"ease": EASE(), "prompts": L2P()},
-            "expected one method that puts prompts or branches into it, got ease (EASE), prompts (L2P)",
+            "expected one method with prompts or branches, got ease (EASE), prompts (L2P)",
         ),
     ],
 )
@@ -311,7 +311,7 @@ def test_parts_that_do_not_go_together_are_refused(parts, reason):
 @pytest.mark.parametrize(
     ("declared", "other", "reason"),
     [
-        (["extends_backbone"], LoRA, "expected one method that puts prompts or branches into it, got own (Own), other"),
+        (["extends_backbone"], LoRA, "expected one method with prompts or branches, got own (Own), other"),
         (["carries_over"], lambda: GDumb(memory=ClassBalanced(size=12)), "expected none that starts afresh"),
         (["caches_features"], LoRA, "expected no frozen backbone beside other (LoRA), got own (Own)"),
         (["redraws"], MAS, "expected none that holds earlier weights beside own (Own)"),

@@ -60,7 +60,7 @@ def test_nothing_is_put_beside_a_layer_that_is_never_called(caplog):
     strategy = LoRA()
     strategy.setup(model, stream)
     assert strategy.layers == [model.backbone[1][1]]
-    assert "nothing beside 1 layers that are not called, 1.0 first" in caplog.text
+    assert "no branch beside 1 layers not called as modules, 1.0 first" in caplog.text
     with pytest.raises(ConfigError, match=r"strategy\.layers: expected layers that the backbone calls .*, got 1\.0"):
         LoRA(layers=["1.0"]).setup(model, stream)
 
