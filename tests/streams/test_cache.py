@@ -79,7 +79,7 @@ def test_a_damaged_file_is_built_anew_with_one_warning(
         assert same(cached(tmp_path, "birds-0", build), DATA)
         assert same(cached(tmp_path, "birds-0", build), DATA)
     assert build.calls == 2
-    assert [record.message for record in caplog.records] == [f"{the_file(tmp_path)} is damaged: building it anew"]
+    assert [record.message for record in caplog.records] == [f"{the_file(tmp_path)} is damaged: rebuilding it"]
 
 
 def test_a_failed_build_leaves_no_folder(tmp_path: Path) -> None:
