@@ -23,8 +23,8 @@ from cl_runner.streams.base import Examples, Task, number_of_batches
 
 
 class FirstTask(BaseModel):
-    """What the first task has of its own, beside what all tasks share: its budget, and arguments of the optimizer and
-    the scheduler."""
+    """Settings that replace those of all tasks in the first one: the budget, and arguments of the optimizer and the
+    scheduler."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -36,7 +36,7 @@ class FirstTask(BaseModel):
 
 @dataclass
 class Work:
-    """What a trainer trains: the pieces that one run is made of."""
+    """The components of one run, which a trainer works on."""
 
     model: Model
     strategy: Strategy
@@ -45,7 +45,7 @@ class Work:
     record: Callable[[dict[str, Any]], None]  # takes a journal row
     position: Position
     pace: Pace = field(default_factory=Pace)
-    pause: Callable[[], None] = lambda: None  # called between two steps when the pace says so
+    pause: Callable[[], None] = lambda: None  # called between two steps when the pace says it is time
 
 
 @dataclass(kw_only=True, eq=False)
@@ -98,13 +98,13 @@ class Trainer:
             raise ConfigError("trainer.optimizer_state", f"{expected}, got 'keep'")
 
     def start(self, work: Work, kept: dict[str, Any] | None = None) -> None:
-        """Take up the pieces of a run; `kept` is what `state_dict` gave in an earlier process."""
+        """Start or, with `kept` (an earlier process's `state_dict`), resume the training of a run's components."""
         self.work, self._kept = work, kept or {}
         self.optimizer: Any = None  # an Optimizer once the first task is learned
-        self.losses: Losses | None = None  # of the task that is being learned
+        self.losses: Losses | None = None  # of the current task, while it is being learned
 
     def state_dict(self) -> dict[str, Any]:
-        """What `learn` needs to go on between two steps; between two tasks, the optimizer's state where it is kept."""
+        """What `learn` needs to resume between two steps; between two tasks, the optimizer's state if that is kept."""
         if self.losses is None and (self.optimizer is None or self.optimizer_state == "reset"):
             return {key: self._kept[key] for key in ("optimizer", "parameters") if key in self._kept}
         state = {"optimizer": self.optimizer.state_dict(), "parameters": self.parameter_names}
@@ -118,9 +118,9 @@ class Trainer:
         return state
 
     def learn(self, task: Task, data: Examples) -> None:
-        """Train on `data` for the task's budget, or for what is left of it.
+        """Train on `data` for the task's budget, or what is left of it.
 
-        Raises NonFiniteLossError, which names the loss term.
+        Raises NonFiniteLossError that names the loss term.
         """
         work = self.work
         own = (self.first_task if task.index == 0 else None) or FirstTask()
@@ -173,12 +173,12 @@ class Trainer:
         return means
 
     def _batches(self, task: Task, data: Examples, drop_last: bool) -> Iterator[Examples]:
-        """Those of the task that are not learned yet, in the order that its seed gives."""
+        """The task's remaining batches, in the order determined by its seed."""
         assert self.losses is not None, "a task is being learned"
         done, steps, steps_a_pass = self.losses.done, self.losses.steps, self.losses.steps_a_pass
         generator = torch.Generator().manual_seed(of_task(self.seed, task.index))
         for _ in range(done // steps_a_pass):
-            torch.randperm(len(data), generator=generator)  # the order of a pass that was made before
+            torch.randperm(len(data), generator=generator)  # the order of an earlier pass
         while done < steps:
             for batch in data.shuffled(self.batch_size, generator, drop_last, first=done % steps_a_pass):
                 if done == steps:
@@ -187,10 +187,10 @@ class Trainer:
                 yield batch
 
     def _prepare(self, steps: int, own: FirstTask) -> None:
-        """The task's optimizer and scheduler."""
+        """Create the task's optimizer, unless the last task's is kept, and its scheduler."""
         if self.optimizer is None or self.optimizer_state == "reset":
             self.optimizer = self._new_optimizer(own.optimizer)
-        for group in self.optimizer.param_groups:  # a kept optimizer's rate is where the last task's schedule left it
+        for group in self.optimizer.param_groups:  # the last task's schedule has changed a kept optimizer's rate
             group["lr"] = group.get("initial_lr", group["lr"])
         self.scheduler = self.work.make_scheduler(optimizer=self.optimizer, steps=steps, **own.scheduler)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -205,9 +205,9 @@ class Trainer:
         return optimizer
 
     def _go_on(self, kept: dict[str, Any]) -> None:
-        """From between two steps; the model and the strategy are as they were there."""
+        """Resume between two steps; model and strategy have been restored already."""
         assert self.losses is not None, "a task is being learned"
-        self.optimizer.load_state_dict(self._kept["optimizer"])  # after the scheduler was made, which sets the rate
+        self.optimizer.load_state_dict(self._kept["optimizer"])  # after creating the scheduler, which sets the rate
         self.scheduler.load_state_dict(kept["scheduler"])
         for rows, were in zip(self.reached, kept["reached"], strict=True):
             rows.copy_(were)
