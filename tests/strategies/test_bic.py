@@ -88,7 +88,7 @@ def test_the_correction_is_the_best_scale_and_shift_of_the_new_logits():
     model.reveal(task)
     strategy.before_task(task)
     with torch.no_grad():
-        model.head.bias[2:4] += 3  # a head start for the new classes
+        model.head.bias[2:4] += 3  # a bias towards the new classes
     _, apart = strategy._parts(task)
     strategy.after_task(task)
     model.eval()

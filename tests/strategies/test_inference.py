@@ -1,4 +1,4 @@
-"""What holds where the model is only asked."""
+"""Tests of inference with the model."""
 
 from copy import deepcopy
 

@@ -22,7 +22,7 @@ DATA = DataSet(
 
 
 class Builder:
-    """Counts how often it is asked."""
+    """Counts its calls."""
 
     calls = 0
 
@@ -113,7 +113,7 @@ def test_those_who_may_read_the_folder_may_read_the_file(tmp_path: Path) -> None
 
 
 def read_slowly(root: Path) -> bool:
-    """In another process: build, leave a mark, and take long enough for the other to come."""
+    """In another process: build, leave a mark, and take long enough for the other one to arrive."""
 
     def build() -> DataSet:
         (root / f"built-by-{os.getpid()}").touch()
