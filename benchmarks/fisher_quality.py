@@ -145,7 +145,7 @@ def trained(net: Net, stream: Stream, examples: Examples) -> tuple[Model, float,
     accuracy = loss = 0.0
     for epoch in range(EPOCHS):
         model.train()
-        for batch in examples.batches(net.batch_size, generator):
+        for batch in examples.shuffled(net.batch_size, generator):
             optimizer.zero_grad()
             F.cross_entropy(model(batch.images).logits, batch.labels).backward()
             optimizer.step()

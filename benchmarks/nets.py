@@ -14,8 +14,8 @@ from cl_runner.models.efficientnet import EfficientNetLite0
 from cl_runner.models.mlp import MLP
 from cl_runner.models.model import Model
 from cl_runner.models.resnet import ResNet18
-from cl_runner.models.weights import Net, Shape
-from cl_runner.streams.base import Examples, Scenario, Stream, Task
+from cl_runner.models.weights import Net
+from cl_runner.streams.base import Examples, Scenario, Shape, Stream, Task
 
 
 @dataclass(frozen=True, kw_only=True)

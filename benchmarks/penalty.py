@@ -30,7 +30,7 @@ from cl_runner.models.resnet import ResNet18
 from cl_runner.schedulers import constant
 from cl_runner.strategies import EWC, Finetune, Strategy
 from cl_runner.strategies.anchors import Anchor, trainable
-from cl_runner.streams.base import Examples
+from cl_runner.streams.base import Examples, Shape
 from cl_runner.trainer import Trainer, Work
 
 
@@ -68,7 +68,7 @@ def tasks_of(model: Model, number: int) -> list[tuple[Diagonal, Anchor]]:
 
 def step_of(
     architecture: Architecture,
-    shape: tuple[int, int, int],
+    shape: Shape,
     batch_size: int,
     optimizer: Callable,
     tasks: int,

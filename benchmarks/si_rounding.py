@@ -74,7 +74,7 @@ def loop(experiment: Experiment, nudge: int | None) -> list[float]:
         path = [torch.zeros_like(weight) for weight in weights]
         generator, done = torch.Generator().manual_seed(of_task(SEED, task.index)), 0
         while done < trainer["iterations"]:
-            for batch in task.train.batches(trainer["batch_size"], generator, True):
+            for batch in task.train.shuffled(trainer["batch_size"], generator, drop_last=True):
                 if done == trainer["iterations"]:
                     break
                 done += 1

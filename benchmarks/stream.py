@@ -28,13 +28,13 @@ from cl_runner.models.mlp import MLP
 from cl_runner.models.resnet import ResNet18
 from cl_runner.schedulers import constant
 from cl_runner.strategies import Finetune
-from cl_runner.streams.base import Examples, Scenario, Stream, Task
+from cl_runner.streams.base import Examples, Scenario, Shape, Stream, Task
 from cl_runner.trackers.base import RunInfo
 from cl_runner.trackers.local import Local
 from cl_runner.trainer import Trainer, Work
 
 
-def stream_of(shape: tuple[int, int, int], classes: int, size: int) -> Stream:
+def stream_of(shape: Shape, classes: int, size: int) -> Stream:
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (size, *shape), dtype=torch.uint8, generator=generator)
     labels = torch.randint(classes, (size,), generator=generator)

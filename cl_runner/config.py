@@ -32,6 +32,7 @@ from cl_runner.components import (
 from cl_runner.errors import EXPERIMENT_HEAD, ConfigError, did_you_mean, suggestion
 from cl_runner.folder import RunFolder
 from cl_runner.identity import ANY_SEED, digest, run_folder
+from cl_runner.ranges import Seed
 
 if TYPE_CHECKING:  # torch takes seconds to import: `--help` and completion do without
     import torch
@@ -55,7 +56,7 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    seed: Annotated[int, Field(ge=0, lt=2**32)]
+    seed: Seed
     device: Annotated[str, AfterValidator(_known_device)]
     data_root: str
     output_root: Annotated[str, Field(min_length=1)]

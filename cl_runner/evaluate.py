@@ -1,4 +1,4 @@
-"""How well a strategy does on the tasks, and how far it has moved from the pretrained model."""
+"""A strategy's accuracy on the tasks, and its drift from the pretrained model."""
 
 import math
 
@@ -11,7 +11,7 @@ from cl_runner.streams.base import Examples, Scenario, Stream, Task, concatenate
 
 
 def measured_scenarios(strategy: Strategy) -> tuple[Scenario, ...]:
-    """The scenarios that one run's outputs answer for: a mask is all that tells task from class apart."""
+    """The scenarios that one run can measure: task and class differ only in a mask over the outputs."""
     if strategy.stream.scenario is Scenario.DOMAIN:
         return (Scenario.DOMAIN,)
     return (Scenario.TASK,) if strategy.needs_task_id else (Scenario.TASK, Scenario.CLASS)
@@ -19,10 +19,10 @@ def measured_scenarios(strategy: Strategy) -> tuple[Scenario, ...]:
 
 @torch.inference_mode()
 def accuracies(strategy: Strategy, learned: int, batch_size: int, split: str = "test") -> dict[Scenario, list[float]]:
-    """Share of right answers on each task once the first `learned` tasks are: scenario -> [T].
+    """Accuracy on each task after the first `learned` tasks: scenario -> [T].
 
-    NaN where a task's outputs do not exist yet (its classes are not learned, unless all tasks share them), and on the
-    validation split of a task that is not learned: nobody has it yet.
+    NaN if a task's outputs do not exist yet (its classes have not been learned, unless all tasks share them), and on
+    the validation split of a future task, which is not available yet.
     """
     stream = strategy.stream
     rows = {scenario: [math.nan] * len(stream) for scenario in measured_scenarios(strategy)}
@@ -38,7 +38,7 @@ def accuracies(strategy: Strategy, learned: int, batch_size: int, split: str = "
 
 
 def _allowed(stream: Stream, scenario: Scenario, task: Task, learned: int) -> list[int]:
-    """The outputs that an example of `task` is told apart by."""
+    """The outputs that compete for an example of `task`."""
     if scenario is Scenario.CLASS:
         return sorted({label for earlier in stream.tasks[:learned] for label in earlier.classes})
     return list(task.classes)
@@ -59,16 +59,16 @@ def _accuracy(
 
 
 def _evenly(examples: Examples, count: int) -> Examples:
-    """Up to `count` rows from all over the examples, which may lie class by class."""
+    """Up to `count` evenly spaced rows, since examples may be sorted by class."""
     count = min(count, len(examples))
     return examples[torch.arange(count, device=examples.labels.device) * len(examples) // max(count, 1)]
 
 
 class Drift:
-    """How far the backbone has moved: the pretrained head's answers on held-out images, then and now."""
+    """How far the backbone has moved, by the pretrained head's outputs for held-out images, then and now."""
 
     def __init__(self, model: Model, stream: Stream, samples: int, batch_size: int) -> None:
-        """Remembers the answers of `model` as it now is, on up to `samples` test images, evenly from all tasks."""
+        """Record the outputs of `model` for up to `samples` test images, evenly from all tasks."""
         self.batch_size = batch_size
         self.view = PretrainedView(model)
         share = -(-samples // len(stream))
@@ -76,7 +76,7 @@ class Drift:
         self.before = self._log_probabilities()
 
     def measure(self) -> dict[str, float]:
-        """drift_agreement: share of images whose top answer is still the pretrained model's; drift_kl: mean
+        """drift_agreement: share of images whose prediction is still the pretrained model's; drift_kl: mean
         KL(pretrained || now), in nats."""
         now = self._log_probabilities()
         same = (now.argmax(1) == self.before.argmax(1)).double().mean()

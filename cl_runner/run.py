@@ -1,4 +1,4 @@
-"""One experiment: every task in turn, measured, recorded, saved."""
+"""One experiment: learn every task in turn, measure, record and save."""
 
 import os
 import secrets
@@ -22,7 +22,7 @@ from cl_runner.trackers.local import Local
 from cl_runner.trackers.names import command_of, overrides_of, run_name
 from cl_runner.trainer import Trainer, Work
 
-BEAT = 10.0  # seconds at most between two signs of life
+BEAT = 10.0  # maximum seconds between two signs of life
 
 Record = Callable[[dict[str, Any]], None]
 
@@ -30,10 +30,10 @@ Record = Callable[[dict[str, Any]], None]
 def run(
     experiment: Experiment, folder: RunFolder, watchers: Sequence[Tracker] = (), interrupt: Interrupt | None = None
 ) -> dict[str, Any]:
-    """Learn the whole stream, from the beginning or from where an earlier process was stopped.
+    """Learn the whole stream, from the beginning or from where an earlier process stopped.
 
-    `watchers` are told what the folder's own files are told; `interrupt` knows of signals. Returns the content of
-    results.json. Raises Stopped when a signal has asked for it.
+    `watchers` are told everything that goes into the folder's own files; `interrupt` is told of signals. Returns the
+    content of results.json. Raises Stopped if a signal asked for it.
     """
     journal, interrupt = Local(), interrupt or Interrupt()
     tracker = Many([journal, *watchers])
@@ -69,8 +69,17 @@ def _run(
         state.position.rows += 1
         tracker.task(row) if row["kind"] == "task" else tracker.step(row)
 
-    make = experiment.make_optimizer, experiment.make_scheduler
-    trainer.start(Work(model, experiment.strategy, *make, record, state.position, state.pace, state.save), kept)
+    work = Work(
+        model=model,
+        strategy=experiment.strategy,
+        make_optimizer=experiment.make_optimizer,
+        make_scheduler=experiment.make_scheduler,
+        record=record,
+        position=state.position,
+        pace=state.pace,
+        pause=state.save,
+    )
+    trainer.start(work, kept)
     with pulse(state.beat, min(BEAT, trainer.checkpoint_seconds or BEAT)):
         state.prepared()
         while state.position.tasks < len(stream):
@@ -83,10 +92,10 @@ def _run(
 
 
 def _learn(task: Task, state: State, record: Record) -> None:
-    """One task, from the phase on in which the run is."""
+    """Learn one task, continuing from the run's current phase."""
     strategy, trainer, clock, position = state.strategy, state.trainer, state.clock, state.position
     if position.phase == "begin":
-        seed_all(of_task(trainer.seed, task.index))  # whether this process was there for the tasks before or not
+        seed_all(of_task(trainer.seed, task.index))  # the same in a resumed process
         state.model.reveal(task)
         if strategy.offline and task.index < len(state.stream) - 1:
             position.tasks += 1
@@ -135,4 +144,6 @@ def _set_precision(trainer: Trainer) -> None:
     torch.backends.cudnn.allow_tf32 = trainer.precision == "tf32"
     torch.use_deterministic_algorithms(trainer.deterministic)
     torch.backends.cudnn.benchmark = not trainer.deterministic
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read once: a later job here may be deterministic
+    os.environ.setdefault(
+        "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+    )  # read only once, and a later job in this process may be deterministic

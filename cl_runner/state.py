@@ -1,4 +1,4 @@
-"""All that a run has gathered: its matrices, its position, what a checkpoint holds."""
+"""The state of a run: its matrices, its position, and what a checkpoint holds."""
 
 import logging
 import math
@@ -23,12 +23,12 @@ from cl_runner.trackers.local import Local
 
 log = logging.getLogger("cl_runner")
 
-SECONDS = "_seconds"  # how the names of reported seconds end
-Rows = dict[Scenario, list[list[float]]]  # scenario -> a row for every task learned
+SECONDS = "_seconds"  # suffix of the names of reported timings
+Rows = dict[Scenario, list[list[float]]]  # scenario -> one row per learned task
 
 
 class State:
-    """All that a run has gathered: its matrices, its position, what a checkpoint holds."""
+    """A run's matrices and position, saved in checkpoints and restored from them."""
 
     def __init__(
         self,
@@ -52,10 +52,12 @@ class State:
         self.drift = Drift(model, stream, samples, self.trainer.eval_batch_size) if samples else None
         self.moved: dict[str, float] = {}
         self.zero_shot: dict[Scenario, list[float]] = {}
-        self.random: dict[str, Any] | None = None  # the generators as the phase found them; None: it seeds them itself
+        self.random: dict[str, Any] | None = (
+            None  # the generators at the start of the phase; None: it seeds them itself
+        )
 
     def measure(self, task: Task) -> None:
-        """The task is learned: one more row of every matrix."""
+        """Add a row to every matrix once the task has been learned."""
         self.position.tasks = learned = task.index + 1
         self._add(self.rows, task, self.evaluate(learned))
         new = self.stream.tasks[:learned] if self.strategy.offline else [task]
@@ -69,7 +71,7 @@ class State:
             matrices[scenario] += [*missing, row]
 
     def matrices(self, measured: Rows | None = None) -> dict[str, torch.Tensor]:
-        """scenario -> [T, T], NaN where nothing was measured (yet); of the test splits unless others are given."""
+        """scenario -> [T, T], NaN where nothing was measured (yet); of `measured`, by default the test splits."""
         size = len(self.stream)
         unknown = [math.nan] * size
         return {
@@ -89,12 +91,12 @@ class State:
         }
 
     def seconds(self) -> dict[str, float]:
-        """By phase, and of what the strategy timed within them."""
+        """Timings by phase, and those of the strategy within them."""
         reported = {name: value for name, value in self.strategy.report().items() if name.endswith(SECONDS)}
         return {**self.clock.seconds, **{name.removesuffix(SECONDS): value or 0.0 for name, value in reported.items()}}
 
     def summary(self) -> dict[str, Any]:
-        """What a task's journal row says."""
+        """The content of a task's journal row."""
         return {
             "accuracy": {str(scenario): _plain(rows[-1]) for scenario, rows in self.rows.items()},
             "metrics": self.metrics(),
@@ -116,13 +118,13 @@ class State:
         }
 
     def prepared(self) -> None:
-        """All that a run is made of is there: take the random generators to where the phase found them."""
+        """Called when all components exist: restore the random generators as at the start of the phase."""
         self.folder.beat(**self.progress)
         if self.random is not None:
             restore_random_state(self.random, self.experiment.device)
 
     def _validation_accuracy(self) -> dict[str, float | None]:
-        """Mean over the tasks after the last, None without validation splits; the run's own scenario unsuffixed."""
+        """Mean over all tasks at the end, None without validation splits; the run's own scenario also unsuffixed."""
         means = {}
         for scenario, rows in self.validation.items():
             if last := [value for row in rows[-1:] for value in row if not math.isnan(value)]:
@@ -130,7 +132,7 @@ class State:
         return {"validation_accuracy": means.get(f"validation_accuracy/{self.stream.scenario}"), **means}
 
     def enter(self, phase: str) -> None:
-        """Another phase begins. It is saved if that is worth it, and a task at its end always.
+        """Begin another phase, saving the run if that is worthwhile, and always at the end of a task.
 
         Raises what `save` raises.
         """
@@ -140,7 +142,7 @@ class State:
             self.save()
 
     def save(self) -> None:
-        """A checkpoint to go on from: between two steps, or between two phases of a task.
+        """Save a checkpoint to resume from: between two steps, or between two phases of a task.
 
         Raises CannotWriteError, and Stopped if the run has been told to stop.
         """
@@ -170,7 +172,7 @@ class State:
         }
 
     def restore(self) -> dict[str, Any] | None:
-        """Go on from the last checkpoint, if there is one. Returns what the trainer kept in it."""
+        """Resume from the last checkpoint, if there is one. Returns the trainer's state in it."""
         state = checkpoint.load(self.folder.path, self.experiment.hash, self.experiment.device)
         if state is None:
             return None
@@ -191,12 +193,12 @@ class State:
 
     @property
     def place(self) -> str:
-        """Where the run is, for people; tasks by the number by which matrices call them."""
+        """Where the run is, for people; tasks are numbered as in the matrices."""
         learned = self.position.tasks == len(self.stream)
         return "the end" if learned else f"task {self.position.tasks}, step {self.position.steps}"
 
     def beat(self) -> None:
-        """Say that the run lives and where it is; have it saved if it is time."""
+        """Report that the run is alive and where it is, and request a checkpoint if it is time."""
         self.pace.look_at_the_clock()
         self.folder.beat(**self.progress)
 
@@ -212,12 +214,11 @@ class State:
 
     def save_weights(self) -> None:
         """The final weights under plain names, usable as `model.pretrained=PATH`."""
-        weights = {name: value.detach().cpu().contiguous() for name, value in self.model.plain_state().items()}
-        content = safetensors_bytes(weights, metadata=self.model.weights_metadata())
+        content = safetensors_bytes(self.model.plain_state(), metadata=self.model.weights_metadata())
         write_atomically(self.folder.path / "model.safetensors", content)
 
     def done(self) -> None:
-        """Everything is on disk: say so, and drop what only an unfinished run needs."""
+        """Mark the run as done, now that all is on disk, and remove what only an unfinished run needs."""
         with self.interrupt.deferred():
             self.folder.update_status(state="done", finished=time.time(), **self.progress)
             if not self.trainer.keep_checkpoint:
@@ -228,5 +229,5 @@ class State:
 
 
 def _plain(row: list[float]) -> list[float | None]:
-    """JSON knows no NaN."""
+    """The row for JSON, which has no NaN."""
     return [None if math.isnan(value) else value for value in row]

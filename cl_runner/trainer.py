@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -23,8 +23,8 @@ from cl_runner.streams.base import Examples, Task, number_of_batches
 
 
 class FirstTask(BaseModel):
-    """What the first task has of its own, beside what all tasks share: its budget, and arguments of the optimizer and
-    the scheduler."""
+    """Settings that replace those of all tasks in the first one: the budget, and arguments of the optimizer and the
+    scheduler."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -36,7 +36,7 @@ class FirstTask(BaseModel):
 
 @dataclass
 class Work:
-    """What a trainer trains: the pieces that one run is made of."""
+    """The components of one run, which a trainer works on."""
 
     model: Model
     strategy: Strategy
@@ -45,65 +45,66 @@ class Work:
     record: Callable[[dict[str, Any]], None]  # takes a journal row
     position: Position
     pace: Pace = field(default_factory=Pace)
-    pause: Callable[[], None] = lambda: None  # called between two steps when the pace says so
+    pause: Callable[[], None] = lambda: None  # called between two steps when the pace says it is time
 
 
+@dataclass(kw_only=True, eq=False)
 class Trainer:
-    """The budget of a task, the precision, and the one step that all strategies share."""
+    """The budget of a task, the precision, and the one step that all strategies share.
 
-    def __init__(
-        self,
-        *,
-        epochs: Count = 5,
-        iterations: Count | None = None,
-        first_task: FirstTask | None = None,
-        batch_size: Count = 32,
-        accumulate: Count = 1,
-        optimizer_state: Literal["reset", "keep"] = "reset",
-        clip_norm: Annotated[float, Field(gt=0)] | None = None,
-        active_logits: ActiveLogits | None = None,
-        precision: Literal["fp32", "tf32", "bf16"] = "fp32",
-        compile: bool = False,
-        deterministic: bool = False,
-        log_every: Count = 10,
-        eval_batch_size: Count = 512,
-        drift_samples: Annotated[int, Field(ge=0)] = 512,
-        checkpoint_every: Count | None = None,
-        checkpoint_seconds: Annotated[float, Field(ge=1)] | None = 300.0,
-        keep_checkpoint: bool = False,
-        seed: Seed = 0,
-    ) -> None:
-        """`epochs` or, if given, `iterations`: the budget a task; iterations drop the short last batch of a pass.
-        `first_task`: what the first task has of its own; null: nothing. `accumulate`: micro-batches that a batch is
-        computed in, with the same gradient and less memory. `optimizer_state`: whether momentum and the like start
-        empty in each task. `active_logits`: which outputs enter the loss: the task's own (current), those of all tasks
-        so far (seen) or all; null for what the method's paper says, or else the scenario (task: current, domain: all,
-        class: seen). `drift_samples`: held-out images on which the distance from the pretrained model is measured (0:
-        not at all). The run is saved after each task, and within one after `checkpoint_every` steps or
-        `checkpoint_seconds`, whichever comes first; null: not for that reason. `seed`: of the order of the batches,
-        dropout and augmentation. `precision`: bf16 is the step's alone (by autocast): passes that a method makes of its
-        own, as A-GEM, GEM and MIR do for their gradients, are computed in fp32."""
-        if accumulate > batch_size:
-            raise ConfigError("trainer.accumulate", f"expected at most batch_size={batch_size}, got {accumulate}")
-        self.first_task = FirstTask.model_validate(first_task or {})
-        if self.first_task.optimizer and optimizer_state == "keep":
+    Args:
+        epochs, iterations: the budget of a task: passes over its data or, if given, steps, where the short last batch
+            of a pass is dropped.
+        first_task: settings of the first task alone; None: it has none of its own.
+        accumulate: micro-batches to compute a batch in, for the same gradient with less memory.
+        optimizer_state: whether momentum and the like start empty in each task.
+        active_logits: which outputs enter the loss: the current task's, those seen so far, or all; None: what the
+            method's paper says, or else the scenario (task: current, domain: all, class: seen).
+        precision: bf16 holds for the step alone (by autocast): passes that a method makes itself, as A-GEM, GEM and MIR
+            do for their gradients, are computed in fp32.
+        drift_samples: held-out images on which to measure the distance from the pretrained model (0: not at all).
+        checkpoint_every, checkpoint_seconds: steps and seconds between checkpoints within a task, whichever comes
+            first; None: not for that reason. The run is saved after each task in any case.
+        seed: of the order of the batches, dropout and augmentation.
+    """
+
+    epochs: Count = 5
+    iterations: Count | None = None
+    first_task: FirstTask | None = None
+    batch_size: Count = 32
+    accumulate: Count = 1
+    optimizer_state: Literal["reset", "keep"] = "reset"
+    clip_norm: PositiveFloat | None = None
+    active_logits: ActiveLogits | None = None
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
+    compile: bool = False
+    deterministic: bool = False
+    log_every: Count = 10
+    eval_batch_size: Count = 512
+    drift_samples: NonNegativeInt = 512
+    checkpoint_every: Count | None = None
+    checkpoint_seconds: Annotated[float, Field(ge=1)] | None = 300.0
+    keep_checkpoint: bool = False
+    seed: Seed = 0
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError for settings that contradict each other."""
+        if self.accumulate > self.batch_size:
+            expected = f"expected at most batch_size={self.batch_size}"
+            raise ConfigError("trainer.accumulate", f"{expected}, got {self.accumulate}")
+        self.first_task = FirstTask.model_validate(self.first_task or {})
+        if self.first_task.optimizer and self.optimizer_state == "keep":
             expected = "expected reset where the first task has an optimizer of its own"
             raise ConfigError("trainer.optimizer_state", f"{expected}, got 'keep'")
-        self.epochs, self.iterations, self.batch_size, self.accumulate = epochs, iterations, batch_size, accumulate
-        self.optimizer_state, self.clip_norm, self.active_logits = optimizer_state, clip_norm, active_logits
-        self.precision, self.compile, self.deterministic = precision, compile, deterministic
-        self.log_every, self.eval_batch_size, self.drift_samples = log_every, eval_batch_size, drift_samples
-        self.checkpoint_every, self.checkpoint_seconds = checkpoint_every, checkpoint_seconds
-        self.keep_checkpoint, self.seed = keep_checkpoint, seed
 
     def start(self, work: Work, kept: dict[str, Any] | None = None) -> None:
-        """Take up the pieces of a run; `kept` is what `state_dict` gave in an earlier process."""
+        """Start or, with `kept` (an earlier process's `state_dict`), resume the training of a run's components."""
         self.work, self._kept = work, kept or {}
         self.optimizer: Any = None  # an Optimizer once the first task is learned
-        self.losses: Losses | None = None  # of the task that is being learned
+        self.losses: Losses | None = None  # of the current task, while it is being learned
 
     def state_dict(self) -> dict[str, Any]:
-        """What `learn` needs to go on between two steps; between two tasks, the optimizer's state where it is kept."""
+        """What `learn` needs to resume between two steps; between two tasks, the optimizer's state if that is kept."""
         if self.losses is None and (self.optimizer is None or self.optimizer_state == "reset"):
             return {key: self._kept[key] for key in ("optimizer", "parameters") if key in self._kept}
         state = {"optimizer": self.optimizer.state_dict(), "parameters": self.parameter_names}
@@ -117,12 +118,12 @@ class Trainer:
         return state
 
     def learn(self, task: Task, data: Examples) -> None:
-        """Train on `data` for the task's budget, or for what is left of it.
+        """Train on `data` for the task's budget, or what is left of it.
 
-        Raises NonFiniteLossError, which names the loss term.
+        Raises NonFiniteLossError that names the loss term.
         """
         work = self.work
-        own = self.first_task if task.index == 0 else FirstTask()
+        own = (self.first_task if task.index == 0 else None) or FirstTask()
         iterations = own.iterations or (None if own.epochs else self.iterations)
         budget = iterations and iterations * (len(work.strategy.stream) if work.strategy.offline else 1)
         steps_a_pass = number_of_batches(len(data), self.batch_size, drop_last=budget is not None)
@@ -143,8 +144,11 @@ class Trainer:
         self.losses = None
 
     def step(self, batch: Examples) -> dict[str, Tensor]:
-        """THE step: the only place in the project where weights learn. Nothing in it waits for the device,
-        unless a strategy's hook does, or a memory that groups its rows by class or task."""
+        """One step of the optimizer, the same for all strategies. Returns the loss terms, averaged over the batch.
+
+        Nothing in it waits for the device, unless a strategy's hook does, or a memory that groups its rows by class or
+        task.
+        """
         strategy, model, optimizer = self.work.strategy, self.work.model, self.optimizer
         batch = strategy.before_batch(batch)
         optimizer.zero_grad(set_to_none=True)
@@ -169,24 +173,24 @@ class Trainer:
         return means
 
     def _batches(self, task: Task, data: Examples, drop_last: bool) -> Iterator[Examples]:
-        """Those of the task that are not learned yet, in the order that its seed gives."""
+        """The task's remaining batches, in the order determined by its seed."""
         assert self.losses is not None, "a task is being learned"
         done, steps, steps_a_pass = self.losses.done, self.losses.steps, self.losses.steps_a_pass
         generator = torch.Generator().manual_seed(of_task(self.seed, task.index))
         for _ in range(done // steps_a_pass):
-            torch.randperm(len(data), generator=generator)  # the order of a pass that was made before
+            torch.randperm(len(data), generator=generator)  # the order of an earlier pass
         while done < steps:
-            for batch in data.batches(self.batch_size, generator, drop_last, first=done % steps_a_pass):
+            for batch in data.shuffled(self.batch_size, generator, drop_last, first=done % steps_a_pass):
                 if done == steps:
                     return
                 done += 1
                 yield batch
 
     def _prepare(self, steps: int, own: FirstTask) -> None:
-        """The task's optimizer and scheduler."""
+        """Create the task's optimizer, unless the last task's is kept, and its scheduler."""
         if self.optimizer is None or self.optimizer_state == "reset":
             self.optimizer = self._new_optimizer(own.optimizer)
-        for group in self.optimizer.param_groups:  # a kept optimizer's rate is where the last task's schedule left it
+        for group in self.optimizer.param_groups:  # the last task's schedule has changed a kept optimizer's rate
             group["lr"] = group.get("initial_lr", group["lr"])
         self.scheduler = self.work.make_scheduler(optimizer=self.optimizer, steps=steps, **own.scheduler)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -201,9 +205,9 @@ class Trainer:
         return optimizer
 
     def _go_on(self, kept: dict[str, Any]) -> None:
-        """From between two steps; the model and the strategy are as they were there."""
+        """Resume between two steps; model and strategy have been restored already."""
         assert self.losses is not None, "a task is being learned"
-        self.optimizer.load_state_dict(self._kept["optimizer"])  # after the scheduler was made, which sets the rate
+        self.optimizer.load_state_dict(self._kept["optimizer"])  # after creating the scheduler, which sets the rate
         self.scheduler.load_state_dict(kept["scheduler"])
         for rows, were in zip(self.reached, kept["reached"], strict=True):
             rows.copy_(were)
@@ -216,5 +220,7 @@ class Trainer:
 
 def _joined(outputs: list[Output]) -> Output:
     return Output(
-        *(torch.cat(parts) for parts in zip(*((o.logits, o.features, o.inputs) for o in outputs), strict=True))
+        logits=torch.cat([output.logits for output in outputs]),
+        features=torch.cat([output.features for output in outputs]),
+        source=lambda: torch.cat([output.inputs for output in outputs]),
     )

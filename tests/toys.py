@@ -17,7 +17,7 @@ SHAPE = (1, 4, 4)
 
 
 def toy_stream(scenario: str = "task", num_tasks: int = 3, size: int = 24, seed: int = 0) -> Stream:
-    """Two classes a task, each a noisy pattern of 4 x 4 pixels: learned in a few steps."""
+    """Two classes per task, each a noisy pattern of 4 x 4 pixels: learned in a few steps."""
     generator = torch.Generator().manual_seed(seed)
     shared = scenario == "domain"
 
@@ -52,7 +52,7 @@ def toy_model(
 
 
 def toy_trainer(strategy: Strategy, stream: Stream, model: Model, **settings) -> tuple[Trainer, list[dict]]:
-    """A trainer that is ready to learn, and the journal that it writes."""
+    """A trainer that is ready to learn, and its journal."""
     rows: list[dict] = []
     trainer = Trainer(**{"epochs": 4, "batch_size": 8, **settings})
     strategy.setup(model, stream)

@@ -13,7 +13,7 @@ SIZE, DEPTH = 32, 3
 
 
 def toy_vit(seed: int = 0, **settings) -> VisionTransformer:
-    """Weights large enough for features to tell images apart."""
+    """A small transformer, its weights large enough for features to differ between images."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         shape = {"img_size": SHAPE[1:], "patch_size": 2, "in_chans": SHAPE[0], "num_classes": 0}

@@ -4,10 +4,9 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Annotated
 
 import torch
-from pydantic import Field
+from pydantic import PositiveFloat
 from torch import Tensor
 
 from cl_runner.errors import ConfigError
@@ -41,7 +40,7 @@ class Batched(Estimator):
     batch_size: Count = 128
     train_mode: bool = False
     augment: bool = False
-    clip: Annotated[float, Field(gt=0)] | None = None
+    clip: PositiveFloat | None = None
     reverse: bool = False
 
     needs_labels = True

@@ -13,7 +13,7 @@ from typing import Annotated
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, PositiveFloat
 from torch import Tensor
 
 from cl_runner.errors import ConfigError
@@ -96,7 +96,7 @@ class Hybrid(Estimator):
             the whole diagonal was 0.089 on an MLP and 0.022 and 0.029 on a CNN. Which it is, the report estimates.
     """
 
-    budget: Annotated[float, Field(gt=0)] = 1.0
+    budget: PositiveFloat = 1.0
     tolerance: Annotated[float, Field(gt=0, lt=1)] | None = None
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""As many examples of each class (or of each task) as of any other."""
+"""The same number of examples of each class (or of each task)."""
 
 from typing import Literal
 
@@ -11,11 +11,11 @@ from cl_runner.streams.base import Examples
 
 
 class ClassBalanced(Memory):
-    """Room is shared equally: what comes in when all is full takes the place of a row of the largest group.
+    """Capacity is shared equally: when the memory is full, a new row replaces one of the largest group.
 
-    random: of each group a uniform sample (with the room in all, the greedy balancing sampler of GDumb, Prabhu et
-    al., 2020, which draws the row that leaves, but never replaces one of a class by a later one of it); newest: a ring
-    buffer each (Lopez-Paz & Ranzato, 2017; Chaudhry et al., 2019).
+    random: a uniform sample of each group (with a shared capacity, close to the greedy balancing sampler of GDumb,
+    Prabhu et al., 2020, which draws the row to drop but never replaces a row by a later one of its class); newest: a
+    ring buffer per group (Lopez-Paz & Ranzato, 2017; Chaudhry et al., 2019).
     """
 
     def __init__(
@@ -32,5 +32,5 @@ class ClassBalanced(Memory):
     def rank(self, rows: Examples) -> Tensor:
         if self.keep == "random":
             return torch.rand(len(rows), dtype=torch.float64)
-        newest = self._ranks.min() if len(self) else torch.zeros(())  # never thrown out before an older one
+        newest = self._ranks.min() if len(self) else torch.zeros(())  # newer rows never leave before older ones
         return newest - torch.arange(1, len(rows) + 1, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""What is kept of past tasks: examples, chosen by rank within groups that share the room."""
+"""The memory of past tasks: examples, chosen by rank within groups that share its capacity."""
 
 import logging
 from abc import ABC, abstractmethod
@@ -13,30 +13,30 @@ from cl_runner.streams.base import Examples, Stream
 
 log = logging.getLogger("cl_runner")
 
-Features = Callable[[Tensor], Tensor]  # images [B, C, H, W] uint8 -> [B, D], of the model as it is when it is called
-Share = Literal["class", "task", "task_class"]  # task_class: each class of each task apart, where tasks share classes
+Features = Callable[[Tensor], Tensor]  # images [B, C, H, W] uint8 -> [B, D], by the model as it is when called
+Share = Literal["class", "task", "task_class"]  # task_class: each class within each task
 Per = Literal["all", "class", "task", "task_class"]
 
 
 class Memory(ABC):
-    """Examples kept as they came: uint8 images, labels, task ids and extras (stored logits [N, K], say).
+    """Examples stored as they are: uint8 images, labels, task ids and extras (such as logits [N, K]).
 
-    Every row belongs to a group (its class, its task, or one for all) and has a rank in it; those of the lowest rank
-    stay. What sets memories apart is how they rank: at random, by age, by what herding picks first. A group that has
-    shrunk for others holds what it would have held, had it never been larger.
+    Every row belongs to a group (its class, its task, or one for all) and has a rank in it; the lowest ranks stay.
+    Memories differ in how they rank: at random, by age, or in herding's order. A group that has shrunk to make room
+    for others holds the same rows as if it had never been larger.
 
-    Nothing but `sample` and random ranks draws random numbers, from PyTorch's global CPU generator.
+    Only `sample` and random ranks draw random numbers, from PyTorch's global CPU generator.
     """
 
-    streaming: ClassVar[bool] = True  # rows may come batch by batch (`add`), not only task by task (`add_task`)
+    streaming: ClassVar[bool] = True  # accepts rows batch by batch (`add`), not only task by task (`add_task`)
 
     def __init__(self, size: int, per: Per, share: Share | None) -> None:
-        """`size`: rows at most, in all or `per` group; `share`: the groups among which rows in all are shared equally
-        (room that one does not fill goes to the others); None: all rows are one."""
+        """`size`: maximum number of rows, in all or `per` group; `share`: with a total size, the groups that share it
+        equally (what one does not fill goes to the others); None: all rows are one group."""
         self.size, self.per = size, per
         self._group_by = share if per == "all" else per
-        self._rows: Examples | None = None  # the first len(self) of them count; the rest is room to grow
-        self._groups = torch.zeros(0, dtype=torch.int64)  # [N], of each row; on the CPU, as are the ranks
+        self._rows: Examples | None = None  # the first len(self) are valid; the rest is spare room
+        self._groups = torch.zeros(0, dtype=torch.int64)  # [N], of each row; on the CPU, like the ranks
         self._ranks = torch.zeros(0, dtype=torch.float64)  # [N]
 
     def __len__(self) -> int:
@@ -46,14 +46,14 @@ class Memory(ABC):
     def examples(self) -> Examples:
         """All rows, in no particular order: a view, which later additions change.
 
-        Raises LookupError where there are none yet: an empty memory does not know the shape of an image.
+        Raises LookupError if there are none yet: an empty memory does not know an image's shape.
         """
         if self._rows is None:
             raise LookupError("the memory is empty: ask for its length first")
         return self._rows[: len(self)]
 
     def warn_of_lack(self, stream: Stream) -> None:
-        """Say so where not every class will have a row here, for methods that answer from the rows of each."""
+        """Warn if some class will have no row here, for methods that predict from the rows of each class."""
         groups = [task.classes for task in stream.tasks]
         wanted = {"all": len(set().union(*groups)), "task": max(len(group) for group in groups)}.get(self.per, 1)
         if self.size < wanted:
@@ -61,31 +61,31 @@ class Memory(ABC):
             log.warning("memory.size: %d rows%s for %d classes: some are never kept", self.size, each, wanted)
 
     def sample(self, count: int) -> Examples:
-        """`count` rows drawn without replacement, or all, in random order, where there are not so many.
+        """`count` rows drawn without replacement, or all of them in random order if there are fewer.
 
-        Raises LookupError where there are none yet.
+        Raises LookupError if there are none yet.
         """
         chosen = torch.randperm(len(self))[:count]
         return self.examples[chosen.to(self.examples.labels.device, non_blocking=True)]
 
     def add(self, batch: Examples) -> None:
-        """Offer rows as they stream by: a batch that has just been learned, without what was replayed in it.
+        """Offer the fresh rows of a batch that has just been learned.
 
-        They lie where the first batch lay (on the computing device, if that did). Every batch must have the same
-        extras. Memories that group by class or task read the labels, and so wait for the device.
+        Rows are kept on the device of the first batch. Every batch must have the same extras. Memories that group by
+        class or task read the labels, and so wait for the device.
         """
         self._admit(batch, self.rank(batch))
 
     def add_task(self, examples: Examples, features: Features) -> None:
-        """Offer all examples of a task at its end; `features` is asked only by memories that choose by them."""
+        """Offer all examples of a task at its end; `features` is called only by memories that choose by them."""
         self.add(examples)
 
     @abstractmethod
     def rank(self, rows: Examples) -> Tensor:
-        """[N] float64 on the CPU: lower stays longer. The rows are newer than all that are held."""
+        """[N] float64 on the CPU: lower ranks stay longer. The rows are newer than all held ones."""
 
     def state_dict(self) -> dict[str, Any]:
-        """All that it holds, as copies; `load_state_dict` brings it back bit for bit."""
+        """Copies of everything held, which `load_state_dict` restores bit for bit."""
         if self._rows is None:
             return {}
         rows = self.examples
@@ -108,14 +108,14 @@ class Memory(ABC):
             self._groups, self._ranks = state["groups"].cpu().clone(), state["ranks"].cpu().clone()
 
     def _admit(self, rows: Examples, ranks: Tensor) -> None:
-        """Let in the rows whose ranks are low enough, in the places of those that must leave for them."""
+        """Store the rows whose ranks are low enough, in place of those that must leave for them."""
         held = len(self)
         groups, ranks = torch.cat([self._groups, self._groups_of(rows)]), torch.cat([self._ranks, ranks])
         kept = self._kept(groups.numpy(), ranks.numpy())
         freed, entering = np.flatnonzero(~kept[:held]), held + np.flatnonzero(kept[held:])
         if not len(entering):
             return
-        # Neither a group nor their sum ever shrinks without a row coming in for each that leaves.
+        # A row leaves only when another enters.
         slots = torch.from_numpy(np.concatenate([freed, np.arange(held, held + len(entering) - len(freed))]))
         chosen = torch.from_numpy(entering)
         self._put(slots, rows[(chosen - held).to(rows.labels.device, non_blocking=True)])
@@ -131,22 +131,22 @@ class Memory(ABC):
         return {"class": labels, "task": tasks, "task_class": tasks * 2**32 + labels}[self._group_by].cpu()
 
     def _kept(self, groups: np.ndarray, ranks: np.ndarray) -> np.ndarray:
-        """[N] bool: which rows stay. Of equal ranks in a group, the row that came first."""
+        """[N] bool: which rows stay. Within a group, ties go to the row that comes first."""
         rows = np.arange(len(ranks))
-        order = np.lexsort((ranks, groups))  # by group, and by rank in it
+        order = np.lexsort((ranks, groups))  # by group, then by rank
         starts = np.flatnonzero(np.diff(groups[order], prepend=-1))
         place = np.empty_like(rows)
-        place[order] = rows - np.repeat(starts, np.diff(starts, append=len(rows)))  # 0: the lowest rank of its group
+        place[order] = rows - np.repeat(starts, np.diff(starts, append=len(rows)))  # 0: its group's lowest rank
         if self.per != "all":
             return place < self.size
         kept = np.zeros(len(rows), dtype=bool)
-        # All groups' firsts, then all their seconds, …; the last round goes by group, so that how many rows a group
+        # Each group's first, then each group's second, …; the last round goes by group, so that how many rows a group
         # keeps depends on the groups' sizes alone, and which on ranks alone.
         kept[np.lexsort((groups, place))[: self.size]] = True
         return kept
 
     def _put(self, slots: Tensor, rows: Examples) -> None:
-        """Write rows into their places, making room for them where they come to lie behind the last."""
+        """Write rows into their slots, growing the storage if these exceed it."""
         own = self._rows if self._rows is not None else rows[:0]
         if own.extras.keys() != rows.extras.keys():
             raise ValueError(f"the memory's rows have the extras {sorted(own.extras)}, got {sorted(rows.extras)}")

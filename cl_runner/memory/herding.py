@@ -1,4 +1,4 @@
-"""The examples whose mean stays nearest to their class's mean (Welling, 2009; iCaRL, Rebuffi et al., 2017,
+"""The examples whose mean best approximates their class's mean (Welling, 2009; iCaRL, Rebuffi et al., 2017,
 arXiv 1611.07725, algorithms 4 and 5)."""
 
 from typing import ClassVar
@@ -11,12 +11,12 @@ from cl_runner.memory.base import Features, Memory, Per, Share
 from cl_runner.ranges import Count
 from cl_runner.streams.base import Examples
 
-CHUNK = 256  # images that features are asked of at a time
+CHUNK = 256  # images per forward pass
 
 
 class Herding(Memory):
-    """Of each class in each task, the rows in the order in which herding picks them: however few stay, they are those
-    that it would have picked alone."""
+    """Rows of each class in each task, ranked by the order in which herding picks them: any number that stay are those
+    that it would have picked in the first place."""
 
     streaming: ClassVar[bool] = False
 
@@ -29,13 +29,13 @@ class Herding(Memory):
         normalize: bool = True,
         normalize_mean: bool = False,
     ) -> None:
-        """`normalize`: features to length one, as in iCaRL; `normalize_mean`: a class's mean too, before examples are
-        picked that come near it, as in van de Ven's code (and not in the authors')."""
+        """`normalize`: features to length one, as in iCaRL; `normalize_mean`: the class's mean, too, before picking
+        examples, as in van de Ven's code (but not in the authors')."""
         super().__init__(size, per, share)
         self.normalize, self.normalize_mean = normalize, normalize_mean
 
     def rank(self, rows: Examples) -> Tensor:
-        raise TypeError("herding chooses among all of a task's examples, by their features: call add_task")
+        raise TypeError("herding chooses among all of a task's examples by their features: call add_task")
 
     @torch.no_grad()
     def add_task(self, examples: Examples, features: Features) -> None:
@@ -50,8 +50,8 @@ class Herding(Memory):
         self._admit(examples, ranks)
 
     def _room(self, examples: Examples, rows_of: list[Tensor]) -> list[int]:
-        """How many rows of each class in a task can stay at most, whichever herding picks: one more than do if they
-        come in any order, since of equal ranks those stay that come first."""
+        """An upper bound on how many rows of each class in a task can stay, whichever herding picks: one more than stay
+        in their present order, since ties go to the row that comes first."""
         ranks = torch.empty(len(examples), dtype=torch.float64)
         for rows in rows_of:
             ranks[rows] = torch.arange(len(rows), dtype=torch.float64)
@@ -61,14 +61,17 @@ class Herding(Memory):
 
 
 def herd(features: Tensor, count: int, normalize_mean: bool = False) -> Tensor:
-    """The rows, [`count`] int64 in the order in which they are picked, of features [N, D]: each brings the mean of
-    those picked as near as can be to the mean of all, which may be brought to length one first."""
+    """The first `count` rows that herding picks of features [N, D], int64 in this order.
+
+    Each brings the mean of those picked as near as possible to the mean of all, which `normalize_mean` scales to length
+    one first.
+    """
     mean, norms = features.mean(0), features.square().sum(1)
     mean = F.normalize(mean, dim=0) if normalize_mean else mean
     total, left = torch.zeros_like(mean), torch.ones_like(norms, dtype=torch.bool)
     picked = []
     for number in range(1, count + 1):
-        # |number * mean - total - f|^2 less what is the same for every f
+        # |number * mean - total - f|^2, without terms that do not depend on f
         distance = norms - 2 * (features @ (number * mean - total))
         best = distance.masked_fill(~left, torch.inf).argmin()
         picked.append(best)

@@ -1,4 +1,4 @@
-"""A uniform sample of all that has streamed by (Vitter, 1985: reservoir sampling)."""
+"""A uniform sample of all rows seen so far (Vitter, 1985: reservoir sampling)."""
 
 import torch
 from torch import Tensor
@@ -11,8 +11,8 @@ from cl_runner.streams.base import Examples
 class Reservoir(Memory):
     """Every row seen so far is held with the same probability, whatever its class and task.
 
-    Rows are told apart by a random number each, the lowest of which stay: the same distribution as Vitter's algorithm
-    R. A row that is offered again, in a later epoch, counts as another.
+    Each row gets a random number, and the lowest stay: the same distribution as Vitter's algorithm R. A row offered
+    again in a later epoch counts as another row.
     """
 
     def __init__(self, *, size: Count = 500) -> None:
@@ -22,7 +22,7 @@ class Reservoir(Memory):
         ranks = self.rank(batch)
         worst = self._ranks.max() if len(self) == self.size else torch.inf
         low = (ranks < worst).nonzero()[:, 0]
-        if len(low):  # the longer the stream, the rarer: most batches need no sorting
+        if len(low):  # rarer as the stream grows: most batches need no sorting
             self._admit(batch[low.to(batch.labels.device, non_blocking=True)], ranks[low])
 
     def rank(self, rows: Examples) -> Tensor:

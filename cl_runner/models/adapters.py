@@ -1,7 +1,7 @@
 """Small trainable branches beside the layers of a backbone.
 
-They hang on forward hooks and lie beside the backbone, not in it: its weights keep their names, and files of weights
-hold it as it was.
+They are attached by forward hooks, not registered in the backbone: its weights keep their names, and files of weights
+hold it without them.
 """
 
 from collections.abc import Sequence
@@ -18,20 +18,20 @@ Layer = nn.Linear | nn.Conv2d
 
 
 class Branch(nn.Module):
-    """Adds its own output to a layer's."""
+    """A module that adds its output to a layer's."""
 
     def beside(self, layer: nn.Module) -> None:
-        """From now on `layer` says layer(x) + branch(x)."""
-        layer.register_forward_hook(self._added)  # a bound method: a copy of the model hangs on the branch's copy
+        """From now on, `layer` returns layer(x) + branch(x)."""
+        layer.register_forward_hook(self._added)  # a bound method, so a copied model uses the copied branch
 
     def _added(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         return output + self(inputs[0])
 
 
 class LowRank(Branch):
-    """x -> alpha / rank * B A x (LoRA: Hu et al., 2022, arXiv 2106.09685, eq. 3), shaped as a layer's own product.
+    """x -> alpha / rank * B A x (LoRA: Hu et al., 2022, arXiv 2106.09685, eq. 3), in the shape of a layer's output.
 
-    A convolution's A is a convolution to `rank` channels, its B one of 1 x 1 pixels.
+    For a convolution, A is a convolution to `rank` channels, and B a 1 x 1 convolution.
     """
 
     def __init__(self, layer: Layer, rank: int, alpha: float) -> None:
@@ -51,7 +51,7 @@ class LowRank(Branch):
 
     @torch.no_grad()
     def reset(self) -> None:
-        """A normal with variance 1 / fan-in, B zero: the branch adds nothing yet."""
+        """Draw A normally with variance 1 / fan-in and zero B, so that the branch adds nothing yet."""
         # Drawn on the CPU: the same on every device.
         self.down.weight.copy_(torch.randn(self.down.weight.shape) * self.down.weight[0].numel() ** -0.5)
         self.up.weight.zero_()
@@ -61,7 +61,7 @@ class LowRank(Branch):
 
     @torch.no_grad()
     def merge(self, layer: Layer) -> None:
-        """Put what the branch adds into the layer's weight, and nothing more into the branch."""
+        """Add the branch's product to the layer's weight, and zero the branch."""
         layer.weight += self.scale * (self.up.weight.flatten(1) @ self.down.weight.flatten(1)).view_as(layer.weight)
         self.up.weight.zero_()
 
@@ -77,7 +77,7 @@ class Bottleneck(Branch):
 
     @torch.no_grad()
     def reset(self) -> None:
-        """`down` normal with variance 1 / fan-in, the rest zero: the branch adds nothing yet."""
+        """Draw `down` normally with variance 1 / fan-in and zero the rest, so that the branch adds nothing yet."""
         for parameter in self.parameters():
             parameter.zero_()
         self.down.weight.copy_(torch.randn(self.down.weight.shape) * self.down.in_features**-0.5)
@@ -88,7 +88,7 @@ class Bottleneck(Branch):
 
 @torch.no_grad()
 def called_in(model: nn.Module, images: Tensor, layers: dict[str, Layer]) -> dict[str, Layer]:
-    """Those of the layers that a pass calls as modules: of the others it reads the weight, past any branch."""
+    """The layers that a forward pass calls as modules; a branch beside any other would have no effect."""
     seen: set[nn.Module] = set()
     hooks = [layer.register_forward_hook(lambda layer, *_: seen.add(layer)) for layer in layers.values()]
     try:
@@ -100,11 +100,11 @@ def called_in(model: nn.Module, images: Tensor, layers: dict[str, Layer]) -> dic
 
 
 def low_rank_layers(backbone: nn.Module, patterns: Sequence[str]) -> dict[str, Layer]:
-    """By name, the layers that a pattern matches and a low-rank branch can stand beside.
+    """The layers by name that some pattern matches and that can have a low-rank branch.
 
-    Those are linear layers and convolutions without groups; not their subclasses, which compute something else.
+    Those are linear layers and convolutions without groups, but not their subclasses, which may compute something else.
 
-    Raises ConfigError for a pattern that matches none, with names that are near.
+    Raises ConfigError for a pattern that matches none, with similar names.
     """
     known: dict[str, Layer] = {
         name: module

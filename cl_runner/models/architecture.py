@@ -1,4 +1,4 @@
-"""What all architectures share: the weights a backbone starts from, what of it stays still, what images it takes."""
+"""What all architectures share: a backbone's initial weights, its frozen parts, and the images it takes."""
 
 import logging
 import re
@@ -20,31 +20,31 @@ from cl_runner.models import weights
 from cl_runner.models.heads import Init
 from cl_runner.models.model import ActiveLogits, Model
 from cl_runner.models.preprocess import Interpolation, Preprocess
-from cl_runner.models.weights import Inputs, Net, Shape
+from cl_runner.models.weights import Inputs, Net
 from cl_runner.randomness import derived
 from cl_runner.ranges import Count, Seed
-from cl_runner.streams.base import Scenario, Stream
+from cl_runner.streams.base import Scenario, Shape, Stream
 
 log = logging.getLogger("cl_runner")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture(ABC):
-    """A recipe for a model: cheap to make and to check, and built once the stream is known.
+    """A recipe for a model: cheap to create and to check, and built once the stream is known.
 
     pretrained: false, true (the usual published weights), the name of published weights, or a file (safetensors, or
     PyTorch holding tensors only). key_map: regular expressions and replacements for the file's keys, in order; a key
-    that becomes empty is left out. freeze: patterns (`blocks.[0-2].*`, `*`) over the names of the backbone's
-    parameters and buffers: they keep their values, and so do the statistics of normalisation layers in frozen parts.
-    norm_stats: whether other normalisation layers' running statistics stay `frozen` or `adapt`; null: frozen for
-    pretrained nets, adapt for fresh ones. image_size: side in pixels that images are resized to; null: the weights'
-    own, or for fresh nets the stream's. interpolation: how they are resized. normalize: false leaves them in [0, 1],
-    whatever the weights, or the stream, say of mean and standard deviation. head_init, seed: how the new head's rows
-    are drawn; a fresh backbone is drawn by it too, apart from the head.
+    that becomes empty is dropped. freeze: patterns (`blocks.[0-2].*`, `*`) for the names of the backbone's parameters
+    and buffers: they keep their values, and so do the statistics of normalisation layers in frozen parts. norm_stats:
+    whether other normalisation layers' running statistics stay `frozen` or `adapt`; null: frozen for pretrained nets,
+    adapt for fresh ones. image_size: side in pixels to resize images to; null: the weights' own, or for fresh nets the
+    stream's. interpolation: for resizing. normalize: false leaves images in [0, 1], whatever mean and standard
+    deviation the weights or the stream have. head_init: how the new head's rows are initialised. seed: of the head and
+    of a fresh backbone, which draw independently.
     """
 
-    channels: ClassVar[int | None] = None  # that nets without pretrained weights take; None: the stream's
-    first_weight: ClassVar[str | None] = None  # a weight whose second dimension is the number of channels
+    channels: ClassVar[int | None] = None  # taken by nets without pretrained weights; None: the stream's
+    first_weight: ClassVar[str | None] = None  # name of a weight [_, channels, ...]
 
     pretrained: bool | str = False
     key_map: dict[str, str] | None = None
@@ -72,16 +72,16 @@ class Architecture(ABC):
 
     @abstractmethod
     def network(self, shape: Shape, published: bool) -> Net:
-        """For images of `shape`: fresh, or with the `published` weights that `pretrained` names."""
+        """The network for images of `shape`: fresh, or with the `published` weights that `pretrained` names."""
 
     def published(self) -> Inputs:
-        """What the published weights (those `pretrained` names, else the usual ones) expect of images."""
+        """The images that the published weights expect (those `pretrained` names, or else the usual ones)."""
         return Inputs()
 
     def check_names(self) -> None:
         """Refuse names of networks and of published weights that do not exist.
 
-        Raises ConfigError, which says what exists.
+        Raises ConfigError that lists those that do.
         """
         if self.named:
             raise ConfigError(
@@ -91,34 +91,34 @@ class Architecture(ABC):
 
     @property
     def label(self) -> str:
-        """In errors and in files of weights."""
+        """The architecture's name in errors and in files of weights."""
         return choice(type(self).__name__)
 
     def in_channels_last(self, backbone: nn.Module) -> bool:
         return False
 
     def check(self) -> None:
-        """Refuse, before any data or number is touched, what `build` would.
+        """Refuse what `build` would, before any data or weights are loaded.
 
         Raises ConfigError.
         """
         self.check_names()
         if self.freeze or self.file:
-            still_names(self.outline.backbone, self.freeze)
+            frozen_names(self.outline.backbone, self.freeze)
         if self.file:
             weights.compare(self.outline, weights.read(self.file, self.key_map, "meta"), shapes=False)
 
     def check_images(self, shape: Shape) -> None:
-        """Refuse images [C, H, W] that the network, or its file of weights, is not made for.
+        """Refuse images [C, H, W] that do not fit the network or its file of weights.
 
-        Raises ConfigError. Where a network cannot be tried without its numbers, `build` finds out.
+        Raises ConfigError. If a network cannot be tried on the meta device, only `build` finds out.
         """
         file = weights.read(self.file, self.key_map, "meta") if self.file else None
         inputs = self._resolved(self._own_inputs(file), Stream(Scenario.TASK, [], 1, shape, None, None))
         try:
             with torch.device("meta"):
                 net = self.network(inputs.shape, published=False)
-        except RuntimeError:  # it computes with its numbers as it is built
+        except RuntimeError:  # its constructor computes with its weights
             return
         if file:
             weights.compare(net, file, shapes=True)
@@ -127,22 +127,22 @@ class Architecture(ABC):
 
     @property
     def has_pretrained_head(self) -> bool:
-        """Whether the pretrained weights bring their own classifier, which makes the pretrained model task zero."""
+        """Whether the pretrained weights include a classifier, which makes the pretrained model task zero."""
         if self.file:
             return self.outline.head_of(weights.read(self.file, self.key_map, "meta").state) is not None
         return self.named and self.outline.head is not None
 
     def build(self, stream: Stream, active_logits: ActiveLogits | None = None) -> Model:
-        """The model for `stream`, on the CPU, the same for the same seed; the global generator is left as it was.
+        """The model for `stream`, on the CPU, determined by the seed; the global generator is left as it was.
 
-        Raises ConfigError where weights, images and network do not fit together.
+        Raises ConfigError if weights, images and network do not fit together.
         """
-        with seeded(derived(self.seed, "backbone")):  # the head's rows would repeat the first layer's numbers
+        with seeded(derived(self.seed, "backbone")):  # else the head's rows would repeat the first layer's
             inputs, net = self._assembled(stream)
             num_features = self._num_features(net, inputs)
-            still = still_names(net.backbone, self.freeze)
+            frozen = frozen_names(net.backbone, self.freeze)
             for name, parameter in net.backbone.named_parameters():
-                parameter.requires_grad_(name not in still)
+                parameter.requires_grad_(name not in frozen)
             channels_last = self.in_channels_last(net.backbone)
             if channels_last:
                 net.backbone.to(memory_format=torch.channels_last)
@@ -151,15 +151,15 @@ class Architecture(ABC):
                 net.backbone,
                 num_features,
                 stream,
-                active_logits,
-                self.head_init,
-                net.head,
-                self.seed,
+                active_logits=active_logits,
+                head_init=self.head_init,
+                pretrained_head=net.head,
+                seed=self.seed,
                 head_name=net.classifiers[0],
                 metadata={"format": "pt", "architecture": self.label, **inputs.metadata()},
             )
-            frozen = (self.norm_stats or ("frozen" if self.pretrained else "adapt")) == "frozen"
-            model.hold_statistics(norm_layers(net.backbone, None if frozen else still))
+            norm_stats = self.norm_stats or ("frozen" if self.pretrained else "adapt")
+            model.hold_statistics(norm_layers(net.backbone, None if norm_stats == "frozen" else frozen))
         return model
 
     @cached_property
@@ -168,12 +168,12 @@ class Architecture(ABC):
 
     @property
     def named(self) -> bool:
-        """Whether published weights are asked for, rather than none or a file's."""
+        """Whether `pretrained` asks for published weights, rather than none or a file's."""
         return bool(self.pretrained) and self.file is None
 
     @cached_property
     def outline(self) -> Net:
-        """The network as it is named and shaped; on the meta device it costs next to nothing."""
+        """The network's names and shapes; on the meta device, which costs next to nothing."""
         usual = self.published()
         height, width = usual.size or (32, 32)
         shape = usual.channels or self.channels or 3, height, width
@@ -181,33 +181,33 @@ class Architecture(ABC):
             try:
                 with torch.device("meta"):
                     return self.network(shape, published=False)
-            except RuntimeError:  # some nets compute with their numbers as they are built
+            except RuntimeError:  # some nets' constructors compute with their weights
                 return self.network(shape, published=False)
 
     def _assembled(self, stream: Stream) -> tuple[Inputs, Net]:
-        """The network with its weights, and the images that it gets."""
+        """The images that the network gets, and the network with its weights."""
         file = weights.read(self.file, self.key_map) if self.file else None
         inputs = self._resolved(self._own_inputs(file), stream)
         if file:
             return inputs, weights.load(self.network(inputs.shape, published=False), file)
         net = self.network(inputs.shape, published=self.named)
         if self.named and net.head is None:
-            log.info("%s has no classifier of one linear layer: its pretrained weights are no task zero", self.label)
+            log.info("%s does not end in one linear layer: its pretrained model cannot be task zero", self.label)
         return inputs, net if self.named else replace(net, head=None)
 
     def _own_inputs(self, file: weights.WeightsFile | None) -> Inputs:
-        """What the weights themselves say of images."""
+        """The images that the weights themselves call for."""
         if file:
             return file.inputs or self._usual_inputs(file.state)
         return self.published() if self.named else Inputs()
 
     def _usual_inputs(self, state: dict[str, Tensor]) -> Inputs:
-        """What a file that does not say expects of images."""
+        """The images that a file without this information expects."""
         first = state.get(self.first_weight) if self.first_weight else None
         return self.published() if first is None else Inputs(channels=first.shape[1])
 
     def _resolved(self, own: Inputs, stream: Stream) -> Inputs:
-        """Everything that is left open settled by `image_size` and by the stream."""
+        """`own`, completed by `image_size` and the stream."""
         came, height, width = stream.image_shape
         channels = own.channels or self.channels or came
         if came not in (1, channels):
@@ -222,16 +222,23 @@ class Architecture(ABC):
 
     def _preprocess(self, inputs: Inputs, stream: Stream, channels_last: bool) -> Preprocess:
         channels, *_ = inputs.shape
-        look = inputs.size, inputs.mean, inputs.std
-        augment = stream.augment, stream.crop_padding
-        return Preprocess(channels, *look, *augment, channels_last, self.interpolation)
+        return Preprocess(
+            channels,
+            size=inputs.size,
+            mean=inputs.mean,
+            std=inputs.std,
+            augment=stream.augment,
+            crop_padding=stream.crop_padding,
+            channels_last=channels_last,
+            interpolation=self.interpolation,
+        )
 
     def _num_features(self, net: Net, inputs: Inputs) -> int:
-        """D of the backbone's features [B, D]; also the proof that it takes images of this size."""
+        """D of the backbone's features [B, D], by a trial pass, which fails for images that it cannot take."""
         try:
             with torch.no_grad():
                 features = net.backbone.eval()(torch.zeros(1, *inputs.shape))
-        except NotImplementedError:  # on the meta device, of a layer that has no shapes there
+        except NotImplementedError:  # by a layer that the meta device does not support
             raise
         except (RuntimeError, AssertionError, ValueError) as error:
             raise refused(self.label, inputs.shape, error) from error
@@ -245,10 +252,10 @@ class Architecture(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class ImageArchitecture(Architecture):
-    """One that may compute in NHWC order.
+    """An architecture that can compute in NHWC order.
 
-    channels_last: images and weights in NHWC order; a training step of a convolutional net then takes 4 to 36 % less
-    time on a CPU (EfficientNet-Lite0, ResNet-18, CNN). Very narrow nets (see `has_narrow_shortcut`) stay in NCHW order.
+    channels_last: images and weights in NHWC order, which makes a convolutional net's training step 4 to 36 % faster on
+    a CPU (EfficientNet-Lite0, ResNet-18, CNN). Very narrow nets (see `has_narrow_shortcut`) stay in NCHW order.
     """
 
     channels_last: bool = True
@@ -259,25 +266,25 @@ class ImageArchitecture(Architecture):
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Draw from `seed` inside, on the CPU, and leave the global generator as it was."""
+    """Seed the global CPU generator inside, and restore its state afterwards."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the accelerators as well
         yield
 
 
 def refused(label: str, shape: Shape, error: Exception) -> ConfigError:
-    """A network's own complaint about the images it would get."""
+    """The ConfigError for a network's own complaint about its images."""
     images, reason = "x".join(map(str, shape)), str(error).partition("\n")[0]
     return ConfigError("model.image_size", f"expected a size that {label} can take, got images of {images} ({reason})")
 
 
-def still_names(backbone: nn.Module, patterns: Sequence[str]) -> set[str]:
+def frozen_names(backbone: nn.Module, patterns: Sequence[str]) -> set[str]:
     """Names of the parameters and buffers that some pattern matches.
 
-    Raises ConfigError for a pattern that matches none, with names that are near.
+    Raises ConfigError for a pattern that matches none, with similar names.
     """
     names = [name for name, _ in (*backbone.named_parameters(), *backbone.named_buffers())]
-    still: set[str] = set()
+    frozen: set[str] = set()
     for pattern in patterns:
         matched = {name for name in names if fnmatchcase(name, pattern)}
         if not matched:
@@ -285,27 +292,27 @@ def still_names(backbone: nn.Module, patterns: Sequence[str]) -> set[str]:
             raise ConfigError(
                 "model.freeze", f"expected patterns of the backbone's names, such as {near}, got {pattern!r}"
             )
-        still |= matched
-    return still
+        frozen |= matched
+    return frozen
 
 
 def has_narrow_shortcut(backbone: nn.Module) -> bool:
     """Whether some 1x1 convolution with a stride takes fewer than 16 channels.
 
-    In NHWC order its weights' gradient is wrong on CPUs, or memory is overwritten: oneDNN's workspace is too small
-    where there are fewer channels than a block has, 8 (AVX2) or 16 (AVX-512) (https://github.com/uxlfoundation/oneDNN/issues/6035).
+    In NHWC order on CPUs, the gradient of its weights is wrong or memory is corrupted: oneDNN's workspace is too small
+    for fewer channels than a block has, 8 (AVX2) or 16 (AVX-512) (https://github.com/uxlfoundation/oneDNN/issues/6035).
     """
     layers = [layer for layer in backbone.modules() if isinstance(layer, nn.Conv2d) and layer.groups == 1]
     return any(max(one.kernel_size) == 1 < max(one.stride) and one.in_channels < 16 for one in layers)
 
 
-def norm_layers(backbone: nn.Module, still: set[str] | None) -> list[nn.Module]:
-    """Layers with running statistics: all, or those whose statistics, or all of whose parameters, are in `still`."""
+def norm_layers(backbone: nn.Module, frozen: set[str] | None) -> list[nn.Module]:
+    """Layers with running statistics: all, or those whose statistics or parameters (all of them) are in `frozen`."""
     found = []
     for name, module in backbone.named_modules():
         if not isinstance(getattr(module, "running_mean", None), Tensor):
             continue
         parameters = {f"{name}.{own}" for own, _ in module.named_parameters(recurse=False)}
-        if still is None or f"{name}.running_mean" in still or (parameters and parameters <= still):
+        if frozen is None or f"{name}.running_mean" in frozen or (parameters and parameters <= frozen):
             found.append(module)
     return found

@@ -9,14 +9,15 @@ from pydantic import Field
 from torch import nn
 
 from cl_runner.models.architecture import ImageArchitecture
-from cl_runner.models.weights import Net, Shape
+from cl_runner.models.weights import Net
 from cl_runner.ranges import Count
+from cl_runner.streams.base import Shape
 
 
 @dataclass(frozen=True, kw_only=True)
 class CNN(ImageArchitecture):
     """For each width a 3x3 convolution, batch normalisation (if `batch_norm`), ReLU and 2x2 max-pooling; then the mean
-    over what is left of the image, so that features [B, widths[-1]] do not depend on its size."""
+    over the remaining pixels, so that features [B, widths[-1]] have the same shape for every image size."""
 
     first_weight = "conv1.weight"
 

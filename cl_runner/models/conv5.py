@@ -8,20 +8,20 @@ from torch import nn
 
 from cl_runner.models.architecture import ImageArchitecture
 from cl_runner.models.mlp import perceptron
-from cl_runner.models.weights import Net, Shape
+from cl_runner.models.weights import Net
 from cl_runner.ranges import Count
+from cl_runner.streams.base import Shape
 
 WIDTHS, STRIDES = (16, 32, 64, 128, 256), (1, 2, 2, 2, 2)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Conv5(ImageArchitecture):
-    """Five 3x3 convolutions, batch normalisation and ReLU after each but the last, flattened: 1024 features of a 32x32
-    image; then, for `widths`, fully connected layers with ReLU.
+    """Five 3x3 convolutions, with batch normalisation and ReLU after all but the last, flattened: 1024 features of a
+    32x32 image; then fully connected layers with ReLU, of the given `widths`.
 
-    Names are those of the published weights (https://github.com/GMvandeVen/continual-learning). A file fits if it
-    holds exactly the convolutions' weights; the fully connected layers start fresh if it holds none of theirs, and
-    must be there in full if it holds any.
+    Names are those of the published weights (https://github.com/GMvandeVen/continual-learning). A file must hold
+    exactly the convolutions' weights; of the fully connected layers it must hold all, or none, which are then fresh.
     """
 
     first_weight = "convLayer1.conv.weight"

@@ -1,4 +1,4 @@
-"""A head that sees directions only."""
+"""A head of cosines between features and class embeddings."""
 
 import torch
 import torch.nn.functional as F
@@ -6,8 +6,8 @@ from torch import Tensor, nn
 
 
 class CosineHead(nn.Linear):
-    """Logits are cosines between features and each class's embedding, times a scale that is learned; without a bias
-    (Gidaris & Komodakis, 2018, arXiv 1804.09458)."""
+    """Logits are cosines between features and class embeddings, times a learned scale, without a bias (Gidaris &
+    Komodakis, 2018, arXiv 1804.09458)."""
 
     def __init__(self, in_features: int, out_features: int, scale: float) -> None:
         super().__init__(in_features, out_features, bias=False)
@@ -19,8 +19,7 @@ class CosineHead(nn.Linear):
 
     @torch.no_grad()
     def as_linear(self) -> dict[str, Tensor]:
-        """The state of a linear layer that names the same class for all features, and says the same of those of length
-        one."""
+        """The state of a linear layer with the same predictions, and the same logits for features of length one."""
         return {"weight": self.scale * F.normalize(self.weight), "bias": self.weight.new_zeros(self.out_features)}
 
     def forward(self, input: Tensor) -> Tensor:

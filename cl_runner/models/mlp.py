@@ -12,9 +12,10 @@ from torch import nn
 
 from cl_runner.models.architecture import Architecture
 from cl_runner.models.heads import Init, draw
-from cl_runner.models.weights import Net, Shape
+from cl_runner.models.weights import Net
 from cl_runner.randomness import derived
 from cl_runner.ranges import Count
+from cl_runner.streams.base import Shape
 
 Activation = Literal["relu", "leaky_relu", "gelu", "tanh"]
 ACTIVATIONS: dict[Activation, type[nn.Module]] = {
@@ -28,7 +29,7 @@ ACTIVATIONS: dict[Activation, type[nn.Module]] = {
 def perceptron(
     inputs: int, widths: Sequence[int], activation: Activation = "relu", dropout: float = 0.0
 ) -> nn.Sequential:
-    """[B, ...], flattened to [B, inputs] -> [B, widths[-1]]; linear, activation and dropout a width."""
+    """[B, ...], flattened to [B, inputs] -> [B, widths[-1]]: linear layer, activation and dropout per width."""
     layers: OrderedDict[str, nn.Module] = OrderedDict(flatten=nn.Flatten())
     for index, width in enumerate(widths, start=1):
         layers[f"linear{index}"] = nn.Linear(inputs, width)
@@ -42,8 +43,8 @@ def perceptron(
 class MLP(Architecture):
     """Fully connected layers over the flattened image.
 
-    widths: of the hidden layers, the last one the features. activation and dropout (a probability): after each.
-    init: of the hidden layers, as `head_init` is of the head.
+    widths: of the hidden layers, the last of which gives the features. activation, dropout (a probability): after each.
+    init: of the hidden layers, like `head_init` for the head.
     """
 
     widths: Annotated[Sequence[Count], Field(min_length=1)] = (400, 400)

@@ -1,7 +1,8 @@
 """The model of a run: preprocess -> backbone -> head, and which outputs the loss may see."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -16,18 +17,23 @@ ActiveLogits = Literal["current", "seen", "all"]
 
 @dataclass(frozen=True)
 class Output:
-    """What a model says of a batch."""
+    """What a model computes for a batch."""
 
     logits: Tensor  # [B, K], unmasked
     features: Tensor  # [B, D]
-    inputs: Tensor  # [B, C, H, W] float, as the backbone saw them: a teacher must see the same augmented pixels
+    source: Tensor | Callable[[], Tensor]  # the inputs, or a function that computes them on demand
+
+    @cached_property
+    def inputs(self) -> Tensor:
+        """[B, C, H, W] float, as the backbone got them: a teacher must see the same augmented pixels."""
+        return self.source if isinstance(self.source, Tensor) else self.source()
 
 
 class Model(nn.Module):
     """preprocess -> backbone -> head, with one head row for every class of the stream.
 
-    The head never grows: `visible` [T, K] says which outputs an example of each task may be told apart by, so that
-    optimizer state, anchors, stored logits and checkpoints keep their shapes.
+    The head never grows: `visible` [T, K] masks the outputs that compete for an example of each task, so that optimizer
+    state, anchors, stored logits and checkpoints keep their shapes.
     """
 
     visible: Tensor
@@ -46,9 +52,9 @@ class Model(nn.Module):
         metadata: dict[str, str] | None = None,
     ) -> None:
         """`backbone`: images [B, C, H, W] -> features [B, D = `num_features`]; `active_logits`: which outputs enter
-        the loss, None for what the scenario says; `pretrained_head`: the backbone's own, kept frozen beside the new
-        one: it is what makes the pretrained model task zero; `seed`: of the rows of the head; `head_name`: what the
-        architecture calls its classifier in files of weights; `metadata`: what those files say of the images."""
+        the loss, None for the scenario's default; `pretrained_head`: the backbone's own, kept frozen beside the new
+        one, which makes the pretrained model task zero; `seed`: of the head's rows; `head_name`: the classifier's name
+        in the architecture's files of weights; `metadata`: what those files say about images."""
         super().__init__()
         self.preprocess, self.backbone = preprocess, backbone
         self.dropout = nn.Dropout(0.0)
@@ -64,10 +70,10 @@ class Model(nn.Module):
         }
         self.active_logits = active_logits or defaults[stream.scenario]
         self.register_buffer("visible", torch.zeros(len(stream), stream.num_classes, dtype=torch.bool))
-        self._still: list[nn.Module] = []
+        self._eval_only: list[nn.Module] = []
 
     def reveal(self, task: Task) -> None:
-        """Let the loss see `task`'s outputs; rows that it sees for the first time are drawn afresh."""
+        """Let the loss see `task`'s outputs; rows that become visible for the first time are redrawn."""
         known = self.revealed
         if self.active_logits == "all":
             self.visible[:] = True
@@ -78,42 +84,47 @@ class Model(nn.Module):
         self.draw_head(task, self.revealed & ~known)
 
     def draw_head(self, task: Task, rows: Tensor) -> None:
-        """Afresh, these rows [K] (bool) of it: another draw for every task."""
+        """Redraw these rows [K] (bool) of the head, differently for every task."""
         draw(self.head, self.head_init, torch.Generator().manual_seed(self.seed + 7919 * task.index), rows)
 
     @property
     def revealed(self) -> Tensor:
-        """The head's rows that some task's loss sees, [K] bool."""
+        """The head's rows visible to any task's loss, [K] bool."""
         return self.visible.any(0)
 
     def forward(self, images: Tensor, features: Tensor | None = None) -> Output:
-        """`images`: [B, C, H, W] uint8; `features`: theirs, where a backbone that stays still gave them before."""
-        return self.encode(self.preprocess(images), features)
+        """`images`: [B, C, H, W] uint8; `features`: theirs, if a frozen backbone has computed them before.
 
-    def encode(self, inputs: Tensor, features: Tensor | None = None) -> Output:
+        With `features`, images are preprocessed only when `Output.inputs` is read.
+        """
+        if features is None:
+            return self.encode(self.preprocess(images))
+        return Output(self.head(self.dropout(features)), features, lambda: self.preprocess(images))
+
+    def encode(self, inputs: Tensor) -> Output:
         """`inputs`: [B, C, H, W] float, already preprocessed (`Output.inputs`, say)."""
-        known = self.backbone(inputs) if features is None else features
-        return Output(self.head(self.dropout(known)), known, inputs)
+        features = self.backbone(inputs)
+        return Output(self.head(self.dropout(features)), features, inputs)
 
     def restrict(self, logits: Tensor, task_ids: Tensor) -> Tensor:
-        """`logits` [B, K] with -inf where an example of its task [B] may not be told apart by them."""
+        """`logits` [B, K] with -inf for outputs not visible to each example's task [B]."""
         return logits.masked_fill(~self.visible[task_ids], -torch.inf)
 
     def hold_statistics(self, modules: Iterable[nn.Module]) -> None:
-        """Keep these modules (normalisation layers) in eval mode, whatever mode the model is put in."""
-        self._still = list(modules)
+        """Keep these modules (normalisation layers) in eval mode, whatever the model's own mode."""
+        self._eval_only = list(modules)
         self.train(self.training)
 
     def train(self, mode: bool = True) -> "Model":
         super().train(mode)
-        for module in self._still:
+        for module in self._eval_only:
             module.eval()
         return self
 
     def plain_state(self) -> dict[str, Tensor]:
         """Backbone and head by the architecture's own names, on the CPU: what `model.pretrained` reads from a file.
 
-        A head of cosines is written as the linear layer that comes nearest to it.
+        A cosine head is written as its closest linear layer.
         """
         head = self.head.as_linear() if isinstance(self.head, CosineHead) else self.head.state_dict()
         state = {**self.backbone.state_dict(), **{f"{self.head_name}.{name}": value for name, value in head.items()}}
@@ -121,7 +132,7 @@ class Model(nn.Module):
         return {name: value.to("cpu", copy=True, memory_format=layout) for name, value in state.items()}
 
     def weights_metadata(self) -> dict[str, str]:
-        """What goes with `plain_state` into a safetensors file: the architecture, and the images that it takes."""
+        """The metadata of `plain_state` in a safetensors file: the architecture, and the images that it takes."""
         return dict(self.metadata)
 
     @property
@@ -130,7 +141,7 @@ class Model(nn.Module):
 
 
 class PretrainedView(nn.Module):
-    """The backbone of `model`, as it now is, under its own frozen pretrained head: the model of task zero.
+    """The current backbone of `model` under its own frozen pretrained head: the model of task zero.
 
     Shares every module with `model`; its trainable parameters carry the same names (`backbone.…`).
     """
@@ -148,7 +159,7 @@ class PretrainedView(nn.Module):
         return Output(self.head(features), features, inputs)
 
     def restrict(self, logits: Tensor, task_ids: Tensor) -> Tensor:
-        """Every output of the pretrained head counts."""
+        """All outputs of the pretrained head are visible."""
         return logits
 
     @property

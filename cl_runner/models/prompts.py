@@ -1,7 +1,7 @@
-"""Prompts for a frozen vision transformer of timm, chosen by what the transformer itself says of the image.
+"""Prompts for a frozen vision transformer of timm, chosen by the transformer's own features of the image.
 
-They lie beside the backbone and reach into it by forward hooks: its weights keep their names, and files of weights hold
-it as it came.
+They are attached by forward hooks, not registered in the backbone: its weights keep their names, and files of weights
+hold it without them.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ if TYPE_CHECKING:  # timm takes a second to import, and few runs need it
 
 
 def vision_transformer(backbone: nn.Module, method: str) -> VisionTransformer:
-    """`backbone`, if it is one that prompts and adapters can reach into.
+    """`backbone`, if prompts and adapters can be attached to it.
 
-    Raises ConfigError, which names the `method`.
+    Raises ConfigError that names the `method`.
     """
     from timm.models.vision_transformer import VisionTransformer
 
@@ -35,32 +35,32 @@ def vision_transformer(backbone: nn.Module, method: str) -> VisionTransformer:
 
 
 def _plain(block: nn.Module) -> bool:
-    """Whether queries, keys and values come from one layer, and an MLP follows."""
+    """Whether one layer computes queries, keys and values, and an MLP follows."""
     projection = getattr(getattr(block, "attn", None), "qkv", None)
     return isinstance(projection, nn.Linear) and isinstance(getattr(block, "mlp", None), nn.Module)
 
 
 class Prompts(nn.Module, ABC):
-    """Every pass through the transformer is led by one without prompts, whose features are the query [B, D]."""
+    """Every pass through the transformer is preceded by one without prompts, whose features are the query [B, D]."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.on = False  # off, the transformer says what it said before
+        self.on = False  # if off, the transformer is unchanged
         self._asking = False
-        self.loss: Tensor | None = None  # of the last pass, where the method has one: a scalar
+        self.loss: Tensor | None = None  # of the last pass, if the method has one: a scalar
 
     @abstractmethod
     def choose(self, query: Tensor) -> None:
-        """Set what the pass that follows is prompted with, given the query [B, D]."""
+        """Set the prompts of the pass that follows, given the query [B, D]."""
 
     def begin(self, task: int) -> None:
-        """`task` is about to be learned."""
+        """Called before `task` is learned."""
 
     def keep(self, task: int) -> None:
-        """`task` is learned."""
+        """Called when `task` has been learned."""
 
     def enter(self, backbone: VisionTransformer) -> None:
-        """Hang on `backbone`, which from now on is prompted whenever prompts are on."""
+        """Attach to `backbone`, which from now on is prompted whenever prompts are on."""
         backbone.register_forward_pre_hook(self._ask)
 
     def _ask(self, backbone: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -72,19 +72,19 @@ class Prompts(nn.Module, ABC):
                 query = backbone(*inputs)
         finally:
             self._asking = False
-        with torch.autocast(query.device.type, enabled=False):  # the same prompts, in whatever precision is trained
+        with torch.autocast(query.device.type, enabled=False):  # the same choice in every precision
             self.choose(query.float())
 
 
 class Pool(Prompts):
-    """Prompts with keys; the ones whose keys are nearest to the query become further tokens (L2P)."""
+    """Prompts with keys; those with the keys nearest to the query become additional tokens (L2P)."""
 
     def __init__(self, backbone: VisionTransformer, size: int, length: int, top: int) -> None:
         super().__init__()
         self.top = top
         self.keys = nn.Parameter(0.02 * torch.randn(size, backbone.embed_dim))
         self.prompts = nn.Parameter(0.02 * torch.randn(size, length, backbone.embed_dim))
-        self._tokens: Tensor | None = None  # [B, P, D] for the pass under way
+        self._tokens: Tensor | None = None  # [B, P, D] for the current pass
 
     def choose(self, query: Tensor) -> None:
         similarity = F.normalize(query) @ F.normalize(self.keys).T  # [B, M]
@@ -101,7 +101,7 @@ class Pool(Prompts):
         return None if self._tokens is None else (torch.cat([self._tokens, inputs[0]], 1), *inputs[1:])
 
     def _average(self, norm: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-        """Each of the transformer's own tokens is the prompts' mean, whichever of them it goes on to pool."""
+        """Replace all of the transformer's own tokens by the prompts' mean, whichever of them it pools."""
         if self._tokens is None:
             return None
         count = self._tokens.shape[1]
@@ -110,13 +110,13 @@ class Pool(Prompts):
 
 
 class Prefix:
-    """Further keys and values for one attention layer (prefix tuning: Li & Liang, 2021, arXiv 2101.00190).
+    """Additional keys and values for one attention layer (prefix tuning: Li & Liang, 2021, arXiv 2101.00190).
 
-    They come after the layer's own projection. Tokens of zeros make room for them, and leave with what they said.
+    They are inserted after the layer's own projection. Zero tokens make room for them; their outputs are dropped.
     """
 
     def __init__(self) -> None:
-        self.pair: Tensor | None = None  # [B, 2, L, D] or [1, 2, L, D], keys and values, for the pass under way
+        self.pair: Tensor | None = None  # [B, 2, L, D] or [1, 2, L, D], keys and values, for the current pass
 
     def enter(self, attention: nn.Module) -> None:
         attention.register_forward_pre_hook(self._lengthen)
@@ -142,9 +142,9 @@ class Prefix:
 
 
 def prefixes(backbone: VisionTransformer, blocks: Sequence[int], field: str) -> dict[int, Prefix]:
-    """By number of its block, one for each of the `blocks`.
+    """A prefix for each of the `blocks`, by the block's index.
 
-    Raises ConfigError for a block that is not there.
+    Raises ConfigError for a block that does not exist.
     """
     wrong = [block for block in blocks if not 0 <= block < len(backbone.blocks)]
     if wrong:
@@ -153,7 +153,7 @@ def prefixes(backbone: VisionTransformer, blocks: Sequence[int], field: str) -> 
 
 
 class Experts(Prompts):
-    """Prefixes that all tasks share, and one set for each task, found by its key (DualPrompt)."""
+    """Prefixes shared by all tasks, and one set for each task, chosen by its key (DualPrompt)."""
 
     past_experts: Tensor  # [T, blocks, 2, L, D]
     past_keys: Tensor  # [T, D]
@@ -185,7 +185,7 @@ class Experts(Prompts):
 
     @torch.no_grad()
     def begin(self, task: int) -> None:
-        """A new key; the prompts go on from those of the task before."""
+        """Draw a new key; the prompts continue from the previous task's."""
         for parameter in (self.expert, self.key) if task == 0 else (self.key,):
             parameter.copy_(0.02 * torch.randn(parameter.shape))
 
@@ -194,7 +194,7 @@ class Experts(Prompts):
         self.past_experts[task], self.past_keys[task], self.learned[task] = self.expert, self.key, True
 
     def choose(self, query: Tensor) -> None:
-        """In training the current task's; else those of the learned task whose key is nearest."""
+        """In training, the current task's; otherwise those of the learned task with the nearest key."""
         if self.training:
             self.loss = (1 - F.cosine_similarity(query, self.key[None])).mean()
             experts = self.expert[None]
@@ -213,15 +213,15 @@ class Experts(Prompts):
 
 
 class Components(Prompts):
-    """Prefixes that are sums of components, each weighted by how its key meets the attended query (CODA-Prompt).
+    """Prefixes that are sums of components, each weighted by how its key matches the attended query (CODA-Prompt).
 
-    Every task brings new components; those of earlier tasks stay, and what is new begins orthogonal to them.
+    Every task adds components, initialised orthogonal to the frozen ones of earlier tasks.
     """
 
     def __init__(
         self, backbone: VisionTransformer, num_tasks: int, blocks: Sequence[int], components: int, length: int
     ) -> None:
-        """`components`: a task; `length`: of a prompt, half of which are keys and half values."""
+        """`components`: per task; `length`: of a prompt, half keys and half values."""
         super().__init__()
         self.prefixes, self.components = prefixes(backbone, blocks, "strategy.blocks"), components
         size = backbone.embed_dim
@@ -234,11 +234,11 @@ class Components(Prompts):
 
     @property
     def banks(self) -> list[tuple[Tensor, Tensor]]:
-        """Prompts, keys and attention vectors [blocks, M, ...]: those that learn, and those of earlier tasks.
+        """Prompts, keys and attention vectors [blocks, M, ...]: the trainable ones, and those of earlier tasks.
 
-        What no task has filled yet is zero, and so are its weights.
+        Components that no task has filled yet are zero, and so are their weights.
         """
-        names = ("prompts", "keys", "attention")  # getattr: plain tensors may stand in the parameters' place
+        names = ("prompts", "keys", "attention")  # getattr: plain tensors may replace the parameters
         return [(getattr(self, name), getattr(self, f"past_{name}")) for name in names]
 
     @torch.no_grad()
@@ -252,7 +252,7 @@ class Components(Prompts):
     def keep(self, task: int) -> None:
         for current, past in self.banks:
             past[:, task * self.components : (task + 1) * self.components] = current
-            current.zero_()  # they count once
+            current.zero_()  # or they would count twice
 
     def choose(self, query: Tensor) -> None:
         current, past = zip(*self.banks, strict=True)
@@ -261,7 +261,7 @@ class Components(Prompts):
             prefix.pair = parts[0] + parts[1]
 
     def dependence(self) -> Tensor:
-        """|B B' - I|^2 over all banks B, without the part that is fixed; a scalar, zero where rows are orthonormal."""
+        """|B B' - I|^2 over all banks B, without the constant part; a scalar, zero if rows are orthonormal."""
         total = torch.zeros((), device=self.banks[0][0].device)
         with torch.autocast(total.device.type, enabled=False):
             for current, past in self.banks:
@@ -284,10 +284,10 @@ def _weighted(query: Tensor, prompts: Tensor, keys: Tensor, attention: Tensor) -
 
 
 def orthonormal(count: int, known: Tensor) -> Tensor:
-    """`count` random rows of length one, orthogonal to each other and to the rows `known` [N, D]; on the CPU."""
+    """`count` random orthonormal rows, also orthogonal to the rows `known` [N, D]; on the CPU."""
     known = known.cpu()
     rows = torch.randn(count, known.shape[1])
     basis = torch.linalg.qr(known.T)[0]  # [D, N]
-    for _ in range(2):  # once more takes away what rounding left
+    for _ in range(2):  # the second removes rounding errors
         rows = rows - rows @ basis @ basis.T
     return torch.linalg.qr(rows.T)[0].T

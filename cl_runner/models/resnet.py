@@ -1,4 +1,4 @@
-"""ResNet-18 as continual learning uses it: for small images, and in reduced widths."""
+"""ResNet-18 as used in continual learning: for small images, and with reduced width."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,8 +8,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from cl_runner.models.architecture import ImageArchitecture
-from cl_runner.models.weights import Net, Shape
+from cl_runner.models.weights import Net
 from cl_runner.ranges import Count
+from cl_runner.streams.base import Shape
 
 
 def conv3x3(channels: int, out: int, stride: int = 1) -> nn.Conv2d:
@@ -17,7 +18,7 @@ def conv3x3(channels: int, out: int, stride: int = 1) -> nn.Conv2d:
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions beside a shortcut (He et al., 2015, https://arxiv.org/abs/1512.03385, figure 5 left)."""
+    """Two 3x3 convolutions with a shortcut (He et al., 2015, https://arxiv.org/abs/1512.03385, figure 5 left)."""
 
     def __init__(self, channels: int, out: int, stride: int, last_relu: bool = True) -> None:
         super().__init__()
@@ -60,12 +61,12 @@ class ResNet(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class ResNet18(ImageArchitecture):
-    """Four stages of two basic blocks, `width` channels doubling a stage, then the mean over the image.
+    """Four stages of two basic blocks, with `width` channels doubling per stage, then the mean over the image.
 
     width: 64 is ResNet-18, 20 the reduced one of Lopez-Paz & Ranzato (2017, https://arxiv.org/abs/1706.08840). stem:
     `cifar`, one 3x3 convolution, or `imagenet`, 7x7 with stride 2 and max-pooling. strides: of the four stages.
-    last_relu: false leaves out the last non-linearity, so that features may be negative. Fresh weights are PyTorch's
-    default draw.
+    last_relu: false omits the last non-linearity, so that features may be negative. Fresh weights have PyTorch's
+    default initialisation.
     """
 
     first_weight = "conv1.weight"

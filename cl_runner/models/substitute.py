@@ -1,4 +1,4 @@
-"""A network with other tensors in place of its own, or with none but its own."""
+"""Forward passes with other tensors in place of a network's own."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -9,8 +9,8 @@ from torch.func import functional_call
 
 
 def places(model: nn.Module) -> dict[str, Tensor]:
-    """Every place in which a parameter or a buffer stands: a module that is registered twice counts once, a parameter
-    that two modules share twice."""
+    """All parameters and buffers by name: once for a module registered twice, twice for a parameter that two modules
+    share."""
     found: dict[str, Tensor] = {}
     for prefix, module in model.named_modules():
         for name, values in (*module._parameters.items(), *module._buffers.items()):
@@ -20,7 +20,7 @@ def places(model: nn.Module) -> dict[str, Tensor]:
 
 
 def call_with(model: nn.Module, values: Mapping[str, Tensor], *inputs: Any) -> Any:
-    """`model(*inputs)` with `values`, by the model's own names, wherever what they replace stands.
+    """`model(*inputs)` with `values`, by the model's own names, wherever the tensors they replace are used.
 
     `functional_call`, given both names of a module that is registered twice, would leave it without its parameters.
     """
@@ -33,8 +33,8 @@ def call_with(model: nn.Module, values: Mapping[str, Tensor], *inputs: Any) -> A
 
 @contextmanager
 def nothing_kept(model: nn.Module) -> Iterator[None]:
-    """A pass inside starts from the parameters themselves, and leaves nothing of its own behind: timm's attentions with
-    biases for positions keep these as they have looked them up, as long as they are in eval mode."""
+    """Clear caches derived from the parameters, before and after: in eval mode, timm's attention layers with position
+    biases cache their lookups."""
     attentions = [module for module in model.modules() if hasattr(module, "attention_bias_cache")]
     kept: list[Any] = [module.attention_bias_cache for module in attentions]
     for cache in kept:

@@ -7,14 +7,15 @@ from torch import nn
 
 from cl_runner.errors import ConfigError
 from cl_runner.models.architecture import ImageArchitecture, refused
-from cl_runner.models.weights import Inputs, Net, Shape, nearest
+from cl_runner.models.weights import Inputs, Net, nearest
+from cl_runner.streams.base import Shape
 
 
 @dataclass(frozen=True, kw_only=True)
 class Timm(ImageArchitecture):
-    """name: of the network, with or without the tag of its weights (`resnet50`, `resnet50.a1_in1k`); pretrained: true
-    for the name's tag or timm's default one, or a tag, or a file. Networks made for one size of image are built for
-    `image_size`; published weights are fitted to it by timm, a file's must have been made at it."""
+    """name: of the network, with or without the tag of its weights (`resnet50`, `resnet50.a1_in1k`). pretrained: true
+    for the name's tag or timm's default, or a tag, or a file. Networks for a fixed image size are built for
+    `image_size`; timm adapts published weights to it, but those of a file must have been trained at that size."""
 
     name: str = "vit_base_patch16_224.augreg_in21k"
     pretrained: bool | str = True
@@ -26,7 +27,7 @@ class Timm(ImageArchitecture):
 
     @property
     def full_name(self) -> str:
-        """With the tag of the weights, where one is given."""
+        """With the tag of the weights, if one is given."""
         name = self.name.partition(".")[0]
         return f"{name}.{self.pretrained}" if self.named and isinstance(self.pretrained, str) else self.name
 
@@ -56,7 +57,7 @@ class Timm(ImageArchitecture):
 
 
 def recorded(name: str) -> Inputs:
-    """What the weights of that name expect of images, by timm's own record."""
+    """The images that the weights of that name expect, as timm records them."""
     import timm
 
     config = timm.get_pretrained_cfg(name)
@@ -67,9 +68,9 @@ def recorded(name: str) -> Inputs:
 
 
 def create(name: str, shape: Shape, pretrained: bool) -> Net:
-    """timm's network for images of `shape`, taken apart.
+    """timm's network for images of `shape`, split into backbone and classifier.
 
-    Raises ConfigError where it cannot be built for them, or its weights cannot be fetched.
+    Raises ConfigError if it cannot be built for them, or its weights cannot be fetched.
     """
     import timm
 
@@ -90,7 +91,7 @@ def create(name: str, shape: Shape, pretrained: bool) -> Net:
 
 
 def take_apart(net: Any, classifiers: str | tuple[str, ...] | None) -> Net:
-    """Cut `net` before its classifier, of which timm records the name, or the names where there are several."""
+    """Cut `net` before its classifier, or its several ones, whose names timm records."""
     head = net.get_classifier()
     if isinstance(classifiers, str) and isinstance(head, nn.Linear):
         net.set_submodule(classifiers, nn.Identity())

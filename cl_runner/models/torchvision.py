@@ -1,4 +1,4 @@
-"""Any classification network of torchvision by name, with its published weights."""
+"""Any of torchvision's classification networks by name, with its published weights."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,16 +8,17 @@ from torch import nn
 
 from cl_runner.errors import ConfigError
 from cl_runner.models.architecture import ImageArchitecture, refused
-from cl_runner.models.weights import Inputs, Net, Shape, nearest
+from cl_runner.models.weights import Inputs, Net, nearest
+from cl_runner.streams.base import Shape
 
-SIZE_ARGUMENTS = {"vit": "image_size", "maxvit": "input_size"}  # of networks that are built for one size of image
+SIZE_ARGUMENTS = {"vit": "image_size", "maxvit": "input_size"}  # of networks built for a fixed image size
 AUXILIARY = {"googlenet": ("aux1", "aux2"), "inception": ("AuxLogits",)}  # classifiers beside the classifier
 
 
 @dataclass(frozen=True, kw_only=True)
 class TorchVision(ImageArchitecture):
-    """name: of the network (`resnet50`, `vit_b_16`); pretrained: true for torchvision's default weights, or a name of
-    theirs (`IMAGENET1K_V1`), or a file. Gray images are repeated to three channels, for fresh networks too."""
+    """name: of the network (`resnet50`, `vit_b_16`). pretrained: true for torchvision's default weights, the name of
+    others (`IMAGENET1K_V1`), or a file. Gray images are repeated to three channels, for fresh networks too."""
 
     channels = 3
 
@@ -54,7 +55,7 @@ class TorchVision(ImageArchitecture):
 
     def published(self) -> Inputs:
         transforms = self._chosen().transforms()
-        if self.family in AUXILIARY:  # what `transform_input` would make of ImageNet's mean and std
+        if self.family in AUXILIARY:  # what `transform_input` turns ImageNet's mean and std into
             return Inputs(3, tuple(transforms.crop_size * 2), (0.5,) * 3, (0.5,) * 3)
         return Inputs(3, tuple(transforms.crop_size * 2), tuple(transforms.mean), tuple(transforms.std))
 
@@ -76,7 +77,7 @@ class TorchVision(ImageArchitecture):
         return take_apart(net, AUXILIARY.get(self.family, ()))
 
     def _weights(self) -> Mapping[str, Any]:
-        """By name; without those that torchvision has for other purposes than classification."""
+        """By name, without those that are not for classification."""
         from torchvision import models
 
         members = models.get_model_weights(self.name).__members__
@@ -90,13 +91,13 @@ class TorchVision(ImageArchitecture):
 
 
 def take_apart(net: Any, auxiliary: tuple[str, ...]) -> Net:
-    """Cut `net` before its last linear layer; auxiliary classifiers go altogether."""
+    """Cut `net` before its last linear layer, and drop auxiliary classifiers."""
     for name in auxiliary:
         setattr(net, name, None)
     if auxiliary:
         net.aux_logits, net.transform_input = False, False
     linear = [(name, module) for name, module in net.named_modules() if isinstance(module, nn.Linear)]
-    if not linear:  # SqueezeNet: convolution, ReLU, mean; its features are the mean of what comes before
+    if not linear:  # SqueezeNet ends in convolution, ReLU, mean: average what precedes them
         net.classifier = nn.AdaptiveAvgPool2d(1)
         return Net(net, None, ("classifier.1",))
     name, head = linear[-1]

@@ -1,4 +1,4 @@
-"""Files of weights: what they hold, what images they expect, and whether they fit a network."""
+"""Files of weights: their contents, the images they expect, and whether they fit a network."""
 
 import json
 import re
@@ -13,22 +13,21 @@ import torch
 from torch import Tensor, nn
 
 from cl_runner.errors import ConfigError
-
-Shape = tuple[int, int, int]  # C, H, W
+from cl_runner.streams.base import Shape
 
 FIELD = "model.pretrained"
 PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 WRAPPERS = ("state_dict", "state", "model", "model_state_dict", "model_state")
-SHOWN = 3  # names that an error lists of each kind before it only counts
+SHOWN = 3  # names of each kind listed in an error
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a backbone expects of its images; None: as the stream has them."""
+    """The images that a backbone expects; None: as the stream has them."""
 
     channels: int | None = None
     size: tuple[int, int] | None = None  # H, W in pixels
-    mean: tuple[float, ...] | None = None  # a channel, of images in [0, 1]
+    mean: tuple[float, ...] | None = None  # per channel, of images in [0, 1]
     std: tuple[float, ...] | None = None
 
     @property
@@ -38,12 +37,12 @@ class Inputs:
         return (self.channels, *self.size)
 
     def metadata(self) -> dict[str, str]:
-        """As the header of a safetensors file holds it: strings only."""
+        """As strings, for the header of a safetensors file."""
         return {key: json.dumps(value) for key, value in vars(self).items() if value is not None}
 
     @classmethod
     def of(cls, metadata: Mapping[str, str]) -> "Inputs | None":
-        """What the header of a finished run's weights says; None for a file from elsewhere."""
+        """From the header of a finished run's weights; None for other files."""
         if not metadata.keys() >= {"channels", "size", "mean", "std"}:
             return None
         height, width = json.loads(metadata["size"])
@@ -53,25 +52,25 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Net:
-    """A network taken apart: the backbone, and its own classifier if that is one linear layer."""
+    """A network split into the backbone and its own classifier, if that is one linear layer."""
 
     backbone: nn.Module  # [B, C, H, W] float -> [B, D]
     head: nn.Linear | None = None  # [B, D] -> its own outputs
-    classifiers: tuple[str, ...] = ("head",)  # names of the classifier, and of further ones, in files of weights
-    optional: str | None = None  # prefix of a part that a file may leave out altogether: it then starts fresh
+    classifiers: tuple[str, ...] = ("head",)  # names of the classifier and any auxiliary ones in files of weights
+    optional: str | None = None  # prefix of a part that is freshly initialised if a file lacks all of it
 
     def own_share(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """`state` without any classifier."""
+        """`state` without classifiers."""
         prefixes = tuple(f"{name}." for name in self.classifiers)
         own = self.backbone.state_dict().keys()
         return {key: value for key, value in state.items() if key in own or not key.startswith(prefixes)}
 
     def starts_fresh(self, state: Mapping[str, Tensor]) -> bool:
-        """Whether `state` leaves out the optional part."""
+        """Whether `state` lacks the optional part."""
         return self.optional is not None and not any(key.startswith(self.optional) for key in state)
 
     def head_of(self, state: Mapping[str, Tensor]) -> nn.Linear | None:
-        """The classifier in `state`: None if there is none, several, not a linear one, or one of other features."""
+        """The classifier in `state`; None unless there is exactly one, which is linear and takes these features."""
         found = [name for name in self.classifiers if f"{name}.weight" in state]
         if len(found) != 1 or state[f"{found[0]}.weight"].dim() != 2 or self.starts_fresh(state):
             return None
@@ -86,11 +85,11 @@ class Net:
 class WeightsFile:
     path: Path
     state: dict[str, Tensor]
-    inputs: Inputs | None  # None: the file does not say
+    inputs: Inputs | None  # None: unknown
 
 
 def file_of(pretrained: bool | str) -> Path | None:
-    """The file that `model.pretrained` means, or None where it means a name."""
+    """The file that `model.pretrained` refers to; None for the name of published weights."""
     if isinstance(pretrained, bool):
         return None
     path = Path(pretrained).expanduser()
@@ -98,10 +97,10 @@ def file_of(pretrained: bool | str) -> Path | None:
 
 
 def read(path: Path, key_map: Mapping[str, str] | None, device: Literal["cpu", "meta"] = "cpu") -> WeightsFile:
-    """The tensors of a safetensors file or of a PyTorch one, which may hold tensors only.
+    """The tensors of a safetensors file, or of a PyTorch file that holds tensors only.
 
-    `key_map`: regular expressions and what to put in their place, in order, in every key; a key that becomes empty is
-    left out. On "meta" only names and shapes are read. Raises ConfigError.
+    `key_map`: regular expressions and their replacements, applied to every key in order; a key that becomes empty is
+    dropped. On "meta", only names and shapes are read. Raises ConfigError.
     """
     if path.is_dir():
         raise ConfigError(
@@ -112,23 +111,23 @@ def read(path: Path, key_map: Mapping[str, str] | None, device: Literal["cpu", "
     try:
         state, metadata = _safetensors(path, device) if path.suffix == ".safetensors" else (_pickled(path, device), {})
         inputs = Inputs.of(metadata)
-    except Exception as error:  # a file may be damaged in any way, and PyTorch raises whatever it stumbles over
+    except Exception as error:  # PyTorch raises anything on a damaged file
         expected = "a safetensors file, or a PyTorch one that holds tensors only"
         own = isinstance(error, (safetensors.SafetensorError, ValueError)) and str(error).partition("\n")[0]
-        reason = own or "it holds something else, or is damaged"  # PyTorch's own advice would be to let code run
+        reason = own or "it holds something else, or is damaged"  # PyTorch would advise to allow code
         raise ConfigError(FIELD, f"expected {expected}, got {str(path)!r} ({reason})") from error
     return WeightsFile(path, _renamed(state, key_map or {}), inputs)
 
 
 def compare(net: Net, file: WeightsFile, shapes: bool) -> None:
-    """Hold the file's names, and its `shapes`, to the backbone's.
+    """Check that the file's names, and its `shapes`, are the backbone's.
 
-    Raises ConfigError, which lists what differs.
+    Raises ConfigError that lists what differs.
     """
     expected, given = net.backbone.state_dict(), net.own_share(file.state)
     skipped = net.optional if net.optional and net.starts_fresh(file.state) else None
     wanted = [key for key in expected if skipped is None or not key.startswith(skipped)]
-    # PyTorch itself lets this counter be absent: files older than it are around.
+    # PyTorch itself allows this counter to be absent, as it is in older files.
     missing = [key for key in wanted if key not in given and not key.endswith("num_batches_tracked")]
     unexpected = [key for key in given if key not in expected]
     wrong = [
@@ -144,9 +143,9 @@ def compare(net: Net, file: WeightsFile, shapes: bool) -> None:
 
 
 def load(net: Net, file: WeightsFile) -> Net:
-    """The net with the file's weights and, where the file brings one, its classifier.
+    """The net with the file's weights and, if the file has one, its classifier.
 
-    Raises ConfigError where they do not fit.
+    Raises ConfigError if they do not fit.
     """
     compare(net, file, shapes=True)
     net.backbone.load_state_dict({**net.backbone.state_dict(), **net.own_share(file.state)})
@@ -154,7 +153,7 @@ def load(net: Net, file: WeightsFile) -> Net:
 
 
 def nearest(name: str, names: Collection[str]) -> str:
-    """A few names that exist and look like `name`, for an error to list."""
+    """A few known names similar to `name`, for error messages."""
     return ", ".join(get_close_matches(name, names, n=5, cutoff=0.4) or sorted(names)[:5])
 
 

@@ -1,4 +1,4 @@
-"""How a stream is learned: one method a file, each in the hooks in which it differs from plain fine-tuning."""
+"""How a stream is learned: one method per file, as the hooks in which it differs from plain fine-tuning."""
 
 from cl_runner.strategies.agem import AGEM
 from cl_runner.strategies.base import Strategy

@@ -10,14 +10,13 @@ from cl_runner.streams.base import Examples
 
 
 class AGEM(Rehearsal):
-    """Take out of each gradient what would, to first order, increase the loss on a batch from memory (eq. 11)."""
+    """Project out of each gradient what would, to first order, increase the loss on a batch from memory (eq. 11)."""
 
     def __init__(self, *, memory: Memory, replay_batch_size: Count | None = None, store: Store = "task") -> None:
-        """See Rehearsal; with store=step, rows of the task that is being learned are held still as well."""
+        """See Rehearsal; with store=step, the memory also holds rows of the task being learned."""
         super().__init__(memory=memory, replay_batch_size=replay_batch_size, store=store)
 
-    def before_batch(self, batch: Examples) -> Examples:
-        self.fresh = len(batch)
+    def with_replay(self, batch: Examples) -> Examples:
         self.reference = self.replay(batch) if len(self.memory) else None
         return batch
 
@@ -27,7 +26,7 @@ class AGEM(Rehearsal):
         learning = self.learning
         reference = self.gradient(self.reference)
         own = [torch.zeros_like(p) if p.grad is None else p.grad for p in learning]
-        # No branch on the sign: it would wait for the device.
+        # A branch on the sign would wait for the device.
         share = _dot(own, reference).clamp(max=0) / _dot(reference, reference).clamp(min=torch.finfo().tiny)
         for parameter, gradient, direction in zip(learning, own, reference, strict=True):
             parameter.grad = gradient.sub_(share * direction)  # in place: fused optimizers go by strides

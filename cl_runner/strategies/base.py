@@ -17,22 +17,36 @@ from cl_runner.streams.recipe import Recipe
 class Strategy:
     """Plain fine-tuning: learn each task as it comes.
 
-    `saved` names the attributes that a run needs to go on from between any two steps, in a process that has called
-    `setup` and neither `before_task` nor `before_batch`: all that any later hook sets, unless it is set anew before it
-    is read again. They are numbers, strings, tensors and containers of these; things with a `state_dict` (modules,
-    memories) and generators (`torch.Generator`), which `setup` or the constructor makes, are saved by their state; a
-    class of one's own is let in by `torch.serialization.add_safe_globals`. The model, which of its parameters learn,
-    its modules' modes and the global random generators are the runner's to save. What `training_data` gives must
-    follow from the task, what is saved and the random state that it finds.
+    `saved` names the attributes that a run needs to resume between any two steps, in a process that has called `setup`
+    but neither `before_task` nor `before_batch`: everything that later hooks set and do not set again before reading
+    it. They are numbers, strings, tensors and containers of these. Objects with a `state_dict` (modules, memories) and
+    generators (`torch.Generator`), created by `setup` or the constructor, are saved by their state; classes of your own
+    must be allowed by `torch.serialization.add_safe_globals`. The runner itself saves the model, which of its
+    parameters are trainable, its modules' modes and the global random generators. What `training_data` returns must be
+    determined by the task, the saved attributes and the random state.
     """
 
     saved: ClassVar[tuple[str, ...]] = ()
-    scenarios: ClassVar[frozenset[Scenario]] = frozenset(Scenario)  # where the method can work
-    needs_task_id: ClassVar[bool] = False  # predicts only where the task is told
-    offline: ClassVar[bool] = False  # learns all the tasks in one go once the last has come
-    active_logits: ClassVar[ActiveLogits | None] = None  # where trainer.active_logits is null; None: the scenario's
-    rewires: ClassVar[bool] = False  # changes in `setup` what the model is made of
-    for_pretrained: ClassVar[bool] = False  # builds on features that the backbone brings: random ones are said so
+    scenarios: ClassVar[frozenset[Scenario]] = frozenset(Scenario)  # in which the method works
+    needs_task_id: ClassVar[bool] = False  # cannot predict without the task's id
+    offline: ClassVar[bool] = False  # learns all tasks at once, when the last has arrived
+    active_logits: ClassVar[ActiveLogits | None] = None  # if trainer.active_logits is null; None: the scenario's
+    rewires: ClassVar[bool] = False  # changes the model's structure in `setup`
+    for_pretrained: ClassVar[bool] = False  # relies on pretrained features: a run without them is warned
+
+    # What `Combined` must know of its parts: which go together, and whose hooks come first.
+    closed_form: ClassVar[bool] = False  # trains nothing: predicts from statistics of the features
+    extends_backbone: ClassVar[bool] = False  # adds prompts or branches to the backbone
+    redraws: ClassVar[bool] = False  # reinitialises some of these for each task
+    carries_over: ClassVar[bool] = False  # builds on what these have learned in earlier tasks
+    restarts: ClassVar[bool] = False  # resets the backbone to its initial weights before each task
+    caches_features: ClassVar[bool] = False  # computes the backbone's features once
+    holds_earlier_weights: ClassVar[bool] = False  # pulls weights towards those after an earlier task
+    keeps_all_data: ClassVar[bool] = False  # trains on earlier tasks' data again, without a `memory`
+    excludes_replay: ClassVar[bool] = False  # assumes that all training rows are of the current task
+    has_teacher: ClassVar[bool] = False  # copies the model in `setup`, and its state in `before_task`
+    realigns_head: ClassVar[bool] = False  # predicts with another head between tasks; `before_task` undoes it
+    measures_steps: ClassVar[bool] = False  # `after_step` measures how far the step has moved the weights
 
     model: Model
     stream: Stream
@@ -50,22 +64,22 @@ class Strategy:
             )
 
     def setup(self, model: Model, stream: Stream) -> None:
-        """Once, before anything else and before a checkpoint is loaded: add a head, adapters, a teacher."""
+        """Called once, before all else and before a checkpoint is loaded: add a head, adapters, a teacher."""
         self.model, self.stream = model, stream
 
     def before_task(self, task: Task) -> None:
-        """The task's outputs are revealed; nothing of it is learned."""
+        """Called when the task's outputs have been revealed, but nothing of it has been learned."""
 
     def training_data(self, task: Task) -> Examples:
-        """What is learned in this task: free of side effects; may be empty."""
+        """The examples to train on in this task; may be empty. Must not have side effects."""
         return task.train
 
     def before_batch(self, batch: Examples) -> Examples:
-        """The batch to learn: memories join after the fresh rows."""
+        """The batch to train on; replayed rows come after the fresh ones."""
         return batch
 
     def task_loss(self, batch: Examples, output: Output) -> Tensor:
-        """Cross-entropy over the outputs that each example's task may see, a scalar."""
+        """Cross-entropy over the outputs visible to each example's task, a scalar."""
         return F.cross_entropy(self.model.restrict(output.logits, batch.task_ids), batch.labels)
 
     def penalties(self, batch: Examples, output: Output) -> dict[str, Tensor]:
@@ -73,20 +87,20 @@ class Strategy:
         return {}
 
     def after_backward(self) -> None:
-        """The gradients are there, not yet clipped: read or edit them."""
+        """Called before the gradients are clipped: read or edit them."""
 
     def after_step(self, batch: Examples, output: Output) -> None:
-        """The optimizer has stepped; `output` is from before it did."""
+        """Called after the optimizer's step; `output` is from before it."""
 
     def after_task(self, task: Task) -> None:
-        """The task is learned: consolidate."""
+        """Called when the task has been learned: consolidate."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What `saved` names: by its own `state_dict` what has one, a generator by its state, all else as it is."""
+        """The `saved` attributes: of some the `state_dict`, of generators the state, all others as they are."""
         return {name: _state_of(getattr(self, name)) for name in self.saved}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Bring back what `state_dict` gave, after `setup`."""
+        """Restore what `state_dict` returned; called after `setup`."""
         for name, value in state.items():
             current = getattr(self, name)
             if hasattr(current, "load_state_dict"):
@@ -97,12 +111,12 @@ class Strategy:
                 setattr(self, name, value)
 
     def report(self) -> dict[str, float | None]:
-        """Numbers about what the method has computed so far, by name; they join the run's metrics, and seconds its
-        seconds."""
+        """Numbers about the method's computations so far, by name: those named `…_seconds` join the run's timings, the
+        others its metrics."""
         return {}
 
     def predict(self, images: Tensor, task_ids: Tensor) -> Tensor:
-        """Scores [B, K] of every class, unmasked: the evaluation masks them, once a scenario."""
+        """Scores [B, K] of every class, unmasked: the evaluation masks them for each scenario."""
         return self.model(images).logits
 
 
@@ -113,5 +127,5 @@ def _state_of(value: Any) -> Any:
 
 
 def _in_short(kind: type) -> str:
-    """The first clause of its docstring."""
+    """The first clause of the class's docstring."""
     return re.split(r"[.;:]\s", f"{' '.join((kind.__doc__ or '').split())} ")[0].lower()

@@ -1,4 +1,4 @@
-"""Methods that train nothing: statistics of the features as they came, and answers in closed form."""
+"""Methods that train nothing: statistics of the pretrained features, and a classifier in closed form."""
 
 from abc import abstractmethod
 from collections.abc import Callable
@@ -8,18 +8,19 @@ from torch import Tensor
 
 from cl_runner.models.model import Model
 from cl_runner.strategies.base import Strategy
-from cl_runner.strategies.looking import Recalled, gathered, home
+from cl_runner.strategies.inference import FeatureCache, extract_features, float64_device
 from cl_runner.streams.base import Examples, Stream, Task
 
 
 class ClosedForm(Strategy):
-    """Gather what is kept of each class's features, without augmentation, and answer from that.
+    """Accumulate statistics of each class's features, without augmentation, and classify by them.
 
-    One pass over a task's images gathers them; those of an image that is asked about are computed once too. A finished
-    run's file of weights holds the backbone as it came, and none of the statistics.
+    Each image, of training or test data, passes through the backbone once. A finished run's file of weights holds the
+    unchanged backbone, and none of the statistics.
     """
 
     for_pretrained = True
+    closed_form = True
 
     counts: Tensor  # [K] float64: examples of each class
 
@@ -28,31 +29,31 @@ class ClosedForm(Strategy):
 
     @abstractmethod
     def gather(self, features: Tensor, labels: Tensor) -> None:
-        """Take a task's features [N, D] (float64) and labels [N] into the statistics; a class may have come before."""
+        """Add a task's features [N, D] (float64) and labels [N] to the statistics; classes may recur."""
 
     @abstractmethod
     def fit(self) -> Callable[[Tensor], Tensor]:
-        """From the statistics so far, the function from features [B, D] (float64) to scores [B, K]."""
+        """The function features [B, D] (float64) -> scores [B, K] that follows from the statistics so far."""
 
     def setup(self, model: Model, stream: Stream) -> None:
         super().setup(model, stream)
         model.requires_grad_(False)
-        self.home = home(model.device)
+        self.float64_device = float64_device(model.device)
         self.counts = self.zeros(stream.num_classes)
-        self.classifier: Callable[[Tensor], Tensor] | None = None  # follows from the statistics: never saved
-        self.recalled = Recalled(model)
+        self.classifier: Callable[[Tensor], Tensor] | None = None  # derived from the statistics: not saved
+        self.cached_features = FeatureCache(model)
 
     def zeros(self, *shape: int) -> Tensor:
-        return torch.zeros(shape, dtype=torch.float64, device=self.home)
+        return torch.zeros(shape, dtype=torch.float64, device=self.float64_device)
 
     def training_data(self, task: Task) -> Examples:
         return task.train[:0]
 
     def after_task(self, task: Task) -> None:
-        self.gather(*gathered(self.model, task.train, self.batch_size))
+        self.gather(*extract_features(self.model, task.train, self.batch_size))
         self.classifier = None
 
     def predict(self, images: Tensor, task_ids: Tensor) -> Tensor:
         self.classifier = self.classifier or self.fit()
-        scores = self.classifier(self.recalled(images).to(self.home).double())
+        scores = self.classifier(self.cached_features(images).to(self.float64_device).double())
         return scores.masked_fill(self.counts == 0, -torch.inf).to(images.device, torch.float32)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
-from pydantic import Field
+from pydantic import Field, NonNegativeFloat
 from torch import Tensor
 
 from cl_runner.errors import ConfigError
@@ -18,15 +18,16 @@ if TYPE_CHECKING:
 
 
 class CODAPrompt(Prompting):
-    """Learn prompt components for each task, on top of those of earlier tasks, which stay; mix them by the query.
+    """Learn prompt components for each task on top of the frozen ones of earlier tasks, and weight them by the query.
 
-    A block's prompt is sum_m cos(q * A_m, K_m) P_m over all components so far; half of it are further keys, half
-    values of a frozen vision transformer's attention. New components begin orthonormal, also to the earlier ones; the
-    loss gains strength * |B B' - I|^2, a sum, for B = P, K and A in each block. Since they begin so, the authors' code
-    has a strength of 0; the 0.1 of the paper's runs went there with a mean over B B' and a further factor of 1e-6.
-    The loss on the labels sees the task's own outputs alone.
+    A block's prompt is sum_m cos(q * A_m, K_m) P_m over all components so far: additional keys (one half) and values
+    (the other) of a frozen vision transformer's attention. New components are initialised orthonormal, to earlier ones
+    too; to the loss is added strength * |B B' - I|^2, a sum, for B = P, K and A in each block. Given this
+    initialisation, the authors' code has a strength of 0; the 0.1 of the paper's runs was combined with a mean over
+    B B' and another factor of 1e-6. The loss on the labels sees only the task's own outputs.
     """
 
+    redraws = True  # the components
     prompts: Components
 
     def __init__(
@@ -35,9 +36,9 @@ class CODAPrompt(Prompting):
         blocks: Sequence[int] = (0, 1, 2, 3, 4),
         components: Count = 10,
         length: Annotated[int, Field(ge=2)] = 8,
-        strength: Annotated[float, Field(ge=0)] = 0.0,
+        strength: NonNegativeFloat = 0.0,
     ) -> None:
-        """`blocks`: of the transformer, from 0; `components`: a task; `length`: a prompt's keys and values together."""
+        """`blocks`: indices of the transformer's; `components`: per task; `length`: a prompt's keys plus values."""
         if length % 2:
             raise ConfigError("strategy.length", f"expected an even number (half keys, half values), got {length}")
         self.blocks, self.components, self.length, self.strength = blocks, components, length, strength

@@ -10,36 +10,24 @@ from cl_runner.errors import ConfigError
 from cl_runner.models.architecture import Architecture
 from cl_runner.models.model import ActiveLogits, Model, Output
 from cl_runner.strategies.base import Strategy
-from cl_runner.strategies.closed_form import ClosedForm
-from cl_runner.strategies.coda_prompt import CODAPrompt
-from cl_runner.strategies.cumulative import Cumulative
-from cl_runner.strategies.dualprompt import DualPrompt
-from cl_runner.strategies.ease import EASE
-from cl_runner.strategies.ewc import EWC
-from cl_runner.strategies.frozen import Frozen
-from cl_runner.strategies.gdumb import GDumb
-from cl_runner.strategies.importance import Importance, PathIntegral
-from cl_runner.strategies.lora import LoRA
-from cl_runner.strategies.norms import NormPenalty
-from cl_runner.strategies.prompting import Prompting
-from cl_runner.strategies.slca import SLCA
-from cl_runner.strategies.taught import Taught
 from cl_runner.streams.base import Examples, Stream, Task
 from cl_runner.streams.recipe import Recipe
 
 log = logging.getLogger("cl_runner")
 
-# What only one part can say: the first that says it differently from plain fine-tuning.
+# Hooks of which only one part's is used: the first that differs from plain fine-tuning.
 SINGLE = {"training_data": "what is learned", "task_loss": "the loss on the labels", "predict": "the answers"}
 
 
 class Combined(Strategy):
-    """Do what each of the parts does, in their order: penalties add up, edits of gradients follow one another. What a
-    memory replays joins a batch last, and its method has the loss: only that knows what the replayed rows count."""
+    """Do what each of the parts does, in their order: penalties add up, edits of gradients follow one another.
+
+    Replayed rows join a batch last, and the loss is that of the part with the memory: only it knows their weights.
+    """
 
     def __init__(self, *, parts: dict[str, Strategy]) -> None:
-        """`parts`: name -> method. What is learned in a task, the loss on the labels and the answers are those of the
-        first part that has its own, one with a memory before all others."""
+        """`parts`: name -> method. Training data, the loss on the labels and predictions come from the first part that
+        defines its own, where one with a memory precedes all others."""
         if not parts:
             raise ConfigError("strategy.parts", "expected at least one method, got none")
         self.parts = parts
@@ -51,35 +39,41 @@ class Combined(Strategy):
             raise ConfigError("strategy.parts", f"expected methods that are not combined themselves, got {nested[0]}")
         if alone := self._those(lambda part: part.offline or part.needs_task_id):
             raise ConfigError("strategy.parts", f"expected methods that learn one model task by task, got {alone[0]}")
-        if still := self._those(lambda part: isinstance(part, ClosedForm)):
-            raise ConfigError("strategy.parts", f"expected methods that learn by gradients, got {still[0]}")
-        inside = self._those(lambda part: isinstance(part, Prompting | LoRA | EASE))
+        if closed_form := self._those(lambda part: part.closed_form):
+            raise ConfigError("strategy.parts", f"expected methods that learn by gradients, got {closed_form[0]}")
+        self._check_backbone()
+        self._check_replay()
+
+    def _check_backbone(self) -> None:
+        """Refuse parts whose changes to the backbone conflict."""
+        inside = self._those(lambda part: part.extends_backbone)
         if len(inside) > 1:
             got = ", ".join(inside)
-            raise ConfigError("strategy.parts", f"expected one method that puts prompts or branches into it, got {got}")
-        prompting = self._those(lambda part: isinstance(part, Prompting))
-        if prompting and (afresh := self._those(lambda part: isinstance(part, GDumb))):
-            # The prompts would go on from what was learned before.
-            got = f"beside {prompting[0]}, got {afresh[0]}"
+            raise ConfigError("strategy.parts", f"expected one method with prompts or branches, got {got}")
+        carrying = self._those(lambda part: part.carries_over)
+        if carrying and (restarting := self._those(lambda part: part.restarts)):
+            # Prompts would keep what earlier tasks have taught them.
+            got = f"beside {carrying[0]}, got {restarting[0]}"
             raise ConfigError("strategy.parts", f"expected none that starts afresh {got}")
-        if inside and (frozen := self._those(lambda part: isinstance(part, Frozen))):
-            # Features are computed once, past what is put into it.
-            raise ConfigError("strategy.parts", f"expected no frozen backbone beside {inside[0]}, got {frozen[0]}")
-        anew = self._those(lambda part: isinstance(part, LoRA | EASE | DualPrompt | CODAPrompt))
-        if anew and (holding := self._those(_holds_earlier_weights)):
+        if inside and (caching := self._those(lambda part: part.caches_features)):
+            # The features would be computed without what is added to the backbone.
+            raise ConfigError("strategy.parts", f"expected no frozen backbone beside {inside[0]}, got {caching[0]}")
+        redrawn = self._those(lambda part: part.redraws)
+        if redrawn and (holding := self._those(lambda part: part.holds_earlier_weights)):
             raise ConfigError(
                 "strategy.parts",
-                f"expected none that holds earlier weights beside {anew[0]}, whose own begin anew in each task, "
+                f"expected none that holds earlier weights beside {redrawn[0]}, which redraws its own in each task, "
                 f"got {holding[0]}",
             )
+
+    def _check_replay(self) -> None:
+        """Refuse parts that would mistake another's replayed rows for fresh ones."""
         with_memory = self._those(lambda part: hasattr(part, "memory"))
         if len(with_memory) > 1:
-            # The second would take what the first replays for fresh.
             raise ConfigError("strategy.parts", f"expected one method with a memory, got {', '.join(with_memory)}")
-        replaying = [*with_memory, *self._those(lambda part: isinstance(part, Cumulative))]
-        if replaying and (experts := self._those(lambda part: isinstance(part, DualPrompt))):
-            # What is replayed would be learned by the prompts of the task under way, and draw its key.
-            raise ConfigError("strategy.parts", f"expected no replay beside {experts[0]}, got {replaying[0]}")
+        replaying = [*with_memory, *self._those(lambda part: part.keeps_all_data)]
+        if replaying and (excluding := self._those(lambda part: part.excludes_replay)):
+            raise ConfigError("strategy.parts", f"expected no replay beside {excluding[0]}, got {replaying[0]}")
 
     @property
     def for_pretrained(self) -> bool:
@@ -87,7 +81,7 @@ class Combined(Strategy):
 
     @property
     def active_logits(self) -> ActiveLogits | None:
-        """Those of the first part that has its own, one with a memory before all others: it has the loss."""
+        """Those of the first part that has its own, one with a memory before all others, as its loss is used."""
         return next((part.active_logits for _, part in self._by_memory if part.active_logits), None)
 
     def setup(self, model: Model, stream: Stream) -> None:
@@ -96,13 +90,13 @@ class Combined(Strategy):
             names = [name for name, part in self._by_memory if _own(part, hook)]
             if len(names) > 1:
                 log.warning("combined: %s comes from %s alone, not from %s", what, names[0], ", ".join(names[1:]))
-        for part in sorted(self.parts.values(), key=lambda part: (not part.rewires, isinstance(part, Taught))):
-            part.setup(model, stream)  # teachers are copies of what the others have made of the model
+        for part in sorted(self.parts.values(), key=lambda part: (not part.rewires, part.has_teacher)):
+            part.setup(model, stream)  # a teacher copies the model as the others have changed it
 
     def before_task(self, task: Task) -> None:
-        # Teachers first: others may put the model where it was never asked, by branches that begin anew, say. Then who
-        # takes the head back to what the task goes on from: others may remember it.
-        for part in sorted(self.parts.values(), key=lambda part: (not isinstance(part, Taught), not _aligns(part))):
+        # Teachers first: they copy the model before others change it, by resetting their branches, for example. Then
+        # the part that restores the head to continue from, before others take it as their anchor.
+        for part in sorted(self.parts.values(), key=lambda part: (not part.has_teacher, not part.realigns_head)):
             part.before_task(task)
 
     def training_data(self, task: Task) -> Examples:
@@ -124,12 +118,13 @@ class Combined(Strategy):
             part.after_backward()
 
     def after_step(self, batch: Examples, output: Output) -> None:
-        # Paths last: others may shorten the step, or take some of it back.
-        for part in sorted(self.parts.values(), key=lambda part: isinstance(part, PathIntegral)):
+        # Measured last: others may shorten the step, or undo some of it.
+        for part in sorted(self.parts.values(), key=lambda part: part.measures_steps):
             part.after_step(batch, output)
 
     def after_task(self, task: Task) -> None:
-        for part in sorted(self.parts.values(), key=_aligns):  # last: the next task goes on from the head before it
+        # The head is realigned last: the others must see the one that the next task continues from.
+        for part in sorted(self.parts.values(), key=lambda part: part.realigns_head):
             part.after_task(task)
 
     def state_dict(self) -> dict[str, Any]:
@@ -145,9 +140,9 @@ class Combined(Strategy):
     def predict(self, images: Tensor, task_ids: Tensor) -> Tensor:
         return self._first("predict").predict(images, task_ids)
 
-    def _those(self, they: Callable[[Strategy], bool]) -> list[str]:
-        """The parts of which something holds, as messages call them."""
-        return [f"{name} ({type(part).__name__})" for name, part in self.parts.items() if they(part)]
+    def _those(self, holds: Callable[[Strategy], bool]) -> list[str]:
+        """The parts for which something holds, as messages call them."""
+        return [f"{name} ({type(part).__name__})" for name, part in self.parts.items() if holds(part)]
 
     def _first(self, hook: str) -> Strategy:
         parts = [part for _, part in self._by_memory]
@@ -159,7 +154,7 @@ class Combined(Strategy):
         return sorted(self.parts.items(), key=lambda named: not hasattr(named[1], "memory"))
 
     def _merged(self, named: dict[str, dict[str, Any]]) -> dict[str, Any]:
-        """All in one; what an earlier part has called the same, gets its part's name in front."""
+        """All in one; a name that an earlier part has used is prefixed with the part's own."""
         merged: dict[str, Any] = {}
         for part, values in named.items():
             merged |= {f"{part}_{name}" if name in merged else name: value for name, value in values.items()}
@@ -168,14 +163,3 @@ class Combined(Strategy):
 
 def _own(part: Strategy, hook: str) -> bool:
     return getattr(type(part), hook) is not getattr(Strategy, hook)
-
-
-def _aligns(part: Strategy) -> bool:
-    """Whether it answers by another head between tasks than it learns on."""
-    return isinstance(part, SLCA)
-
-
-def _holds_earlier_weights(part: Strategy) -> bool:
-    """Whether it pulls weights to where an earlier task left them."""
-    to_previous = isinstance(part, NormPenalty) and part.towards == "previous"
-    return to_previous or isinstance(part, EWC | Importance)

@@ -5,7 +5,9 @@ from cl_runner.streams.base import Examples, Task, concatenate
 
 
 class Cumulative(Strategy):
-    """Learn each task together with all the data of the tasks before it."""
+    """Train on each task together with the data of all earlier tasks."""
+
+    keeps_all_data = True
 
     def training_data(self, task: Task) -> Examples:
         return concatenate([each.train for each in self.stream.tasks[: task.index + 1]])

@@ -1,8 +1,6 @@
-"""DER++: dark experience replay that keeps the labels too (Buzzega et al., 2020, arXiv 2004.07211)."""
+"""DER++: dark experience replay with labels (Buzzega et al., 2020, arXiv 2004.07211)."""
 
-from typing import Annotated
-
-from pydantic import Field
+from pydantic import NonNegativeFloat
 
 from cl_runner.memory.base import Memory
 from cl_runner.ranges import Count
@@ -10,16 +8,16 @@ from cl_runner.strategies.der import DER
 
 
 class DERpp(DER):
-    """DER, and the labels of a second, independent draw from memory are learned."""
+    """DER, plus the cross-entropy on the labels of a second, independent draw from memory."""
 
     def __init__(
         self,
         *,
         memory: Memory,
-        alpha: Annotated[float, Field(ge=0)] = 0.5,
-        beta: Annotated[float, Field(ge=0)] = 0.5,
+        alpha: NonNegativeFloat = 0.5,
+        beta: NonNegativeFloat = 0.5,
         replay_batch_size: Count | None = None,
     ) -> None:
-        """`alpha`: see DER; `beta`: of the cross-entropy; `replay_batch_size`: of each draw."""
+        """`alpha`: see DER; `beta`: weight of the cross-entropy; `replay_batch_size`: of each draw."""
         super().__init__(memory=memory, alpha=alpha, replay_batch_size=replay_batch_size)
         self.terms.append({"label": beta, "logit": 0.0})

@@ -11,8 +11,7 @@ from cl_runner.streams.base import Stream
 
 
 class Dropout(Strategy):
-    """Fine-tune with this rate in every dropout layer of the backbone, and before the head unless the backbone ends in
-    one."""
+    """Fine-tune with dropout of this rate in the backbone's dropout layers, and before the head if it ends in none."""
 
     def __init__(self, *, rate: Annotated[float, Field(ge=0, lt=1)] = 0.5) -> None:
         self.rate = rate

@@ -1,9 +1,9 @@
 """DualPrompt: complementary prompting (Wang et al., 2022, arXiv 2204.04799)."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-from pydantic import Field
+from pydantic import NonNegativeFloat
 
 from cl_runner.models.prompts import Experts, Prompts
 from cl_runner.ranges import Count
@@ -14,15 +14,18 @@ if TYPE_CHECKING:
 
 
 class DualPrompt(Prompting):
-    """Learn prompts that all tasks share, in early blocks, and prompts of each task, with a key, in later ones.
+    """Learn prompts shared by all tasks in early blocks, and prompts of each task, with a key, in later blocks.
 
-    Prompts are further keys and values of a frozen vision transformer's attention (prefix tuning). The loss gains
-    strength * the cosine distance from the task's key to the query; when asked, each image gets the prompts of the
-    learned task whose key is nearest, also where its task is told. A task's prompts begin as the task before left its
-    own, as in the authors' code. The loss on the labels sees the task's own outputs alone. Other than in that code, an
-    image is not given the prompts of most of its batch (which, of one task, nearly tells the task); and prompts and
-    keys begin normal with a standard deviation of 0.02, not uniform from 0 to 0.01.
+    Prompts are additional keys and values of a frozen vision transformer's attention (prefix tuning). To the loss is
+    added strength * the cosine distance from the task's key to the query; at test time each image gets the prompts of
+    the learned task with the nearest key, even if its task is known. A task's prompts are initialised with the previous
+    task's, as in the authors' code. The loss on the labels sees only the task's own outputs. Unlike in that code, an
+    image does not get the prompts chosen by most of its batch (a batch of one task nearly gives the task away), and
+    prompts and keys are initialised normally with a standard deviation of 0.02, not uniformly from 0 to 0.01.
     """
+
+    redraws = True  # the key
+    excludes_replay = True  # replayed rows would train the current task's prompts, and attract its key
 
     def __init__(
         self,
@@ -31,13 +34,19 @@ class DualPrompt(Prompting):
         expert_blocks: Sequence[int] = (2, 3, 4),
         general_length: Count = 5,
         expert_length: Count = 20,
-        strength: Annotated[float, Field(ge=0)] = 1.0,
+        strength: NonNegativeFloat = 1.0,
     ) -> None:
-        """`…_blocks`: of the transformer, from 0; `…_length`: keys, and as many values, in each (the authors' code has
-        an `expert_length` of 20 for ImageNet-R and of 5 for CIFAR-100)."""
+        """`…_blocks`: indices of the transformer's; `…_length`: keys, and as many values, in each (in the authors' code
+        `expert_length` is 20 for ImageNet-R and 5 for CIFAR-100)."""
         self.general_blocks, self.expert_blocks = general_blocks, expert_blocks
         self.general_length, self.expert_length, self.strength = general_length, expert_length, strength
 
     def prompts_for(self, backbone: "VisionTransformer", num_tasks: int) -> Prompts:
-        blocks, lengths = (self.general_blocks, self.expert_blocks), (self.general_length, self.expert_length)
-        return Experts(backbone, num_tasks, *blocks, *lengths)
+        return Experts(
+            backbone,
+            num_tasks,
+            general_blocks=self.general_blocks,
+            expert_blocks=self.expert_blocks,
+            general_length=self.general_length,
+            expert_length=self.expert_length,
+        )

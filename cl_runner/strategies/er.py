@@ -14,7 +14,7 @@ from cl_runner.streams.base import Examples, Task
 
 
 class ER(Rehearsal):
-    """Learn each batch together with one drawn from memory."""
+    """Train on each batch together with one drawn from memory."""
 
     saved = ("memory", "number")
 
@@ -26,9 +26,9 @@ class ER(Rehearsal):
         mode: Literal["concatenated", "weighted", "oversampled"] = "concatenated",
         store: Store = "step",
     ) -> None:
-        """`mode`: concatenated: one batch, every row counts the same (algorithm 1); weighted: in task k = 1, 2, … the
-        mean loss of the fresh rows counts 1/k, that of the replayed ones 1 - 1/k; oversampled: the memory, repeated to
-        as many rows, is shuffled into the task's data. `store`: see Rehearsal."""
+        """`mode`: concatenated: one batch, all rows weighted equally (algorithm 1); weighted: in task k = 1, 2, … the
+        mean loss of the fresh rows has weight 1/k, that of the replayed ones 1 - 1/k; oversampled: the memory, repeated
+        up to the size of the task's data, is shuffled into it. `store`: see Rehearsal."""
         super().__init__(memory=memory, replay_batch_size=replay_batch_size, store=store)
         if mode == "oversampled" and (store, replay_batch_size) != ("task", None):
             field, given = ("store", store) if store != "task" else ("replay_batch_size", replay_batch_size)
@@ -47,10 +47,9 @@ class ER(Rehearsal):
         rows = torch.arange(max(len(data), len(held)), device=held.labels.device) % len(held)
         return data + held[rows].to(data.labels.device)
 
-    def before_batch(self, batch: Examples) -> Examples:
+    def with_replay(self, batch: Examples) -> Examples:
         if self.mode == "concatenated":
-            return super().before_batch(batch)
-        self.fresh = len(batch)
+            return super().with_replay(batch)
         if self.mode == "oversampled" or self.number == 1 or not len(self.memory):
             return batch
         share = 1 / self.number

@@ -11,11 +11,12 @@ from cl_runner.streams.base import Examples
 
 
 class ERACE(Rehearsal):
-    """Fresh rows are told apart by the classes of their batch only, so that they do not push old classes away; replayed
-    rows by all. Both mean losses are added."""
+    """Restrict the loss of fresh rows to the classes in their batch, so that they do not push old classes away.
 
-    def before_batch(self, batch: Examples) -> Examples:
-        self.fresh = len(batch)
+    Replayed rows compete among all classes. The two mean losses are added.
+    """
+
+    def with_replay(self, batch: Examples) -> Examples:
         every = torch.ones(self.stream.num_classes, dtype=torch.bool, device=batch.labels.device)
         present = torch.zeros_like(every).index_fill(0, batch.labels, True)
         parts = [(_among(batch, present), {"weight": 1.0})]
@@ -29,5 +30,5 @@ class ERACE(Rehearsal):
 
 
 def _among(rows: Examples, classes: Tensor) -> Examples:
-    """The rows, each with the classes ([K] bool) that it is to be told apart by."""
+    """The rows, with the classes ([K] bool) that enter their softmax."""
     return replace(rows, extras={"classes": classes.expand(len(rows), -1)})

@@ -3,7 +3,7 @@ online EWC, Schwarz et al., 2018, arXiv 1805.06370), anchored to the pretrained 
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, NonNegativeFloat
 from torch import Tensor
 
 from cl_runner.errors import ConfigError
@@ -29,13 +29,14 @@ class EWC(Strategy):
     """
 
     saved = ("previous", "pretrained", "reports")
+    holds_earlier_weights = True
 
     def __init__(
         self,
         *,
         fisher: Estimator,
-        strength: Annotated[float, Field(ge=0)] = 10_000.0,
-        pretrained_strength: Annotated[float, Field(ge=0)] | None = None,
+        strength: NonNegativeFloat = 10_000.0,
+        pretrained_strength: NonNegativeFloat | None = None,
         anchor: Source = "auto",
         accumulation: Literal["separate", "sum", "average"] = "separate",
         decay: Annotated[float, Field(ge=0, le=1)] = 1.0,

@@ -1,11 +1,11 @@
 """FeCAM: feature covariance-aware metric (Goswami et al., 2023, arXiv 2309.14062)."""
 
 from collections.abc import Callable
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import NonNegativeFloat, PositiveFloat
 from torch import Tensor
 
 from cl_runner.models.model import Model
@@ -16,15 +16,15 @@ from cl_runner.streams.base import Stream
 
 
 class FeCAM(ClosedForm):
-    """Train nothing: name the class that is nearest by the Mahalanobis distance of its own covariance.
+    """Train nothing: predict the class at the smallest Mahalanobis distance, under each class's own covariance.
 
-    Features are taken to the power of `power` (Tukey's ladder of powers; negative ones keep their sign). Covariances
-    are shrunk to C + g1 v1 I + g2 v2 (1 - I), v1 and v2 the means on and off their diagonal, and then made
-    correlations. Means and covariances are those of the transformed features, where the authors' code transforms the
-    means of the features as they are.
+    Features are raised to `power` (Tukey's ladder of powers; negative ones keep their sign). Covariances are shrunk to
+    C + g1 v1 I + g2 v2 (1 - I), with v1 and v2 the means on and off their diagonal, and normalised to correlations.
+    Means and covariances are those of the transformed features, where the authors' code transforms the means of the
+    original ones.
 
     The defaults are those for convolutional networks, which the authors' code shrinks twice: g1 = g2 = 3 here. For its
-    vision transformers: power=1 off_diagonal_shrinkage=0 unit_length=first. A shared covariance is that within classes,
+    vision transformers: power=1 off_diagonal_shrinkage=0 unit_length=first. The shared covariance is within classes,
     where theirs is that of tasks.
     """
 
@@ -33,17 +33,17 @@ class FeCAM(ClosedForm):
     def __init__(
         self,
         *,
-        power: Annotated[float, Field(gt=0)] = 0.5,
-        diagonal_shrinkage: Annotated[float, Field(ge=0)] = 1.0,
-        off_diagonal_shrinkage: Annotated[float, Field(ge=0)] = 1.0,
+        power: PositiveFloat = 0.5,
+        diagonal_shrinkage: NonNegativeFloat = 1.0,
+        off_diagonal_shrinkage: NonNegativeFloat = 1.0,
         normalize: bool = True,
         unit_length: Literal["compared", "first"] | None = "compared",
         covariance: Literal["class", "shared"] = "class",
         batch_size: Count = 256,
     ) -> None:
-        """The shrinkages are g1 and g2 above; `normalize`: covariances into correlations; `unit_length`: of features
-        and means when they are compared, or of features before all else; `covariance`: of each class (8 K D^2 bytes,
-        and as many again once it has been asked), or one of all."""
+        """The shrinkages are g1 and g2 above; `normalize`: covariances to correlations; `unit_length`: normalise
+        features and means when they are compared, or features before all else; `covariance`: one of each class
+        (8 K D^2 bytes, and as many again after the first prediction), or one shared by all."""
         super().__init__(batch_size)
         self.power, self.normalize, self.unit_length = power, normalize, unit_length
         self.diagonal_shrinkage, self.off_diagonal_shrinkage = diagonal_shrinkage, off_diagonal_shrinkage
@@ -51,9 +51,11 @@ class FeCAM(ClosedForm):
 
     def setup(self, model: Model, stream: Stream) -> None:
         super().setup(model, stream)
-        self.moments = Moments(stream.num_classes, model.head.in_features, shared=self.shared, device=self.home)
+        self.moments = Moments(
+            stream.num_classes, model.head.in_features, shared=self.shared, device=self.float64_device
+        )
         self.counts = self.moments.counts  # one tensor, filled in place
-        self.factors: dict[int, Tensor] = {}  # of classes whose covariance has not changed since; never saved
+        self.factors: dict[int, Tensor] = {}  # of classes whose covariance is unchanged since; not saved
 
     def gather(self, features: Tensor, labels: Tensor) -> None:
         self.moments.add(self._transformed(features), labels)
@@ -78,12 +80,14 @@ class FeCAM(ClosedForm):
         return scores
 
     def _factor(self, label: int) -> Tensor:
-        """W with W W' the inverse of the class's matrix: distances are lengths after W'. A pseudo-inverse, for what is
-        left singular where nothing is shrunk."""
+        """W with W W' the inverse of the class's matrix: distances are lengths after W'.
+
+        A pseudo-inverse, since without shrinkage the matrix may be singular.
+        """
         covariance = self.moments.covariance(label)
         eye = torch.eye(len(covariance)).to(covariance)
         diagonal = covariance.diagonal().mean()
-        if diagonal == 0:  # of a single example: nothing says which directions matter
+        if diagonal == 0:  # from a single example: no direction is known to matter
             return eye
         rest = (covariance * (1 - eye)).sum() / max(covariance.numel() - len(covariance), 1)
         shrunk = covariance + self.diagonal_shrinkage * diagonal * eye + self.off_diagonal_shrinkage * rest * (1 - eye)

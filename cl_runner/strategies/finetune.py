@@ -4,4 +4,4 @@ from cl_runner.strategies.base import Strategy
 
 
 class Finetune(Strategy):
-    """Learn each task as it comes, with nothing done against forgetting."""
+    """Learn each task as it comes, doing nothing against forgetting."""

@@ -1,4 +1,4 @@
-"""Linear probe: what the pretrained features give without being touched."""
+"""Linear probe: how far the pretrained features get untouched."""
 
 from dataclasses import replace
 
@@ -7,23 +7,24 @@ from torch import Tensor
 
 from cl_runner.models.model import Model
 from cl_runner.strategies.base import Strategy
-from cl_runner.strategies.looking import CHUNK, Recalled, features_of
+from cl_runner.strategies.inference import CHUNK, FeatureCache, features_of
 from cl_runner.streams.base import Examples, Stream, Task
 
 
 class Frozen(Strategy):
-    """Learn the head alone; the backbone stays as it was, its statistics and its dropout included.
+    """Train the head alone; the backbone stays in eval mode, its statistics and dropout included.
 
-    So each image goes through it once, however many epochs there are, unless images are augmented.
+    Each image passes through the backbone only once, however many epochs there are, unless images are augmented.
     """
 
     for_pretrained = True
+    caches_features = True
 
     def setup(self, model: Model, stream: Stream) -> None:
         super().setup(model, stream)
         model.backbone.requires_grad_(False)
         model.hold_statistics(model.backbone.modules())
-        self.recalled = Recalled(model)
+        self.cached_features = FeatureCache(model)
 
     def training_data(self, task: Task) -> Examples:
         data = task.train
@@ -33,4 +34,4 @@ class Frozen(Strategy):
         return replace(data, extras={"features": features.to(data.labels.device)})
 
     def predict(self, images: Tensor, task_ids: Tensor) -> Tensor:
-        return self.model.head(self.recalled(images))
+        return self.model.head(self.cached_features(images))

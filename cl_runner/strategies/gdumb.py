@@ -3,17 +3,19 @@
 from cl_runner.memory.base import Memory
 from cl_runner.models.model import Model
 from cl_runner.strategies.base import Strategy
-from cl_runner.strategies.looking import features_of
+from cl_runner.strategies.inference import features_of
 from cl_runner.streams.base import Examples, Stream, Task
 
 
 class GDumb(Strategy):
-    """Learn, from the weights that the model came with, what a balanced memory holds, and nothing else.
+    """Train, from the weights that the model came with, on what a balanced memory holds and nothing else.
 
-    The paper's memory is class_balanced. Without its CutMix and cosine restarts: optimizer and schedule are the run's.
+    The paper's memory is class_balanced. Its CutMix and cosine restarts are left out: optimizer and schedule are the
+    run's.
     """
 
     saved = ("memory",)
+    restarts = True
 
     def __init__(self, *, memory: Memory) -> None:
         self.memory = memory

@@ -1,33 +1,30 @@
 """Gradient episodic memory (Lopez-Paz & Ranzato, 2017, arXiv 1706.08840)."""
 
-from typing import Annotated
-
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import NonNegativeFloat
 from torch import Tensor
 
 from cl_runner.memory.base import Memory
 from cl_runner.strategies.rehearsal import Rehearsal
 from cl_runner.streams.base import Examples
 
-CHUNK = 2**20  # numbers of each gradient in double precision at a time
+CHUNK = 2**20  # elements of each gradient converted to double precision at a time
 
 
 class GEM(Rehearsal):
     """Step along the nearest direction that, to first order, increases no earlier task's loss on its memory.
 
-    A task's rows are chosen at its end, and all of them are learned from in every step. The margin is added to the
-    dual's solution, as the paper says; the authors' code solves for v >= margin instead, a shorter correction.
+    A task's rows are chosen at its end, and every step uses all of them. The margin is added to the solution of the
+    dual, as in the paper; the authors' code solves for v >= margin instead, a smaller correction.
     """
 
-    def __init__(self, *, memory: Memory, margin: Annotated[float, Field(ge=0)] = 0.5) -> None:
-        """`margin`: added to the solution of the dual (the paper's memory strength γ): pulls towards earlier tasks."""
+    def __init__(self, *, memory: Memory, margin: NonNegativeFloat = 0.5) -> None:
+        """`margin`: added to the solution of the dual (the paper's memory strength γ): favours earlier tasks."""
         super().__init__(memory=memory, store="task")
         self.margin = margin
 
-    def before_batch(self, batch: Examples) -> Examples:
-        self.fresh = len(batch)
+    def with_replay(self, batch: Examples) -> Examples:
         return batch
 
     def after_backward(self) -> None:
@@ -46,7 +43,7 @@ class GEM(Rehearsal):
 def project(gradient: Tensor, constraints: Tensor, margin: float = 0.0) -> Tensor:
     """The vector nearest to `gradient` [P] whose product with no row of `constraints` [T, P] is negative (eq. 8-11).
 
-    Where that is not the gradient itself, `margin` times the sum of the constraints is added.
+    If that differs from the gradient, `margin` times the sum of the constraints is added.
     """
     products = _products(torch.cat([constraints, gradient[None]]), constraints)  # [T + 1, T]
     gram, against = products[:-1], products[-1]
@@ -61,7 +58,7 @@ def solve_dual(gram: np.ndarray, against: np.ndarray) -> np.ndarray:
 
     As non-negative least squares: |A v - b| with A'A = gram and A'b = -against.
     """
-    from scipy.optimize import nnls  # takes a moment to import, and nobody else needs it
+    from scipy.optimize import nnls  # slow to import, and needed only here
 
     values, vectors = np.linalg.eigh(gram)
     kept = values > values.max() * len(values) * np.finfo(np.float64).eps
@@ -70,7 +67,7 @@ def solve_dual(gram: np.ndarray, against: np.ndarray) -> np.ndarray:
 
 
 def _products(rows: Tensor, columns: Tensor) -> np.ndarray:
-    """rows @ columns.T in double precision, a piece at a time."""
+    """rows @ columns.T in double precision, in chunks."""
     pieces = zip(rows.split(CHUNK, 1), columns.split(CHUNK, 1), strict=True)
     return torch.stack([a.double() @ b.double().T for a, b in pieces]).sum(0).cpu().numpy()
 

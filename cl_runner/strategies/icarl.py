@@ -1,32 +1,30 @@
 """iCaRL: incremental classifier and representation learning (Rebuffi et al., 2017, arXiv 1611.07725)."""
 
-from typing import Annotated
-
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import PositiveFloat
 from torch import Tensor
 
 from cl_runner.memory.base import Memory
 from cl_runner.models.model import Model, Output
-from cl_runner.strategies.looking import CHUNK, features_of
+from cl_runner.strategies.inference import CHUNK, features_of
 from cl_runner.strategies.taught import Exemplars
 from cl_runner.streams.base import Examples, Scenario, Stream, Task
 
 
 class ICaRL(Exemplars):
-    """Learn each class against all others, keep the answers for earlier ones, and name the class whose exemplars' mean
-    feature is nearest (algorithms 1 and 3).
+    """Train one-vs-rest outputs, distil those of earlier classes, and predict the class with the nearest mean of
+    exemplars' features (algorithms 1 and 3).
 
-    Losses are summed over outputs and averaged over rows. The paper's memory is herding. An output of an earlier class
-    learns from the teacher alone: a task that brings classes of earlier ones only learns no labels.
+    Losses are summed over outputs and averaged over rows. The paper's memory is herding. Outputs of earlier classes are
+    trained by the teacher alone, so a task without new classes learns nothing from labels.
     """
 
     saved = (*Exemplars.saved, "means")
-    scenarios = frozenset({Scenario.TASK, Scenario.CLASS})  # where classes are shared, none of their labels is learned
+    scenarios = frozenset({Scenario.TASK, Scenario.CLASS})  # if tasks share their classes, no labels are learned
 
-    def __init__(self, *, memory: Memory, temperature: Annotated[float, Field(gt=0)] = 1.0) -> None:
-        """`temperature`: of the teacher's answers; the paper's is 1, van de Ven's code has 2."""
+    def __init__(self, *, memory: Memory, temperature: PositiveFloat = 1.0) -> None:
+        """`temperature`: of the teacher's probabilities; 1 in the paper, 2 in van de Ven's code."""
         super().__init__(memory=memory)
         self.temperature = temperature
 
@@ -51,15 +49,15 @@ class ICaRL(Exemplars):
         for some in self.memory.examples.batches(CHUNK):
             some = some.to(means.device)
             means.index_add_(0, some.labels, F.normalize(features(some.images)).to(means))
-        self.means = F.normalize(means)  # the length does not depend on how many there are
+        self.means = F.normalize(means)  # so sums do as well as means
 
     def predict(self, images: Tensor, task_ids: Tensor) -> Tensor:
-        """The cosine: of vectors of length one, the largest is the nearest."""
+        """Cosines: among vectors of length one, the largest marks the nearest."""
         scores = F.normalize(self.model(images).features).to(self.means) @ self.means.T
         return scores.masked_fill(~self.means.any(1), -torch.inf)
 
 
 def _cross_entropies(logits: Tensor, wanted: Tensor, entering: Tensor) -> Tensor:
-    """Binary ones, [B, K] each, summed over the outputs that enter, averaged over the batch."""
+    """Binary cross-entropies, summed over the `entering` outputs and averaged over the batch; all [B, K]."""
     losses = F.binary_cross_entropy_with_logits(logits, wanted, reduction="none")
     return (losses * entering).sum(1).mean()

@@ -20,6 +20,7 @@ class Importance(Strategy):
     rows that no loss had seen by then."""
 
     saved = ("held",)
+    holds_earlier_weights = True
     name: ClassVar[str]  # of the penalty
 
     def __init__(self, strength: float, head: bool) -> None:
@@ -63,6 +64,7 @@ class PathIntegral(Importance):
     """Follows what each weight has contributed to the fall of the loss: the sum over steps of -gradient * step."""
 
     saved = (*Importance.saved, "path")
+    measures_steps = True
     unregularised: bool = False  # the gradient without that of the own penalty
 
     def setup(self, model: Model, stream: Stream) -> None:

@@ -1,9 +1,7 @@
-"""L1 regularisation, towards zero or towards weights worth keeping."""
-
-from typing import Annotated
+"""L1 regularisation, towards zero or earlier weights."""
 
 import torch
-from pydantic import Field
+from pydantic import NonNegativeFloat
 from torch import Tensor
 
 from cl_runner.models.model import Output
@@ -14,7 +12,7 @@ from cl_runner.streams.base import Examples
 class L1(NormPenalty):
     """Add strength * ||weights - anchor||_1 to the loss."""
 
-    def __init__(self, *, strength: Annotated[float, Field(ge=0)] = 1e-4, towards: Towards = "zero") -> None:
+    def __init__(self, *, strength: NonNegativeFloat = 1e-4, towards: Towards = "zero") -> None:
         super().__init__(strength, towards)
 
     def penalties(self, batch: Examples, output: Output) -> dict[str, Tensor]:

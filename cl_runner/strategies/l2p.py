@@ -1,8 +1,8 @@
 """Learning to prompt (L2P: Wang et al., 2022, arXiv 2112.08654)."""
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-from pydantic import Field
+from pydantic import NonNegativeFloat
 
 from cl_runner.errors import ConfigError
 from cl_runner.models.prompts import Pool, Prompts
@@ -14,13 +14,13 @@ if TYPE_CHECKING:
 
 
 class L2P(Prompting):
-    """Learn a pool of prompts with keys; each image gets those whose keys are nearest to what it looks like.
+    """Learn a pool of prompts with keys; each image gets those whose keys are nearest to its pretrained features.
 
-    They become tokens before a frozen vision transformer, and the features are the mean of what becomes of them. The
-    loss gains strength * sum over the chosen keys of their cosine distance to the query (eq. 5). Prompts are chosen
-    image by image, in training too, without the paper's optional penalty on frequent ones. The loss sees the task's own
-    outputs alone. Prompts and keys begin normal with a standard deviation of 0.02 (in the authors' code uniform from 0
-    to 0.01).
+    They are prepended as tokens to the input of a frozen vision transformer, and the mean of their outputs is the
+    feature. To the loss is added strength * sum over the chosen keys of their cosine distance to the query (eq. 5).
+    Prompts are chosen image by image, in training too, without the paper's optional penalty on frequent ones. The loss
+    sees only the task's own outputs. Prompts and keys are initialised normally with a standard deviation of 0.02 (in
+    the authors' code uniformly from 0 to 0.01).
     """
 
     def __init__(
@@ -29,9 +29,9 @@ class L2P(Prompting):
         pool: Count = 10,
         length: Count = 5,
         top: Count = 5,
-        strength: Annotated[float, Field(ge=0)] = 0.5,
+        strength: NonNegativeFloat = 0.5,
     ) -> None:
-        """`pool`: prompts in all; `length`: tokens each; `top`: prompts for an image."""
+        """`pool`: number of prompts; `length`: tokens of each; `top`: prompts per image."""
         if top > pool:
             raise ConfigError("strategy.top", f"expected at most pool={pool}, got {top}")
         self.pool, self.length, self.top, self.strength = pool, length, top, strength

@@ -1,8 +1,6 @@
 """Less-forgetting learning (Jung et al., 2016, arXiv 1607.00122)."""
 
-from typing import Annotated
-
-from pydantic import Field
+from pydantic import NonNegativeFloat
 from torch import Tensor
 
 from cl_runner.models.model import Output
@@ -11,15 +9,15 @@ from cl_runner.streams.base import Examples
 
 
 class LFL(Taught):
-    """Keep the features of each new batch where the model before the task puts them (eq. 2), and the classifier's
-    boundaries too.
+    """Keep the features of each new batch near those of the model before the task (eq. 2), and freeze the classifier's
+    boundaries.
 
-    The paper's tasks share their classes; where new ones come, the head's rows of earlier classes are held. The first
-    task's features are held too where the model came with a pretrained head.
+    The paper's tasks share their classes; if there are new ones, the head's rows of earlier classes are frozen. With a
+    pretrained head, the first task's features are also kept near the pretrained ones.
     """
 
-    def __init__(self, *, strength: Annotated[float, Field(ge=0)] = 1.0, hold_head: bool = True) -> None:
-        """`hold_head`: whether the rows of earlier classes stay as they were before the task (algorithm 1)."""
+    def __init__(self, *, strength: NonNegativeFloat = 1.0, hold_head: bool = True) -> None:
+        """`hold_head`: whether to freeze the rows of earlier classes (algorithm 1)."""
         self.strength, self.hold_head = strength, hold_head
 
     def penalties(self, batch: Examples, output: Output) -> dict[str, Tensor]:

@@ -1,21 +1,19 @@
-"""Low-rank adaptation of a frozen backbone (LoRA: Hu et al., 2022, arXiv 2106.09685), one for every task."""
+"""Low-rank adaptation of a frozen backbone for each task (LoRA: Hu et al., 2022, arXiv 2106.09685)."""
 
 import logging
 from collections.abc import Sequence
-from typing import Annotated
 
 import torch
-from pydantic import Field
+from pydantic import PositiveFloat
 from torch import Tensor, nn
 
 from cl_runner.errors import ConfigError
 from cl_runner.models.adapters import LowRank, called_in, low_rank_layers
 from cl_runner.models.architecture import Architecture, norm_layers
 from cl_runner.models.model import Model
-from cl_runner.models.substitute import call_with
 from cl_runner.ranges import Count
 from cl_runner.strategies.base import Strategy
-from cl_runner.strategies.looking import evaluating
+from cl_runner.strategies.inference import cloned_state, evaluating, predict_by_task
 from cl_runner.streams.base import Scenario, Stream, Task
 from cl_runner.streams.recipe import Recipe
 
@@ -23,26 +21,28 @@ log = logging.getLogger("cl_runner")
 
 
 class LoRA(Strategy):
-    """Learn, beside the head, only a change of low rank to each layer's weight.
+    """Train the head and a low-rank update of each layer's weight.
 
-    Merged, each task's change is added to the weights once it is learned, and the next task starts from there. Kept,
-    the backbone stays as it came and each task has changes of its own, which only a told task can choose; a finished
-    run's file of weights then holds the backbone without them.
+    With `merge`, each task's update is added to the weights when it has been learned, and the next task starts from
+    there. Otherwise the backbone stays as it came and each task keeps its own updates, chosen by the task's id; a
+    finished run's file of weights then holds the backbone without them.
     """
 
     saved = ("learned",)
     rewires = True
     for_pretrained = True
+    extends_backbone = True
+    redraws = True
 
     def __init__(
         self,
         *,
         rank: Count = 8,
-        alpha: Annotated[float, Field(gt=0)] = 8.0,
+        alpha: PositiveFloat = 8.0,
         layers: Sequence[str] = ("*",),
         merge: bool = True,
     ) -> None:
-        """`alpha`: the change is alpha / rank * B A; `layers`: patterns over the names of the backbone's linear layers
+        """`alpha`: the update is alpha / rank * B A; `layers`: patterns for the names of the backbone's linear layers
         and ungrouped convolutions."""
         self.rank, self.alpha, self.patterns, self.merge = rank, alpha, layers, merge
 
@@ -53,7 +53,7 @@ class LoRA(Strategy):
     def check(self, stream: Recipe, model: Architecture) -> None:
         super().check(stream, model)
         if not self.merge and stream.scenario != Scenario.TASK:
-            told = "with stream.scenario=task (of the LoRAs kept apart only a told task can choose)"
+            told = "with stream.scenario=task (unmerged LoRAs are chosen by the task's id)"
             raise ConfigError("strategy.merge", f"expected false only {told}, got {stream.scenario}")
         low_rank_layers(model.outline.backbone, self.patterns)
 
@@ -68,9 +68,9 @@ class LoRA(Strategy):
                 got = f"expected layers that the backbone calls as modules, got {passed_over[0]}"
                 raise ConfigError("strategy.layers", got)
             log.warning(
-                "lora: nothing beside %d layers that are not called, %s first", len(passed_over), passed_over[0]
+                "lora: no branch beside %d layers not called as modules, %s first", len(passed_over), passed_over[0]
             )
-        # What is frozen stays as it is.
+        # Frozen layers stay as they are.
         self.layers = [layer for layer in called.values() if layer.weight.requires_grad]
         self.branches = [LowRank(layer, self.rank, self.alpha).to(model.device) for layer in self.layers]
         for branch, layer in zip(self.branches, self.layers, strict=True):
@@ -86,7 +86,7 @@ class LoRA(Strategy):
 
     def after_task(self, task: Task) -> None:
         if not self.merge:
-            self.learned[task.index] = self._branches()
+            self.learned[task.index] = cloned_state(self.model, "adapters.")
             return
         for branch, layer in zip(self.branches, self.layers, strict=True):
             branch.merge(layer)
@@ -94,17 +94,4 @@ class LoRA(Strategy):
     def predict(self, images: Tensor, task_ids: Tensor) -> Tensor:
         if self.merge:
             return super().predict(images, task_ids)
-        scores = images.new_zeros(len(images), self.stream.num_classes, dtype=torch.float32)
-        for task in task_ids.unique().tolist():
-            rows = task_ids == task
-            branches = self.learned.get(task, {})
-            scores[rows] = call_with(self.model, branches, images[rows]).logits.float()
-        return scores
-
-    def _branches(self) -> dict[str, Tensor]:
-        """The branches as they now are, by the model's names for them."""
-        return {
-            name: value.detach().clone()
-            for name, value in self.model.named_parameters()
-            if name.startswith("adapters.")
-        }
+        return predict_by_task(self.model, images, task_ids, self.learned, {})

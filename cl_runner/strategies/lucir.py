@@ -1,11 +1,9 @@
 """LUCIR: learning a unified classifier incrementally via rebalancing (Hou et al., 2019, CVPR)."""
 
 from dataclasses import replace
-from typing import Annotated
 
-import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import NonNegativeFloat, PositiveFloat
 from torch import Tensor
 
 from cl_runner.memory.base import Memory
@@ -17,34 +15,34 @@ from cl_runner.streams.base import Examples, Scenario, Stream, Task
 
 
 class LUCIR(Exemplars):
-    """Tell classes apart by cosines alone; keep the directions of features; push exemplars of old classes a margin away
-    from the new classes that are most like them (eq. 3, 6 and 8). The embeddings of old classes are held.
+    """Classify by cosines alone, distil the directions of features, and keep exemplars of old classes a margin away
+    from the most similar new classes (eq. 3, 6 and 8). The embeddings of old classes are frozen.
 
-    Deviations: features are as the backbone gives them, where the paper takes away the last ReLU; new embeddings start
-    at random; no fine-tuning on balanced data at the end. The authors' code starts the scale of the cosines at 1 and
-    averages the ranking term over the negatives, which the paper and we sum: at the same `margin_strength` its term is
-    smaller by their number. The paper's memory is herding. A finished run's file of weights holds the classifier as a
-    linear layer, which names the same classes, but is surer of longer features.
+    Deviations: features are the backbone's own, where the paper removes the last ReLU; new embeddings start at random;
+    there is no final fine-tuning on balanced data. The authors' code starts the scale of the cosines at 1 and averages
+    the ranking term over the negatives, which the paper and we sum: at the same `margin_strength` its term is smaller
+    by their number. The paper's memory is herding. A finished run's file of weights holds the classifier as a linear
+    layer, which predicts the same classes but is more confident of longer features.
     """
 
-    saved = (*Exemplars.saved, "new", "balance")
+    saved = (*Exemplars.saved, "balance")
     rewires = True
-    scenarios = frozenset({Scenario.CLASS})  # elsewhere no old class has a new one beside it
+    scenarios = frozenset({Scenario.CLASS})  # in others, new classes do not compete with old ones
 
     def __init__(
         self,
         *,
         memory: Memory,
-        strength: Annotated[float, Field(ge=0)] = 5.0,
-        margin: Annotated[float, Field(ge=0)] = 0.5,
-        margin_strength: Annotated[float, Field(ge=0)] = 1.0,
+        strength: NonNegativeFloat = 5.0,
+        margin: NonNegativeFloat = 0.5,
+        margin_strength: NonNegativeFloat = 1.0,
         negatives: Count = 2,
-        scale: Annotated[float, Field(gt=0)] = 10.0,
+        scale: PositiveFloat = 10.0,
         hold_head: bool = True,
     ) -> None:
         """`strength`: of the features' term, times sqrt(old classes / new classes); `margin` and `margin_strength`: of
-        the ranking term; `negatives`: the new classes that it looks at; `scale`: of the cosines, at first; `hold_head`:
-        whether old embeddings stay as they were before the task."""
+        the ranking term; `negatives`: how many new classes it takes; `scale`: initial scale of the cosines;
+        `hold_head`: whether to freeze old embeddings."""
         super().__init__(memory=memory)
         self.strength, self.hold_head = strength, hold_head
         self.margin, self.margin_strength, self.negatives = margin, margin_strength, negatives
@@ -53,19 +51,15 @@ class LUCIR(Exemplars):
     def setup(self, model: Model, stream: Stream) -> None:
         model.head = CosineHead(model.head.in_features, model.head.out_features, self.first_scale).to(model.device)
         super().setup(model, stream)
-        self.new: Tensor = torch.zeros(0, dtype=torch.int64, device=model.device)  # the classes of this task alone
         self.balance = 0.0
 
     def before_task(self, task: Task) -> None:
         super().before_task(task)
-        old = self.old.cpu()
-        new = [label for label in task.classes if not old[label]]
-        self.new = torch.tensor(new, dtype=torch.int64, device=self.old.device)
-        self.balance = (int(old.sum()) / max(1, len(new))) ** 0.5
+        self.balance = (int(self.old.sum()) / max(1, len(self.new))) ** 0.5
 
     def before_batch(self, batch: Examples) -> Examples:
         old = self.old[batch.labels]
-        # The mean over all rows of weight * loss is that over old ones: also where they are learned a piece at a time.
+        # The mean over all rows of weight * loss is the mean loss of the old ones, even over micro-batches.
         weights = old * (len(batch) / old.sum().clamp(min=1))
         return replace(batch, extras=batch.extras | {"margin": weights})
 
@@ -83,7 +77,7 @@ class LUCIR(Exemplars):
             self.hold_old_rows()
 
     def _ranking(self, batch: Examples, output: Output) -> Tensor:
-        """Averaged over the rows of old classes, a scalar."""
+        """The margin ranking loss, averaged over the rows of old classes; a scalar."""
         assert isinstance(self.model.head, CosineHead)
         cosines = self.model.head.cosines(output.features)
         own = cosines.gather(1, batch.labels[:, None])

@@ -1,26 +1,26 @@
-"""Learning without forgetting (Li & Hoiem, 2017, arXiv 1606.09282), from the pretrained model too."""
+"""Learning without forgetting (Li & Hoiem, 2017, arXiv 1606.09282), also of the pretrained model."""
 
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
-from pydantic import Field
+from pydantic import NonNegativeFloat, PositiveFloat
 from torch import Tensor
 
 from cl_runner.errors import ConfigError
 from cl_runner.models.architecture import Architecture
 from cl_runner.models.model import Model, Output, PretrainedView
 from cl_runner.strategies.anchors import Source, check_source, wants_pretrained, wants_previous
-from cl_runner.strategies.taught import Taught, still
+from cl_runner.strategies.taught import Taught, frozen_copy
 from cl_runner.streams.base import Examples, Stream, Task
 from cl_runner.streams.recipe import Recipe
 
 
 class LwF(Taught):
-    """On each new batch, keep answering for the old outputs as the model did before the task.
+    """On each new batch, distil the old outputs of the model before the task.
 
-    With the pretrained model as a teacher, its own head's answers are kept as well, throughout (the paper's old task
-    is such a pretrained one; peers distil from the previous task alone). The paper first trains the new outputs by
-    themselves, which is left out here as it is there.
+    With the pretrained model as a teacher, the outputs of its own head are distilled as well, in every task (the
+    paper's old task is such a pretrained one; peers distil from the previous task alone). The paper first trains the
+    new outputs by themselves, which peers and we leave out.
     """
 
     saved = (*Taught.saved, "old_groups")
@@ -28,20 +28,20 @@ class LwF(Taught):
     def __init__(
         self,
         *,
-        strength: Annotated[float, Field(ge=0)] = 1.0,
-        pretrained_strength: Annotated[float, Field(ge=0)] | None = None,
+        strength: NonNegativeFloat = 1.0,
+        pretrained_strength: NonNegativeFloat | None = None,
         teacher: Source = "auto",
-        temperature: Annotated[float, Field(gt=0)] = 2.0,
+        temperature: PositiveFloat = 2.0,
         squared_temperature: bool = True,
         weighting: Literal["constant", "tasks", "average"] = "tasks",
         softmax: Literal["task", "joint", "all"] = "task",
     ) -> None:
-        """`squared_temperature`: multiply by T^2, so that gradients do not shrink with it (Hinton et al., 2015; not in
-        the paper); `softmax`: one for each earlier task's outputs, their losses averaged, one over all of them (joint),
-        or one over all of the head, where outputs to come are active from the start; `weighting`: of the task's loss
-        and of that distillation in task k = 1, 2, …: constant (1, 1), tasks (1, k-1), by which each earlier task counts
-        once (the paper), or average (1/k, 1-1/k), the latter times `strength`; `pretrained_strength`: null for the same
-        as `strength`."""
+        """`squared_temperature`: multiply by T^2, so that gradients do not shrink with T (Hinton et al., 2015; not in
+        the paper); `softmax`: one over each earlier task's outputs, their losses averaged (task), one over all earlier
+        outputs (joint), or one over the whole head, if future outputs are active from the start (all); `weighting`: of
+        the task's loss and of the distillation in task k = 1, 2, …: constant (1, 1), tasks (1, k-1), so that each
+        earlier task counts once (the paper), or average (1/k, 1-1/k), the latter times `strength`;
+        `pretrained_strength`: null for the same as `strength`."""
         self.strength = strength
         self.source: Source = teacher
         self.pretrained_strength = strength if pretrained_strength is None else pretrained_strength
@@ -55,9 +55,9 @@ class LwF(Taught):
 
     def setup(self, model: Model, stream: Stream) -> None:
         super().setup(model, stream)
-        self.pretrained = still(PretrainedView(model)) if wants_pretrained(self.source, model) else None
+        self.pretrained = frozen_copy(PretrainedView(model)) if wants_pretrained(self.source, model) else None
         self._check_softmax([len(task.classes) for task in stream.tasks], self.pretrained is not None)
-        self.old_groups: list[Tensor] = []  # the earlier outputs, int64, for each softmax
+        self.old_groups: list[Tensor] = []  # int64: the earlier outputs in each softmax
 
     def before_task(self, task: Task) -> None:
         super().before_task(task)
@@ -68,11 +68,15 @@ class LwF(Taught):
         self.old_groups = [torch.tensor(group, device=self.model.device) for group in groups]
 
     def _check_softmax(self, sizes: list[int], pretrained: bool) -> None:
-        """Refuse a softmax that is 1 whatever the model says, where no `pretrained` teacher is there to hold to either;
-        `sizes`: each task's number of classes, as far as known."""
+        """Refuse a softmax over single outputs, which is always 1, without a `pretrained` teacher to distil instead.
+
+        `sizes`: each task's number of classes, as far as known.
+        """
         in_vain = len(sizes) > 1 and set(sizes) == {1} and wants_previous(self.source) and not pretrained
         if in_vain and self.softmax == "task":
-            expected = "expected joint or all where every task has a single class (one output is nothing to tell apart)"
+            expected = (
+                "expected joint or all where every task has a single class (a softmax over one output is constant)"
+            )
             raise ConfigError("strategy.softmax", f"{expected}, got 'task'; try strategy.softmax=joint")
 
     def task_loss(self, batch: Examples, output: Output) -> Tensor:

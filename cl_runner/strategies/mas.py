@@ -1,8 +1,6 @@
 """Memory aware synapses (Aljundi et al., 2018, arXiv 1711.09601)."""
 
-from typing import Annotated
-
-from pydantic import Field
+from pydantic import NonNegativeFloat
 
 from cl_runner.fisher.estimators import Logits
 from cl_runner.fisher.magnitudes import Magnitudes
@@ -24,7 +22,7 @@ class MAS(Importance):
     def __init__(
         self,
         *,
-        strength: Annotated[float, Field(ge=0)] = 1.0,
+        strength: NonNegativeFloat = 1.0,
         num_samples: Count | None = None,
         batch_size: Count = 64,
         logits: Logits = "visible",

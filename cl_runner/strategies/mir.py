@@ -1,24 +1,22 @@
 """Maximally interfered retrieval (Aljundi et al., 2019, arXiv 1908.04742, ER-MIR, eq. 1)."""
 
-from typing import Annotated
-
 import torch
-from pydantic import Field
+from pydantic import PositiveFloat
 
 from cl_runner.errors import ConfigError
 from cl_runner.memory.base import Memory
 from cl_runner.models.substitute import call_with
 from cl_runner.ranges import Count
-from cl_runner.strategies.looking import evaluating
+from cl_runner.strategies.inference import evaluating
 from cl_runner.strategies.rehearsal import Rehearsal, Store
 from cl_runner.streams.base import Examples
 
 
 class MIR(Rehearsal):
-    """Experience replay of those rows whose loss a step on the fresh ones alone would increase most.
+    """Experience replay of the rows whose loss would increase most by a step on the fresh rows alone.
 
-    The step that is tried is one of plain SGD in eval mode: it disturbs no statistics. Deviation: rows of the task that
-    is being learned may be drawn too (not with store=task), which the authors' code leaves out.
+    This virtual step is one of plain SGD, in eval mode to leave statistics alone. Deviation: rows of the task being
+    learned may be drawn too (not with store=task), which the authors' code excludes.
     """
 
     def __init__(
@@ -28,10 +26,10 @@ class MIR(Rehearsal):
         replay_batch_size: Count | None = None,
         store: Store = "step",
         candidates: Count = 50,
-        virtual_lr: Annotated[float, Field(gt=0)] = 0.1,
+        virtual_lr: PositiveFloat = 0.1,
     ) -> None:
-        """`candidates`: drawn from memory, of which `replay_batch_size` are replayed (all, where a batch is as large as
-        that); `virtual_lr`: of the step that is tried (to first order the choice does not depend on it)."""
+        """`candidates`: drawn from memory, of which `replay_batch_size` are replayed (all, if a batch is that large);
+        `virtual_lr`: of the virtual step (to first order, the choice does not depend on it)."""
         super().__init__(memory=memory, replay_batch_size=replay_batch_size, store=store)
         if replay_batch_size is not None and replay_batch_size >= candidates:
             given = f"expected more than replay_batch_size={replay_batch_size}, to choose from, got {candidates}"

@@ -1,14 +1,14 @@
-"""Means and covariances of classes, from features that come in parts."""
+"""Means and covariances of classes, from features that arrive in parts."""
 
 import torch
 from torch import Tensor, nn
 
 
 class Moments(nn.Module):
-    """Counts, means and centred sums of products of each class's features, exact whatever parts they come in.
+    """Counts, means and scatter matrices of each class's features, exact however they are split into parts.
 
-    A part joins by the pairwise update of Chan, Golub & LeVeque (1979), which loses no digits to large means. Takes
-    8 K D^2 bytes, or 8 D^2 where the classes share one covariance.
+    Parts are merged by the pairwise update of Chan, Golub & LeVeque (1979), which is stable for large means. Takes
+    8 K D^2 bytes, or 8 D^2 if the classes share one covariance.
     """
 
     counts: Tensor  # [K]
@@ -29,7 +29,7 @@ class Moments(nn.Module):
         counts = torch.bincount(labels, minlength=len(self.counts)).to(features)
         means = torch.zeros_like(self.means).index_add_(0, labels, features) / counts.clamp(min=1)[:, None]
         centred = features - means[labels]
-        share = counts / (self.counts + counts).clamp(min=1)  # [K]: of the new examples among all
+        share = counts / (self.counts + counts).clamp(min=1)  # [K]: of new examples among all
         shift = means - self.means
         between = (self.counts * share).sqrt()[:, None] * shift
         if self.shared:
@@ -43,13 +43,13 @@ class Moments(nn.Module):
 
     @property
     def seen(self) -> list[int]:
-        """The classes of which anything has come."""
+        """The classes with any examples so far."""
         return self.counts.nonzero().flatten().tolist()
 
     def covariance(self, label: int | None = None) -> Tensor:
-        """[D, D] of one class, or of the residuals of all classes from their means; divided by the number of examples.
+        """[D, D] of one class, or within all classes; divided by the number of examples.
 
-        Without `label` the classes weigh as many as their examples are.
+        Without `label`, each class is weighted by its number of examples.
         """
         if label is not None and not self.shared:
             return self.scatter[label] / self.counts[label].clamp(min=1)
@@ -59,8 +59,8 @@ class Moments(nn.Module):
     def drawn(self, samples: int, jitter: float = 1e-4) -> tuple[Tensor, Tensor]:
         """`samples` features [N, D] from the Gaussian of each class seen, class by class, and their labels [N].
 
-        `jitter` joins the covariances' diagonals: few examples make singular ones. Drawn on the CPU, from the global
-        generator: the same on every device.
+        `jitter` is added to the covariances' diagonals: from few examples, they are singular. Drawn on the CPU from the
+        global generator, so that they are the same on every device.
         """
         parts = []
         for label in self.seen:

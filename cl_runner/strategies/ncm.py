@@ -14,7 +14,7 @@ from cl_runner.streams.base import Stream
 
 
 class NCM(ClosedForm):
-    """Train nothing: name the class whose mean feature, under the model as it came, is nearest."""
+    """Train nothing: predict the class with the nearest mean of pretrained features."""
 
     saved = ("sums", "counts")
 

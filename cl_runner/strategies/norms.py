@@ -1,4 +1,4 @@
-"""What penalties share that pull weights towards an anchor, all alike: L1 and L2."""
+"""What the penalties L1 and L2 share, which pull all weights towards an anchor with equal strength."""
 
 from typing import Literal
 
@@ -17,15 +17,19 @@ Towards = Literal["zero", "previous", "pretrained"]
 
 
 class NormPenalty(Strategy):
-    """Fine-tune with a norm of the weights' distance from zero, the previous task's or the pretrained weights.
+    """Penalise a norm of the weights' distance from zero, the previous task's or the pretrained weights.
 
-    The pretrained weights are the backbone's alone.
+    Pretrained weights are the backbone's alone.
     """
 
     saved = ("anchors",)
 
     def __init__(self, strength: float, towards: Towards) -> None:
         self.strength, self.towards = strength, towards
+
+    @property
+    def holds_earlier_weights(self) -> bool:
+        return self.towards == "previous"
 
     def check(self, stream: Recipe, model: Architecture) -> None:
         super().check(stream, model)
@@ -48,6 +52,6 @@ class NormPenalty(Strategy):
             self.anchors = [Anchor.at(self.model)]
 
     def distances(self) -> list[Tensor]:
-        """weights - anchor, a tensor a parameter; empty where nothing is anchored yet."""
+        """weights - anchor, one tensor per parameter; empty if nothing is anchored yet."""
         live = trainable(self.model)
         return [delta for anchor in self.anchors for delta in anchor.distance(live).values()]

@@ -1,4 +1,4 @@
-"""What methods share that leave a vision transformer as it came and learn prompts for it."""
+"""What methods share that train prompts for a frozen vision transformer."""
 
 from abc import abstractmethod
 from typing import TYPE_CHECKING
@@ -19,17 +19,19 @@ if TYPE_CHECKING:
 
 
 class Prompting(Strategy):
-    """Learn prompts and the head; a finished run's file of weights does not hold the prompts."""
+    """Train prompts and the head; a finished run's file of weights does not hold the prompts."""
 
     saved = ("on",)
     active_logits = "current"  # as in the paper
     rewires = True
     for_pretrained = True
+    extends_backbone = True
+    carries_over = True
     strength: float  # of the prompts' own loss
 
     @abstractmethod
     def prompts_for(self, backbone: "VisionTransformer", num_tasks: int) -> Prompts:
-        """Raises ConfigError for arguments that do not fit the transformer."""
+        """The prompts to train. Raises ConfigError for arguments that do not fit the transformer."""
 
     def check(self, stream: Recipe, model: Architecture) -> None:
         super().check(stream, model)
@@ -49,7 +51,7 @@ class Prompting(Strategy):
 
     @property
     def on(self) -> bool:
-        """Off until the first task begins: drift is measured from the pretrained model, which has no prompts."""
+        """Off until the first task begins: drift is measured from the pretrained model without prompts."""
         return self.prompts.on
 
     @on.setter

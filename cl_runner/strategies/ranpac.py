@@ -2,10 +2,9 @@
 without its first phase: the backbone is not adapted to the first task."""
 
 from collections.abc import Callable
-from typing import Annotated
 
 import torch
-from pydantic import Field
+from pydantic import PositiveFloat
 from torch import Tensor
 
 from cl_runner.models.architecture import seeded
@@ -20,8 +19,8 @@ class RanPAC(ClosedForm):
     """Train nothing: ridge regression of the labels on a random non-linear projection of the features.
 
     h(x) = relu(f(x) P) with P normal [D, M]; scores h(x) (G + l I)^-1 C, where G = sum h'h and C = sum h'y over all
-    examples so far (phase 2 of algorithm 1). l is the ridge that, with the weights fitted to 80 % of the last task's
-    examples, gives the least squared error on the others.
+    examples so far (phase 2 of algorithm 1). l minimises the squared error on 20 % of the last task's examples, with
+    weights fitted to the others.
     """
 
     saved = ("counts", "gram", "sums", "ridge")
@@ -30,12 +29,12 @@ class RanPAC(ClosedForm):
         self,
         *,
         projection: Count | None = 10_000,
-        ridge: Annotated[float, Field(gt=0)] | None = None,
+        ridge: PositiveFloat | None = None,
         batch_size: Count = 256,
     ) -> None:
-        """`projection`: M, or null for the features themselves; the statistics take 8 M^2 bytes, and three times as
-        much again while they are solved; `ridge`: l, null to have it chosen, which takes 16 N M bytes and three
-        matrices of min(0.8 N, M)^2 numbers of 8 bytes in a task of N examples."""
+        """`projection`: M, or null for the features themselves; the statistics take 8 M^2 bytes, and solving for the
+        weights three times as much again; `ridge`: l, or null to select it, which takes 16 N M bytes and three float64
+        matrices of min(0.8 N, M)^2 elements in a task of N examples."""
         super().__init__(batch_size)
         self.size, self.fixed_ridge = projection, ridge
 
@@ -43,8 +42,8 @@ class RanPAC(ClosedForm):
         super().setup(model, stream)
         features = model.head.in_features
         size = self.size or features
-        with seeded(model.seed):  # on the CPU: the same on every device, and in a resumed run
-            self.projection = torch.randn(features, size).to(self.home).double()
+        with seeded(model.seed):  # on the CPU: the same on every device, and after a resume
+            self.projection = torch.randn(features, size).to(self.float64_device).double()
         self.gram, self.sums = self.zeros(size, size), self.zeros(size, stream.num_classes)
         self.ridge = self.fixed_ridge or 1.0
 

@@ -1,4 +1,4 @@
-"""What methods with a memory share: when it is offered rows, and how its rows join a batch."""
+"""What methods with a memory share: when rows are stored, and how stored rows join a batch."""
 
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -14,20 +14,20 @@ from cl_runner.memory.base import Memory
 from cl_runner.models.model import Output
 from cl_runner.ranges import Count
 from cl_runner.strategies.base import Strategy
-from cl_runner.strategies.looking import evaluating, features_of
+from cl_runner.strategies.inference import evaluating, features_of
 from cl_runner.streams.base import Examples, Task, concatenate
 
 Store = Literal["step", "task"]
 
 
 class Rehearsal(Strategy):
-    """Learn each batch together with one drawn from memory, all rows alike."""
+    """Train on each batch together with one drawn from memory, all rows weighted equally."""
 
     saved = ("memory",)
 
     def __init__(self, *, memory: Memory, replay_batch_size: Count | None = None, store: Store = "step") -> None:
-        """`replay_batch_size`: null for as many as are fresh; `store`: offer the memory every batch once it has been
-        learned (in each epoch anew, so that a row may be held twice), or every task at its end."""
+        """`replay_batch_size`: null for as many rows as are fresh; `store`: offer the memory each batch after its step
+        (again in each epoch, so that a row may be held twice), or each task at its end."""
         if store == "step" and not memory.streaming:
             kind = type(memory).__name__
             raise ConfigError("strategy.memory", f"expected one that takes single batches (store=step), got {kind}")
@@ -36,14 +36,18 @@ class Rehearsal(Strategy):
 
     def before_batch(self, batch: Examples) -> Examples:
         self.fresh = len(batch)
+        return self.with_replay(batch)
+
+    def with_replay(self, batch: Examples) -> Examples:
+        """The batch to train on: the fresh rows of `batch`, then any replayed ones."""
         return batch + self.replay(batch) if len(self.memory) else batch
 
     def replay(self, batch: Examples) -> Examples:
-        """Rows of a memory that has some, for this batch of fresh ones."""
+        """Rows drawn from a memory that is not empty, to replay with this fresh batch."""
         return self.memory.sample(self.replay_batch_size or len(batch)).to(batch.labels.device)
 
     def to_store(self, fresh: Examples, output: Output) -> Examples:
-        """What the memory is offered of a batch that has been learned; `output`: of the fresh rows and the replayed."""
+        """What to offer the memory after a step; `output`: of the fresh rows and the replayed ones."""
         return replace(fresh, extras={})
 
     def after_step(self, batch: Examples, output: Output) -> None:
@@ -55,13 +59,13 @@ class Rehearsal(Strategy):
             self.memory.add_task(task.train, features_of(self.model))
 
     def row_losses(self, batch: Examples, output: Output) -> Tensor:
-        """Cross-entropy of each row, [B], over the outputs that its task may see."""
+        """Cross-entropy of each row, [B], over the outputs visible to its task."""
         return F.cross_entropy(self.model.restrict(output.logits, batch.task_ids), batch.labels, reduction="none")
 
     def gradient(self, examples: Examples) -> list[Tensor]:
-        """Of the mean loss on these examples, for each of `learning`; what training has gathered stays as it is.
+        """The gradient of the mean loss on these examples, for each of `learning`; their `.grad` is left alone.
 
-        A single row goes through in eval mode: it has no statistics for a normalisation layer.
+        A single row is passed in eval mode: a normalisation layer cannot compute statistics of it.
         """
         with evaluating(self.model) if len(examples) == 1 else nullcontext():
             loss = self.row_losses(examples, self.model(examples.images)).mean()
@@ -69,15 +73,15 @@ class Rehearsal(Strategy):
 
     @property
     def learning(self) -> list[Tensor]:
-        """The parameters that learn."""
+        """The trainable parameters."""
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
 
 def weighted(parts: Sequence[tuple[Examples, dict[str, float]]]) -> Examples:
     """All rows in order, with an extra [B] for each of the named weights.
 
-    The mean over the rows of extra * loss is then the sum over the parts of weight * mean loss in the part: also where
-    the rows are learned a piece at a time.
+    The mean over rows of extra * loss is then the sum over parts of weight * the part's mean loss, even if gradients
+    are accumulated over micro-batches.
     """
     total = sum(len(part) for part, _ in parts)
 

@@ -1,18 +1,18 @@
-"""How much to shrink the weights of a linear regression, found on the examples themselves."""
+"""Selection of the ridge penalty of a linear regression on held-out examples."""
 
 import math
 
 import torch
 from torch import Tensor
 
-RIDGES = tuple(10.0**power for power in range(-8, 9))  # that one is chosen from
+RIDGES = tuple(10.0**power for power in range(-8, 9))  # to choose from
 
 
 def best_ridge(inputs: Tensor, targets: Tensor) -> float:
-    """Which of RIDGES gives the least squared error on a random fifth of the examples when fitted to the others.
+    """The one of RIDGES with the smallest squared error on a random fifth of the examples when fitted to the others.
 
-    `inputs`: [N, M]; `targets`: [N, K]. Solved in the smaller of the two Gram matrices; a ridge that leaves it singular
-    is out of the question. The fifth is drawn from the global CPU generator.
+    `inputs`: [N, M]; `targets`: [N, K]. Solves with the smaller of the two Gram matrices; a ridge that leaves it
+    singular is ruled out. The fifth is drawn from the global CPU generator.
     """
     order = torch.randperm(len(inputs)).to(inputs.device)
     count = max(1, len(inputs) // 5)

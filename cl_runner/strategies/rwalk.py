@@ -4,7 +4,7 @@ from dataclasses import replace
 from typing import Annotated
 
 import torch
-from pydantic import Field
+from pydantic import Field, NonNegativeFloat, PositiveFloat
 from torch import Tensor
 
 from cl_runner.errors import ConfigError
@@ -35,10 +35,10 @@ class RWalk(PathIntegral):
         self,
         *,
         fisher: Estimator,
-        strength: Annotated[float, Field(ge=0)] = 1.0,
+        strength: NonNegativeFloat = 1.0,
         alpha: Annotated[float, Field(gt=0, le=1)] = 0.9,
         interval: Count = 10,
-        epsilon: Annotated[float, Field(gt=0)] = 1e-3,
+        epsilon: PositiveFloat = 1e-3,
         head: bool = True,
     ) -> None:
         """`alpha`: the newest Fisher's share of the moving average; `interval`: steps from one Fisher and one addition

@@ -1,8 +1,8 @@
 """Synaptic intelligence (Zenke et al., 2017, arXiv 1703.04200)."""
 
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import Field
+from pydantic import NonNegativeFloat, PositiveFloat
 
 from cl_runner.fisher.curvature import Diagonal, Parameters
 from cl_runner.models.model import Model
@@ -21,8 +21,8 @@ class SI(PathIntegral):
     def __init__(
         self,
         *,
-        strength: Annotated[float, Field(ge=0)] = 1.0,
-        epsilon: Annotated[float, Field(gt=0)] = 0.1,
+        strength: NonNegativeFloat = 1.0,
+        epsilon: PositiveFloat = 0.1,
         gradient: Literal["total", "task"] = "total",
         negative: Literal["keep", "drop"] = "keep",
         accumulation: Accumulation = "sum",

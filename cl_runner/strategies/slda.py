@@ -15,11 +15,11 @@ from cl_runner.streams.base import Stream
 
 
 class SLDA(ClosedForm):
-    """Train nothing: discriminate linearly between the classes' means, under one covariance that all share.
+    """Train nothing: linear discriminant analysis, with the classes' means and a shared covariance.
 
     score_k(z) = w_k'z + b_k with w_k = L m_k, b_k = -m_k'L m_k / 2 and L = ((1 - e) S + e I)^-1 (the paper's linear
-    classifier; m_k the means). S is the exact covariance within classes of all examples so far, to which the paper's
-    running update comes near; no first set of examples starts it off.
+    classifier; m_k the means). S is the exact within-class covariance of all examples so far, which the paper's running
+    update approximates; there is no base initialisation.
     """
 
     saved = ("moments",)
@@ -36,7 +36,7 @@ class SLDA(ClosedForm):
 
     def setup(self, model: Model, stream: Stream) -> None:
         super().setup(model, stream)
-        self.moments = Moments(stream.num_classes, model.head.in_features, shared=True, device=self.home)
+        self.moments = Moments(stream.num_classes, model.head.in_features, shared=True, device=self.float64_device)
         self.counts = self.moments.counts  # one tensor, filled in place
 
     def gather(self, features: Tensor, labels: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Class means in several feature spaces, one for each task (EASE: Zhou et al., 2024, arXiv 2403.12030)."""
+"""Class means in one feature space per task (EASE: Zhou et al., 2024, arXiv 2403.12030)."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 class Subspaces(nn.Module):
-    """Sums of features of each class in each task's space, and what is made up where a class never came."""
+    """Sums of each class's features in each task's space; means of classes unseen in a space are synthesised."""
 
     sums: Tensor  # [T, K, D]
     counts: Tensor  # [T, K]
@@ -30,13 +30,13 @@ class Subspaces(nn.Module):
         self.counts[space] += torch.bincount(labels, minlength=self.counts.shape[1])
 
     def means(self, spaces: int) -> Tensor:
-        """[spaces, K, D]: of each class in each of the first spaces; zero for classes that have not come.
+        """[spaces, K, D]: of each class in each of the first spaces; zero for classes not seen yet.
 
-        Where a class came before a space was there, a mean of those of the space's own classes, weighted by a softmax
-        of how it resembles them (cosine) in the space of its own task, where all of them are known.
+        A class seen before a space existed gets a mean of the space's own classes, weighted by a softmax of its cosine
+        similarities to them in the space of its own task, where all of them are known.
         """
         means = self.sums[:spaces] / self.counts[:spaces].clamp(min=1)[..., None]
-        came = self.counts.bool().tolist()  # once: each look would wait for the device
+        came = self.counts.bool().tolist()  # at once: each access would wait for the device
         for space in range(spaces):
             new = list(self.classes[space])
             for earlier in range(space):
@@ -46,9 +46,8 @@ class Subspaces(nn.Module):
         return means
 
     def scores(self, features: Sequence[Tensor], alpha: float) -> Tensor:
-        """[B, K], given the features [B, D] in each of the first spaces: the mean over spaces of the cosines to the
-        means, each counted `alpha` times where the space is not of a task of the class; -inf for classes that have not
-        come."""
+        """[B, K], given the features [B, D] in each of the first spaces: the mean over spaces of cosines to the class
+        means, with weight `alpha` in spaces of tasks without the class; -inf for classes not seen yet."""
         total = torch.zeros(len(features[0]), self.counts.shape[1]).to(self.sums)
         weight = torch.zeros_like(self.counts[0])
         for space, (rows, means) in enumerate(zip(features, self.means(len(features)), strict=True)):
@@ -56,5 +55,5 @@ class Subspaces(nn.Module):
             share[list(self.classes[space])] = 1.0
             weight += share
             total += share * (F.normalize(rows.to(self.sums)) @ F.normalize(means).T)
-        total /= weight.clamp(min=torch.finfo(weight.dtype).tiny)  # zero for other tasks' classes where alpha is
+        total /= weight.clamp(min=torch.finfo(weight.dtype).tiny)  # zero for other tasks' classes if alpha is
         return total.masked_fill(self.counts.sum(0) == 0, -torch.inf)

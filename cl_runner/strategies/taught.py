@@ -1,4 +1,4 @@
-"""What methods share that have the model before the task as a teacher, and those that learn exemplars along with it."""
+"""What methods share whose teacher is the model before the task, and those among them that also train on exemplars."""
 
 from copy import deepcopy
 from typing import TypeVar
@@ -10,33 +10,38 @@ from cl_runner.memory.base import Memory
 from cl_runner.models.model import Model, Output
 from cl_runner.models.prompts import Prompts
 from cl_runner.strategies.base import Strategy
-from cl_runner.strategies.looking import features_of
+from cl_runner.strategies.inference import features_of
 from cl_runner.streams.base import Examples, Stream, Task
 
 Module = TypeVar("Module", bound=nn.Module)
 
 
 class Taught(Strategy):
-    """Has the model as it was before the task, still, to answer for what was learned earlier."""
+    """Keeps a frozen copy of the model before the task, as a teacher of what was learned earlier."""
 
-    saved = ("teacher", "old", "number", "prompted")
+    saved = ("teacher", "old", "new", "number", "prompted")
+    has_teacher = True
 
     def setup(self, model: Model, stream: Stream) -> None:
         super().setup(model, stream)
-        self.teacher = still(model)
+        self.teacher = frozen_copy(model)
         self.old: Tensor = torch.zeros_like(model.revealed)  # [K] bool: the classes of earlier tasks
+        self.new: Tensor = torch.empty(0, dtype=torch.int64, device=model.device)  # classes that no earlier task had
         self.number = 1  # of the task, from 1
 
     def before_task(self, task: Task) -> None:
         self.teacher.load_state_dict(self.model.state_dict())
         self.prompted = any(prompts.on for prompts in _prompts_of(self.model))
         self.number = task.index + 1
+        earlier = {label for each in self.stream.tasks[: task.index] for label in each.classes}
         self.old = torch.zeros_like(self.old)
-        self.old[[label for earlier in self.stream.tasks[: task.index] for label in earlier.classes]] = True
+        self.old[list(earlier)] = True
+        new = [label for label in task.classes if label not in earlier]
+        self.new = torch.tensor(new, dtype=torch.int64, device=self.old.device)
 
     @property
     def prompted(self) -> bool:
-        """Whether the prompts that another part has given the teacher are on, which its state does not say."""
+        """Whether the teacher's prompts, if another part has given it any, are on: not part of its `state_dict`."""
         return any(prompts.on for prompts in _prompts_of(self.teacher))
 
     @prompted.setter
@@ -46,14 +51,14 @@ class Taught(Strategy):
 
     @torch.no_grad()
     def taught(self, output: Output) -> Output:
-        """What the teacher says of the same augmented images."""
+        """The teacher's output for the same augmented images."""
         return self.teacher.encode(output.inputs)
 
     @torch.no_grad()
     def hold_old_rows(self) -> None:
-        """Put the head's rows of earlier classes back to where they were before the task.
+        """Reset the head's rows of earlier classes to what they were before the task.
 
-        For after a step, since momentum and decay move weights without a gradient too.
+        To be called after a step, since momentum and weight decay move weights without a gradient too.
         """
         for name, live in self.model.head.named_parameters():
             if live.dim() and len(live) == len(self.old):
@@ -62,7 +67,7 @@ class Taught(Strategy):
 
 
 class Exemplars(Taught):
-    """Learns what the memory holds as part of each task's data, and offers it the task at its end."""
+    """Trains on the memory's rows as part of each task's data, and offers it the task at its end."""
 
     saved = (*Taught.saved, "memory")
 
@@ -81,6 +86,6 @@ def _prompts_of(model: Model) -> list[Prompts]:
     return [module for module in model.modules() if isinstance(module, Prompts)]
 
 
-def still(model: Module) -> Module:
-    """A copy that never changes: no gradients, in eval mode, out of reach of the model's own `train()`."""
+def frozen_copy(model: Module) -> Module:
+    """A copy without gradients, in eval mode, which the model's own `train()` does not reach."""
     return deepcopy(model).requires_grad_(False).eval()

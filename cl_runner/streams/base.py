@@ -1,4 +1,4 @@
-"""What a task stream is made of: examples, tasks, streams.
+"""The parts of a task stream: examples, tasks, streams.
 
 Shapes, here and everywhere: B batch, N examples, C channels, H x W pixels, D features, K classes, T tasks.
 """
@@ -12,18 +12,20 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+Shape = tuple[int, int, int]  # C, H, W of an image
+
 
 class Scenario(StrEnum):
-    """What is known of the task at test time (van de Ven et al., 2022, https://arxiv.org/abs/1904.07734)."""
+    """What is known about the task at test time (van de Ven et al., 2022, https://arxiv.org/abs/1904.07734)."""
 
-    TASK = "task"  # the task is told: choose among its classes
-    DOMAIN = "domain"  # the task is not told and need not be: all tasks share their classes
-    CLASS = "class"  # the task is not told: choose among all classes seen so far
+    TASK = "task"  # the task is given: choose among its classes
+    DOMAIN = "domain"  # the task is unknown and irrelevant: all tasks share their classes
+    CLASS = "class"  # the task is unknown: choose among all classes seen so far
 
 
 @dataclass(frozen=True)
 class Examples:
-    """A data set, a batch and a memory are the same thing: images, labels and the tasks they came from."""
+    """The rows of a data set, a batch or a memory: images, labels and the tasks they came from."""
 
     images: Tensor  # [N, C, H, W] uint8
     labels: Tensor  # [N] int64, in the stream's label space
@@ -49,19 +51,19 @@ class Examples:
         extras = {name: move(values) for name, values in self.extras.items()}
         return Examples(move(self.images), move(self.labels), move(self.task_ids), extras)
 
-    def batches(
-        self, size: int, generator: torch.Generator | None = None, drop_last: bool = False, first: int = 0
-    ) -> Iterator["Examples"]:
-        """All rows once, `size` at a time: in order, or shuffled by `generator` (a CPU generator); those from batch
-        number `first` on.
+    def batches(self, size: int) -> Iterator["Examples"]:
+        """All rows in order, `size` at a time; the last batch may be short."""
+        for start in range(0, len(self), size):
+            yield self[start : start + size]
 
-        The last batch is short, or left out with `drop_last` (unless it is the only one). A single row that is left
-        over joins the batch before it when shuffled: a batch of one has no statistics for a normalisation layer.
+    def shuffled(
+        self, size: int, generator: torch.Generator, drop_last: bool = False, first: int = 0
+    ) -> Iterator["Examples"]:
+        """All rows once, shuffled by `generator` (a CPU generator), `size` at a time, starting at batch number `first`.
+
+        The last batch may be short; `drop_last` leaves it out unless it is the only one. A single row left over joins
+        the batch before it: a batch of one has no statistics for a normalisation layer.
         """
-        if generator is None:
-            for start in range(first * size, len(self), size):
-                yield self[start : start + size]
-            return
         order = torch.randperm(len(self), generator=generator).to(self.labels.device)
         count = number_of_batches(len(self), size, drop_last)
         for number in range(first, count):
@@ -69,7 +71,7 @@ class Examples:
             yield self[order[number * size :] if last else order[number * size : (number + 1) * size]]
 
     def split(self, parts: int) -> Iterator["Examples"]:
-        """Up to `parts` parts in order, as equal as can be, none of a single row unless there is but one."""
+        """Up to `parts` parts in order, of nearly equal size, none of a single row unless there is only one."""
         size = len(self)
         parts = max(1, min(parts, size // 2))
         edges = [size * part // parts for part in range(parts + 1)]
@@ -78,13 +80,13 @@ class Examples:
 
 
 def number_of_batches(rows: int, size: int, drop_last: bool = False) -> int:
-    """How many shuffled batches `Examples.batches` makes."""
+    """How many batches `Examples.shuffled` makes."""
     whole, rest = divmod(rows, size)
     return max(1, whole) if drop_last or rest == 0 or (rest == 1 and whole) else whole + 1
 
 
 def concatenate(parts: Sequence[Examples]) -> Examples:
-    """All rows of all parts, in order; extras that every part has."""
+    """All rows of all parts, in order, with the extras that every part has."""
     shared = set.intersection(*(set(part.extras) for part in parts))
     return Examples(
         torch.cat([part.images for part in parts]),
@@ -97,8 +99,8 @@ def concatenate(parts: Sequence[Examples]) -> Examples:
 class Task:
     """One step of the stream: its classes (labels in the stream's label space) and its three sets of examples.
 
-    `train` and `validation` are built when asked for and not kept, so a long stream costs the memory of one task;
-    `test` is asked for after every task and is kept.
+    `train` and `validation` are built on access and not kept, so that a long stream takes the memory of one task;
+    `test`, needed after every task, is kept.
     """
 
     def __init__(self, index: int, classes: tuple[int, ...], build: Callable[[str], Examples]) -> None:
@@ -119,15 +121,15 @@ class Task:
 
 @dataclass(frozen=True)
 class Stream:
-    """The tasks in the order in which they come, and what a model must know to learn them."""
+    """The tasks in order, and what a model must know to learn them."""
 
     scenario: Scenario
     tasks: Sequence[Task]
     num_classes: int  # size of the label space, all tasks together
-    image_shape: tuple[int, int, int]  # C, H, W as the tasks' images come
-    mean: tuple[float, ...] | None  # a channel, of images in [0, 1]; None: leave them in [0, 1]
+    image_shape: Shape  # as the tasks' images come
+    mean: tuple[float, ...] | None  # per channel, of images in [0, 1]; None: leave them in [0, 1]
     std: tuple[float, ...] | None
-    augment: tuple[str, ...] = ()  # "crop", "flip", "brightness": what a model does to training images
+    augment: tuple[str, ...] = ()  # of training images, by the model: "crop", "flip", "brightness"
     crop_padding: int = 4
 
     def __len__(self) -> int:

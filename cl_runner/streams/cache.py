@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cl_runner.errors import ConfigError
+from cl_runner.streams.base import Shape
 
 log = logging.getLogger("cl_runner")
 
@@ -31,7 +32,7 @@ class DataSet:
     test_labels: Tensor  # [N] int64
 
     @property
-    def image_shape(self) -> tuple[int, int, int]:
+    def image_shape(self) -> Shape:
         channels, height, width = self.train_images.shape[1:]
         return channels, height, width
 
@@ -43,13 +44,13 @@ class DataSet:
 
 
 def cached(data_root: Path, key: str, build: Callable[[], DataSet], verify: bool = True) -> DataSet:
-    """What `build` makes, from disk if it was made before under this `key`.
+    """The result of `build`, read from disk if it was built before under this `key`.
 
-    Kept in `data_root`/.cl_runner, or in the user's cache folder where that cannot be written. Of several processes
-    one builds and the others wait. A file that is damaged or not ours is built anew; `verify=False` leaves the images
-    themselves unread (they are mapped, not loaded), so only damage to the file's frame is found.
+    Stored in `data_root`/.cl_runner, or in the user's cache folder if that is not writable. Of several processes, one
+    builds and the others wait. A file that is damaged or not ours is rebuilt; `verify=False` does not read the images
+    themselves (they are mapped, not loaded), so that only damage to its structure is noticed.
 
-    Raises ConfigError when no folder can be written, and whatever `build` raises.
+    Raises ConfigError if no folder is writable, and whatever `build` raises.
     """
     paths = [folder / f"{key}.safetensors" for folder in _folders(data_root)]
     for path in paths:
@@ -58,10 +59,10 @@ def cached(data_root: Path, key: str, build: Callable[[], DataSet], verify: bool
     with no_empty_folders(paths[0].parent), no_empty_folders(paths[1].parent):
         path = _first_writable(paths)
         with locked(path.with_suffix(".lock")):
-            if (data := _read(path, verify)) is not None:  # made by another process while this one waited
+            if (data := _read(path, verify)) is not None:  # built by another process while this one waited
                 return data
             if path.exists():
-                log.warning("%s is damaged: building it anew", path)
+                log.warning("%s is damaged: rebuilding it", path)
             data = build()
             _write(path, data)
     return data
@@ -69,24 +70,24 @@ def cached(data_root: Path, key: str, build: Callable[[], DataSet], verify: bool
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold the lock file `path` against other processes; it is gone afterwards."""
+    """Hold the lock file `path` against other processes, and remove it afterwards."""
     lock = FileLock(path)
     with no_empty_folders(path.parent):
         while not lock.is_locked:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with suppress(FileNotFoundError):  # whoever held it has failed, and taken its empty folder with it
+            with suppress(FileNotFoundError):  # its holder has failed, and removed the empty folder
                 lock.acquire()
         try:
             yield
         finally:
             lock.release()
-            # Whoever still waits on the removed file finds the work done once let in.
+            # A process still waiting on the removed file will find the work done.
             path.unlink(missing_ok=True)
 
 
 @contextmanager
 def no_empty_folders(folder: Path) -> Iterator[None]:
-    """When the body fails, remove `folder` and those above it that were made meanwhile and hold nothing."""
+    """If the body fails, remove `folder` and its parents as far as they are empty and were created meanwhile."""
     absent = [place for place in (folder, *folder.parents) if not place.exists()]
     try:
         yield
@@ -98,7 +99,7 @@ def no_empty_folders(folder: Path) -> Iterator[None]:
 
 
 def _folders(data_root: Path) -> tuple[Path, Path]:
-    """Where files are kept, in order of preference; in the second, data roots are kept apart."""
+    """Where to store files, in order of preference; the second has a subfolder per data root."""
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return data_root / ".cl_runner", home / "cl_runner" / sha256(str(data_root.resolve()).encode()).hexdigest()[:8]
 
@@ -114,7 +115,7 @@ def _first_writable(paths: list[Path]) -> Path:
 
 
 def _read(path: Path, verify: bool) -> DataSet | None:
-    """The data set in `path`; None if it is absent, damaged or not ours."""
+    """The data set in `path`; None if the file is absent, damaged or not ours."""
     try:
         with safe_open(path, framework="pt") as file:
             data = DataSet(*(file.get_tensor(each.name) for each in fields(DataSet)))
@@ -129,7 +130,7 @@ def _write(path: Path, data: DataSet) -> None:
     try:
         tensors = {name: values.contiguous() for name, values in vars(data).items()}
         save_file(tensors, temporary, metadata={"crc32": data.checksum()})
-        temporary.chmod(path.parent.stat().st_mode & 0o666)  # safetensors lets nobody else read it
+        temporary.chmod(path.parent.stat().st_mode & 0o666)  # safetensors makes it private
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

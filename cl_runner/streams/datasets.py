@@ -1,4 +1,4 @@
-"""The data sets known by name, and where each is read from."""
+"""Data sets by name, and where to read them from."""
 
 import contextlib
 import io
@@ -16,32 +16,33 @@ import torch
 from torch import Tensor
 
 from cl_runner.errors import ConfigError, did_you_mean
+from cl_runner.streams.base import Shape
 from cl_runner.streams.cache import DataSet, cached, locked, no_empty_folders
 from cl_runner.streams.folder import LAYOUT, ImageFolder
 
 log = logging.getLogger("cl_runner")
 
-DOWNLOAD_TIMEOUT = 30  # seconds without an answer
+DOWNLOAD_TIMEOUT = 30  # seconds
 
 
 class Source(Protocol):
-    """A data set that was found."""
+    """A data set that has been found."""
 
     @property
     def num_classes(self) -> int: ...
 
     def read(self, verify: bool = True) -> DataSet:
-        """Decode it or take it from the cache; `verify`: hold cached images to their checksum."""
+        """Decode it or take it from the cache; `verify`: check cached images against their checksum."""
         ...
 
 
 @dataclass(frozen=True)
 class Known:
-    """What is known of a data set before it is looked for."""
+    """What is known about a data set before it is read."""
 
-    title: str  # the name of torchvision's class, where it has one
+    title: str  # the name of torchvision's class, if there is one
     num_classes: int
-    image_shape: tuple[int, int, int]  # C, H, W
+    image_shape: Shape
     folder: str = ""  # under the data root, as torchvision lays it out
     files: tuple[str, ...] = ()
     mean: tuple[float, ...] | None = None  # of images in [0, 1]; None: computed from the training images
@@ -107,8 +108,8 @@ KNOWN = {
 
 
 def find(name: str, data_root: Path, image_size: int | None = None, download: bool = True) -> Source:
-    """The data set `name`: torchvision's own copy under `data_root`, or else the folder of images `data_root`/`name`,
-    or else, for a known name, torchvision's download.
+    """The data set `name`: torchvision's copy under `data_root`, or else the folder of images `data_root`/`name`, or
+    else, for a known name, torchvision's download.
 
     Raises ConfigError that says what to put where.
     """
@@ -121,7 +122,7 @@ def find(name: str, data_root: Path, image_size: int | None = None, download: bo
             raise ConfigError("stream.name", "; ".join(filter(None, [expected, did_you_mean(name, KNOWN)])))
         return ImageFolder(folder, image_size)
     if (lock := _lock(name, data_root)).exists():
-        with contextlib.suppress(OSError), locked(lock):  # whoever downloads it has files there that are not whole yet
+        with contextlib.suppress(OSError), locked(lock):  # a download in progress has incomplete files there
             pass
     if not _present(known, data_root):
         if (folder / "train").is_dir():
@@ -133,7 +134,7 @@ def find(name: str, data_root: Path, image_size: int | None = None, download: bo
 class Digits:
     """scikit-learn's 1,797 digits of 8x8 pixels, 0 to 16 scaled to 0 to 255.
 
-    They come as one set: a fifth of each class, drawn once and for all by numpy's RandomState(0), is the test set.
+    They come as one set; a fixed fifth of each class, drawn by numpy's RandomState(0), is the test set.
     """
 
     num_classes = 10
@@ -153,7 +154,7 @@ class Digits:
 
 
 class Torchvision:
-    """torchvision's own copy of a known data set: its layout, its checksums."""
+    """torchvision's copy of a known data set, with its layout and checksums."""
 
     def __init__(self, name: str, known: Known, data_root: Path) -> None:
         self.name, self.known, self.data_root = name, known, data_root
@@ -168,7 +169,7 @@ class Torchvision:
         log.info("decoding %s in %s, once", self.known.title, self.data_root)
         try:
             train, test = _open(self.known, self.data_root)
-        except Exception as error:  # torchvision's readers raise whatever a broken file makes them raise
+        except Exception as error:  # torchvision's readers may raise anything on a broken file
             files = _braces(self.known, self.data_root)
             remedy = "remove what is broken and it is downloaded again"
             raise ConfigError("data_root", f"expected sound files {files}, got {_reason(error)}; {remedy}") from error
@@ -178,7 +179,7 @@ class Torchvision:
 
 
 class KnownFolder(ImageFolder):
-    """A known data set laid out as a folder of images; its numbers must be those that are known."""
+    """A known data set as a folder of images, with the known number of classes and image shape."""
 
     def __init__(self, folder: Path, known: Known) -> None:
         super().__init__(folder, channels=known.image_shape[0])
@@ -219,7 +220,7 @@ def _fetch(name: str, known: Known, data_root: Path, download: bool) -> None:
     if download:
         try:
             with no_empty_folders(data_root / known.folder), locked(_lock(name, data_root)):
-                if _present(known, data_root):  # another process downloaded it while this one waited
+                if _present(known, data_root):  # downloaded by another process while this one waited
                     return
                 log.info("downloading %s into %s", known.title, data_root)
                 with _patience(), _silence():
@@ -227,7 +228,7 @@ def _fetch(name: str, known: Known, data_root: Path, download: bool) -> None:
                 if _present(known, data_root):
                     return
                 raise RuntimeError("the files are still not there")
-        except Exception as error:  # of the network, of the disk, of an archive: torchvision passes them all on
+        except Exception as error:  # torchvision passes on any error of network, disk or archive
             reason = f"the download failed: {_reason(error)}"
     put = f"put {_braces(known, data_root)} or a folder of images {data_root / name}/{LAYOUT} there"
     raise ConfigError("data_root", f"expected {known.title} in {data_root}, got nothing ({reason}); {put}")
@@ -235,7 +236,7 @@ def _fetch(name: str, known: Known, data_root: Path, download: bool) -> None:
 
 @contextlib.contextmanager
 def _patience():
-    """Give up on a server that does not answer; torchvision itself would wait for ever."""
+    """Give up on a server that does not answer; torchvision itself would wait forever."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
     try:
@@ -246,7 +247,7 @@ def _patience():
 
 @contextlib.contextmanager
 def _silence():
-    """Hold back progress bars: they would stand before an error that is to be one line."""
+    """Suppress progress bars, which would precede an error of one line."""
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         yield
 

@@ -1,4 +1,4 @@
-"""Images in folders, one folder a class."""
+"""Images in folders, one folder per class."""
 
 import json
 import logging
@@ -21,17 +21,18 @@ log = logging.getLogger("cl_runner")
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
 LAYOUT = "{train,test}/<class>/*.png|jpg|jpeg"
-CHUNK = 256  # images that a thread takes at a time
+CHUNK = 256  # images per task of a thread
 
 
 class ImageFolder:
     """`folder`/{train,test}/<class>/*.png|jpg|jpeg; classes are numbered in the order of their names.
 
-    Names that are all whole numbers are ordered as numbers. Images are RGB, or gray when every one of them is. With
-    `image_size` their shorter side is scaled to it and the middle square is kept. `channels`: 1 or 3, None to find out.
+    If all names are whole numbers, they are ordered as numbers. Images are RGB, or gray if all of them are. With
+    `image_size`, their shorter side is scaled to it and the centre square is kept. `channels`: 1 or 3, None to find
+    out.
 
-    Raises ConfigError naming the path when a part or a class is missing or empty; on reading, when an image cannot
-    be read or, without `image_size`, images differ in size.
+    Raises ConfigError that names the path if a part or a class is missing or empty; on reading, if an image cannot be
+    read or, without `image_size`, images differ in size.
     """
 
     def __init__(self, folder: Path, image_size: int | None = None, channels: int | None = None) -> None:
@@ -55,11 +56,11 @@ class ImageFolder:
 
     @property
     def contents(self) -> str:
-        """Changes with every image that comes, goes or is of another size in bytes; not when all are copied."""
+        """A digest that changes if images are added, removed or differ in bytes, but not if all are copied."""
         return _digest([(name, stat.st_size) for name, stat in self._named()])
 
     def _fingerprint(self) -> str:
-        """Changes with every image that comes, goes or is written anew."""
+        """A digest that changes if images are added, removed or rewritten."""
         files = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in self._named()]
         return _digest([self.image_size, self.channels, files])
 
@@ -79,13 +80,13 @@ class ImageFolder:
 
 
 def decode(paths: list[Path], size: int | None, channels: int | None) -> Tensor:
-    """[N, C, H, W] uint8. C is `channels`, or else 1 when every image is gray and 3 when not."""
+    """The images, [N, C, H, W] uint8, with C = `channels`, or else 1 if all of them are gray and 3 if not."""
     first = _open(paths[0], size)
     guess = channels or (1 if first.mode == "L" else 3)
     images = np.empty((len(paths), guess, first.height, first.width), np.uint8)
 
     def fill(start: int) -> bool:
-        """Whether this chunk could be held in so many channels."""
+        """Whether `guess` channels suffice for this chunk."""
         for row, path in enumerate(paths[start : start + CHUNK], start):
             image = _open(path, size)
             if guess == 1 and channels is None and image.mode != "L":
@@ -97,7 +98,7 @@ def decode(paths: list[Path], size: int | None, channels: int | None) -> Tensor:
             images[row] = pixels if guess == 1 else pixels.transpose(2, 0, 1)
         return True
 
-    # Small images are nearly all interpreter, which threads only fight over (CIFAR-100: two are 1.5 times slower).
+    # Small images cost mostly interpreter time, for which threads compete (CIFAR-100: two take 1.5 times as long).
     threads = 1 if paths[0].stat().st_size < 8192 else min(8, os.cpu_count() or 1)
     with ThreadPoolExecutor(threads) as pool:
         fits = all(pool.map(fill, range(0, len(paths), CHUNK)))
@@ -109,11 +110,11 @@ def _digest(what: list[Any]) -> str:
 
 
 def _open(path: Path, size: int | None) -> Image.Image:
-    """The image in mode L if it is gray and RGB if not."""
+    """The image, in mode L if it is gray and in RGB if not."""
     try:
         with Image.open(path) as image:
             if image.mode.startswith("I"):
-                raise ValueError("it has 16 or 32 bits a channel, not 8")  # Pillow would cut them off at 255
+                raise ValueError("it has 16 or 32 bits a channel, not 8")  # Pillow would clip them at 255
             image = image.convert("L" if image.mode in ("1", "L") else "RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ConfigError("data_root", f"expected an image, got {path}: {error}") from error

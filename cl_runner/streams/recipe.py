@@ -1,4 +1,4 @@
-"""How a data set becomes a stream of tasks: what all recipes share."""
+"""What all recipes share that turn a data set into a stream of tasks."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
@@ -9,12 +9,12 @@ from typing import Annotated, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat
 from torch import Tensor
 
 from cl_runner.errors import ConfigError
 from cl_runner.ranges import Count, Seed
-from cl_runner.streams.base import Examples, Scenario, Stream, Task
+from cl_runner.streams.base import Examples, Scenario, Shape, Stream, Task
 from cl_runner.streams.cache import DataSet
 from cl_runner.streams.datasets import KNOWN, find
 from cl_runner.streams.folder import ImageFolder
@@ -26,29 +26,29 @@ class Part:
 
     images: Tensor  # [N, C, H, W] uint8; training and validation share them
     labels: Tensor  # [N] int64, the data set's own class numbers
-    rows: Tensor  # [n] int64: the part's rows of both
+    rows: Tensor  # [n] int64: this part's rows of both
 
 
 @dataclass(kw_only=True)
 class Recipe(ABC):
     """A stream before its data is read.
 
-    name: a known data set (`datasets.KNOWN`) or else a folder of images under the data root.
-    scenario: task and class give every task labels of its own; in domain the tasks share theirs.
+    name: a known data set (`datasets.KNOWN`), or else a folder of images under the data root.
+    scenario: in task and class, every task has labels of its own; in domain, the tasks share theirs.
     max_tasks: end the stream after so many tasks; labels, head and permutations stay those of the whole stream.
-    pad_to: bring images to this many pixels each way with black around them.
-    normalize: hand the model the data set's mean and standard deviation; else images stay in [0, 1].
-    mean, std: used by `normalize`, a value a channel of images in [0, 1]; None: the published ones of a known data
-        set, else computed from its training images.
-    image_size: bring a folder's images to this square when they are decoded; needed when they differ in size.
-    max_per_class: of the training images; the test images all stay.
-    validation: share of each class's training images (of those left by `max_per_class`) set aside.
-    augment: what a model does to training images: "crop" (after padding by `crop_padding`), "flip", "brightness".
-    seed: of what is drawn: images left out or set aside, permutations, angles.
-    download: let torchvision download what is not there.
-    max_device_gb: decoded images that take more stay in host memory, and batches are moved.
+    pad_to: pad images with black to this many pixels each way.
+    normalize: by the data set's mean and standard deviation, in the model; otherwise images stay in [0, 1].
+    mean, std: for `normalize`, one per channel of images in [0, 1]; None: those published for a known data set, or
+        else computed from its training images.
+    image_size: resize and crop a folder's images to this square when decoding; required if they differ in size.
+    max_per_class: limit of the training images; all test images stay.
+    validation: share of each class's training images (after `max_per_class`) to set aside.
+    augment: of training images, in the model: "crop" (after padding by `crop_padding`), "flip", "brightness".
+    seed: of all random choices: images left out or set aside, permutations, angles.
+    download: let torchvision download missing data.
+    max_device_gb: decoded images larger than this stay in host memory, and batches are moved to the device.
 
-    Raises ConfigError for what cannot work, before any data is touched where the data set is known.
+    Raises ConfigError for invalid settings; for a known data set, before any data is read.
     """
 
     name: str
@@ -58,18 +58,18 @@ class Recipe(ABC):
     pad_to: Count | None = None
     normalize: bool = False
     mean: list[float] | None = None
-    std: list[Annotated[float, Field(gt=0)]] | None = None
+    std: list[PositiveFloat] | None = None
     image_size: Count | None = None
     max_per_class: Count | None = None
     validation: Annotated[float, Field(ge=0, lt=1)] = 0.0
     augment: list[Literal["crop", "flip", "brightness"]] = field(default_factory=list)
-    crop_padding: Annotated[int, Field(ge=0)] = 4
+    crop_padding: NonNegativeInt = 4
     seed: Seed = 0
     download: bool = True
-    max_device_gb: Annotated[float, Field(ge=0)] = 8.0
+    max_device_gb: NonNegativeFloat = 8.0
 
     def __post_init__(self) -> None:
-        self.scenario = Scenario(self.scenario)  # a config holds its plain name
+        self.scenario = Scenario(self.scenario)  # a configuration has its plain name
         if not self.name or Path(self.name).name != self.name or self.name.startswith("."):
             raise ConfigError("stream.name", f"expected a data set or a folder in the data root, got '{self.name}'")
         if self.max_tasks is not None and self.max_tasks > self.num_tasks:
@@ -86,7 +86,7 @@ class Recipe(ABC):
 
     @property
     def num_classes(self) -> int:
-        """Size of the label space, all tasks together; of a folder of images after `prepare` only."""
+        """Size of the label space of all tasks; of a folder of images, only after `prepare`."""
         assert self._num_source_classes is not None, "a folder's classes are counted by prepare"
         return self.label_space(self._num_source_classes)
 
@@ -99,23 +99,23 @@ class Recipe(ABC):
         return [int((labels >= 0).sum()) for labels in tasks]
 
     @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """C, H, W of the tasks' images; of a folder of images after `prepare` only."""
+    def image_shape(self) -> Shape:
+        """C, H, W of the tasks' images; of a folder of images, only after `prepare`."""
         channels, *size = self._image_shape
         height, width = (self.pad_to or each for each in size)
         return channels, height, width
 
     def prepare(self, data_root: str) -> None:
-        """See to it that the data is there, downloaded if need be, and decoded in the cache.
+        """Make sure that the data exists, downloading it if necessary, and is decoded in the cache.
 
-        Raises ConfigError saying what to put where, or what of the data cannot work.
+        Raises ConfigError that says what to put where, or what is wrong with the data.
         """
         found = examine(self.name, Path(data_root).expanduser(), self.image_size, self.download)
         self._check(*found)
 
     def contents(self, data_root: str) -> str | None:
-        """A digest of the images by name and size where they are files in folders, which a user may change; None where
-        they are not, or not there."""
+        """A digest of a folder's images by name and size, since users may change them; None for other data sets, and
+        for a folder that does not exist."""
         try:
             source = find(self.name, Path(data_root).expanduser(), self.image_size, download=False)
         except ConfigError:
@@ -123,9 +123,9 @@ class Recipe(ABC):
         return source.contents if isinstance(source, ImageFolder) else None
 
     def load(self, data_root: str, device: torch.device) -> Stream:
-        """The stream, its images on `device` unless they are larger than `max_device_gb`.
+        """The stream, with its images on `device` unless they are larger than `max_device_gb`.
 
-        Raises ConfigError as `prepare` does, and for a share of validation images that comes to none.
+        Raises ConfigError like `prepare`, and for a validation share that rounds to no image.
         """
         source = find(self.name, Path(data_root).expanduser(), self.image_size, self.download)
         data = source.read()
@@ -147,21 +147,21 @@ class Recipe(ABC):
 
     @abstractmethod
     def label_space(self, num_classes: int) -> int:
-        """How many labels the stream has, from the number of the data set's classes."""
+        """The number of the stream's labels, given the number of the data set's classes."""
 
     @abstractmethod
     def labels(self, index: int, num_classes: int) -> Tensor:
-        """[num_classes] int64: task `index`'s label of each of the data set's classes; -1 where it has none of it."""
+        """[num_classes] int64: task `index`'s label for each of the data set's classes; -1 for those it lacks."""
 
     def pixels(self, images: Tensor, index: int) -> Tensor:
-        """What task `index` makes of images [N, C, H, W] uint8."""
+        """Images [N, C, H, W] uint8 as they look in task `index`."""
         return images
 
     @abstractmethod
     def check_classes(self, num_classes: int) -> None:
-        """Raise ConfigError if so many classes of the data set cannot be made into the tasks."""
+        """Raise ConfigError if this number of classes cannot be divided into the tasks."""
 
-    def _check(self, num_classes: int, image_shape: tuple[int, int, int]) -> None:
+    def _check(self, num_classes: int, image_shape: Shape) -> None:
         self.check_classes(num_classes)
         self._num_source_classes = num_classes
         self._image_shape = image_shape
@@ -174,7 +174,7 @@ class Recipe(ABC):
                 raise ConfigError(f"stream.{key}", f"expected {channels} numbers, one a channel, got {values}")
 
     def _statistics(self, images: Tensor) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
-        """Mean and standard deviation a channel, of images in [0, 1]."""
+        """Mean and standard deviation per channel, of images in [0, 1]."""
         if not self.normalize:
             return None, None
         if self.mean is not None and self.std is not None:
@@ -216,7 +216,7 @@ class Recipe(ABC):
         return Task(index, tuple(sorted(labels[labels >= 0].tolist())), build)
 
     def _examples(self, part: Part, labels: Tensor, index: int) -> Examples:
-        """The part's images that task `index` has `labels` [num_classes] for."""
+        """The part's images of classes for which task `index` has `labels` [num_classes]."""
         ours = labels.to(part.labels.device)[part.labels[part.rows]]  # [n]
         images = part.images[part.rows[ours >= 0]]
         ours = ours[ours >= 0]
@@ -225,16 +225,16 @@ class Recipe(ABC):
 
 @dataclass(kw_only=True)
 class Remapped(Recipe):
-    """Every task has all classes; its pixels are those of the data set, moved in the task's own way."""
+    """Every task has all classes, and rearranges the data set's pixels in its own way."""
 
     scenario: Scenario = Scenario.DOMAIN
 
     @abstractmethod
     def sources(self, index: int, height: int, width: int) -> Tensor:
-        """[height * width] int64: the pixel that comes to each place in task `index`; -1 for black."""
+        """[height * width] int64: the source pixel of each position in task `index`; -1 for black."""
 
     def check_classes(self, num_classes: int) -> None:
-        """Any number of classes will do."""
+        """Accept any number of classes."""
 
     def label_space(self, num_classes: int) -> int:
         return num_classes if self.scenario == Scenario.DOMAIN else self.num_tasks * num_classes
@@ -246,24 +246,24 @@ class Remapped(Recipe):
     def pixels(self, images: Tensor, index: int) -> Tensor:
         sources = self.sources(index, *images.shape[-2:]).to(images.device)
         flat = images.flatten(2)  # [N, C, H * W]
-        moved = flat.gather(2, sources.clamp(min=0).expand_as(flat))  # nine times faster than index_select on the CPU
+        moved = flat.gather(2, sources.clamp(min=0).expand_as(flat))  # nine times as fast as index_select on the CPU
         return moved.masked_fill_(sources < 0, 0).view_as(images)
 
 
 @lru_cache
-def examine(name: str, data_root: Path, image_size: int | None, download: bool) -> tuple[int, tuple[int, int, int]]:
-    """Number of classes and image shape of a data set, decoded into the cache.
+def examine(name: str, data_root: Path, image_size: int | None, download: bool) -> tuple[int, Shape]:
+    """Number of classes and image shape of a data set, which is decoded into the cache.
 
-    Once a process: a sweep asks it for every job, and to look through a large folder takes a while.
+    Runs once per process: a sweep asks for every job, and scanning a large folder takes a while.
     """
     source = find(name, data_root, image_size, download)
     return source.num_classes, source.read(verify=False).image_shape
 
 
 def select(labels: Tensor, max_per_class: int | None, validation: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Rows [n] of the training images to learn from and to validate on, class by class, in the order they come in.
+    """Rows [n] of the training images for training and for validation, chosen class by class, in ascending order.
 
-    At least one image of each class is left to learn from.
+    At least one image of each class is left for training.
     """
     random = np.random.RandomState(seed)
     numbers = labels.numpy()
@@ -277,13 +277,13 @@ def select(labels: Tensor, max_per_class: int | None, validation: float, seed: i
 
 
 def statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation a channel of images [N, C, H, W] uint8, scaled to [0, 1]."""
+    """Mean and standard deviation per channel of images [N, C, H, W] uint8, scaled to [0, 1]."""
     total = squares = torch.zeros(images.shape[1], dtype=torch.float64)
     for chunk in images.split(1024):
         values = chunk.double() / 255
         total, squares = total + values.sum((0, 2, 3)), squares + values.square().sum((0, 2, 3))
     count = images[:, 0].numel()
     mean = total / count
-    # A channel that never changes has nothing to scale: one step of uint8 instead of a division by zero.
+    # For a constant channel, one step of uint8 avoids a division by zero.
     std = (squares / count - mean.square()).clamp(min=0).sqrt().clamp(min=1 / 255)
     return tuple(mean.tolist()), tuple(std.tolist())

@@ -1,4 +1,4 @@
-"""One data set, turned by another angle in every task (Lopez-Paz & Ranzato, 2017, https://arxiv.org/abs/1706.08840)."""
+"""One data set, rotated by a different angle in every task (Lopez-Paz & Ranzato, 2017, https://arxiv.org/abs/1706.08840)."""
 
 from dataclasses import dataclass
 
@@ -13,12 +13,12 @@ from cl_runner.streams.recipe import Remapped
 
 @dataclass(kw_only=True)
 class Rotated(Remapped):
-    """Each task turns the images counter-clockwise about their centre, the nearest pixel and black coming in.
+    """Each task rotates the images counter-clockwise about their centre, to the nearest pixel, filling with black.
 
     max_angle: in degrees; each task's angle is drawn by `seed` from U(0, max_angle).
-    angles: a given angle a task, in degrees, instead.
+    angles: in degrees, one per task, to use instead.
 
-    Pixel for pixel what PIL's `Image.rotate` does to every image: PIL itself turns the pixels' numbers, once a task.
+    Equal to PIL's `Image.rotate` of every image, pixel for pixel: PIL rotates an image of pixel indices, once per task.
     """
 
     max_angle: float = 180.0
@@ -31,12 +31,12 @@ class Rotated(Remapped):
             raise ConfigError("stream.angles", f"{expected}, got {len(self.angles)}")
 
     def angle(self, index: int) -> float:
-        """Of task `index`, in degrees."""
+        """The angle of task `index`, in degrees."""
         if self.angles is not None:
             return self.angles[index]
         return float(np.random.RandomState(self.seed).uniform(0, self.max_angle, self.num_tasks)[index])
 
     def sources(self, index: int, height: int, width: int) -> Tensor:
-        numbers = np.arange(1, height * width + 1, dtype=np.int32).reshape(height, width)  # 0 is what PIL fills with
+        numbers = np.arange(1, height * width + 1, dtype=np.int32).reshape(height, width)  # PIL fills with 0
         turned = Image.fromarray(numbers).rotate(self.angle(index))
         return torch.from_numpy(np.array(turned)).flatten().long() - 1

@@ -1,4 +1,4 @@
-"""The classes of one data set, a few at a time."""
+"""One data set, split by classes."""
 
 from dataclasses import dataclass
 from itertools import accumulate
@@ -19,9 +19,9 @@ class Split(Recipe):
     """Each task has classes of its own.
 
     class_order: natural, a permutation of the K classes, or an integer n for numpy's RandomState(n).permutation(K).
-    first_task_classes: how many the first task has, the others sharing the rest equally; None: all equally many.
+    first_task_classes: number of the first task's classes; the others share the rest equally. None: all have the same.
 
-    A class's label is its place in the class order; in the domain scenario its place within its task.
+    A class's label is its position in the class order; in the domain scenario, its position within the task.
     """
 
     scenario: Scenario = Scenario.TASK
@@ -57,14 +57,14 @@ class Split(Recipe):
         return labels
 
     def sizes(self, num_classes: int) -> list[int]:
-        """How many classes each task has."""
+        """Number of classes of each task."""
         if self.first_task_classes is None:
             return [num_classes // self.num_tasks] * self.num_tasks
         others = self.num_tasks - 1
         return [self.first_task_classes] + [(num_classes - self.first_task_classes) // others] * others
 
     def order(self, num_classes: int) -> Tensor:
-        """[num_classes] int64: the classes in the order in which they come."""
+        """[num_classes] int64: the classes in the stream's order."""
         if self.class_order == "natural":
             return torch.arange(num_classes)
         if isinstance(self.class_order, list):

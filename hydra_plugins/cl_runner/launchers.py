@@ -15,7 +15,7 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
-from pydantic import Field
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat
 
 from cl_runner.errors import ConfigError, missing_extra
 from cl_runner.ranges import Count
@@ -101,17 +101,17 @@ class Slurm(Processes):
         at_once: Count | None = None,
         timeout_min: Count = 240,
         signal_delay_s: Count = 120,
-        max_num_timeout: Annotated[int, Field(ge=0)] = 100,
+        max_num_timeout: NonNegativeInt = 100,
         partition: str | None = None,
         account: str | None = None,
         qos: str | None = None,
         constraint: str | None = None,
         cpus_per_task: Count = 4,
-        gpus_per_node: Annotated[int, Field(ge=0)] = 1,
-        mem_gb: Annotated[float, Field(gt=0)] | None = 16.0,
+        gpus_per_node: NonNegativeInt = 1,
+        mem_gb: PositiveFloat | None = 16.0,
         setup_commands: list[str] | None = None,
         additional_parameters: dict[str, Any] | None = None,
-        poll_s: Annotated[float, Field(gt=0)] = 10.0,
+        poll_s: PositiveFloat = 10.0,
     ) -> None:
         _need("slurm", "submitit")
         if missing := [tool for tool in ("sbatch", "srun", "squeue", "scancel") if shutil.which(tool) is None]:
@@ -146,8 +146,8 @@ class Ray(Processes):
     def __init__(
         self,
         address: str | None = None,
-        cpus: Annotated[float, Field(gt=0)] = 1.0,
-        gpus: Annotated[float, Field(ge=0)] = 0.0,
+        cpus: PositiveFloat = 1.0,
+        gpus: NonNegativeFloat = 0.0,
         retries: Annotated[int, Field(ge=-1)] = 3,
     ) -> None:
         _need("ray", "ray")

@@ -8,7 +8,7 @@ import json
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override
@@ -18,7 +18,7 @@ from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
-from pydantic import Field
+from pydantic import NonNegativeInt
 
 from cl_runner.errors import ConfigError, in_a_line, missing_extra
 from cl_runner.ranges import Count
@@ -97,7 +97,7 @@ class Optuna(Planned):
         trials: Count = 20,
         at_once: Count = 1,
         sampler: Literal["tpe", "random", "cmaes", "qmc"] = "tpe",
-        seed: Annotated[int, Field(ge=0)] = 0,
+        seed: NonNegativeInt = 0,
         params: dict[str, str] | None = None,
     ) -> None:
         super().__init__(params)

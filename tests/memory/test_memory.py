@@ -1,4 +1,4 @@
-"""What holds for every memory, and what each of them keeps."""
+"""Tests of all memories, and of what each of them keeps."""
 
 import io
 
@@ -21,7 +21,7 @@ MEMORIES = {
 
 
 def rows(labels, task=0, first=0):
-    """Rows whose image, and whose stored logits, spell their number, which counts from `first`."""
+    """Rows whose images and stored logits encode their number, counting from `first`."""
     numbers = torch.arange(first, first + len(labels))
     images = torch.stack([numbers % 256, numbers // 256], 1).to(torch.uint8).view(-1, 2, 1, 1)
     logits = torch.stack([numbers, -numbers], 1).float()
@@ -38,7 +38,7 @@ def features(images):
 
 
 def filled(memory, tasks=3):
-    """Two classes a task, 20 rows each."""
+    """Two classes per task, with 20 rows each."""
     for task in range(tasks):
         memory.add_task(rows([2 * task, 2 * task + 1] * 20, task, 40 * task), features)
     return memory

@@ -1,4 +1,4 @@
-"""A stream's outside, and files of weights, for models to be built from."""
+"""Streams without data, and files of weights, to build models from."""
 
 from functools import partial
 from pathlib import Path
@@ -31,7 +31,7 @@ def images(shape=RGB, count: int = 4) -> Tensor:
 
 
 def saved(model: Model, path: Path) -> str:
-    """As a finished run leaves its weights."""
+    """Write a file of weights as a finished run does."""
     save_file(model.plain_state(), path, model.weights_metadata())
     return str(path)
 

@@ -7,7 +7,8 @@ from torch import nn
 from cl_runner.errors import ConfigError
 from cl_runner.models import CNN, MLP, Conv5, EfficientNetLite0, ResNet18, TorchVision
 from cl_runner.models.architecture import norm_layers
-from cl_runner.models.weights import Net, Shape
+from cl_runner.models.weights import Net
+from cl_runner.streams.base import Shape
 from tests.models.samples import GRAY, RGB, every_architecture, images, saved, stream_of
 
 

@@ -60,7 +60,7 @@ def test_a_head_without_a_bias_can_be_drawn():
 
 
 def step(head: nn.Linear, optimizer: torch.optim.Optimizer, rows: list[int]) -> None:
-    """One step on a loss that only `rows` enter."""
+    """One step on a loss of only `rows`."""
     optimizer.zero_grad()
     head(torch.ones(2, head.in_features))[:, rows].square().sum().backward()
     optimizer.step()

@@ -23,7 +23,7 @@ def pictures(count=5):
 
 
 def entered(make, vit=None):
-    """Prompts in the middle of their first task, large enough to be seen, and the transformer that they are in."""
+    """Prompts in the middle of their first task, large enough to have an effect, and their transformer."""
     torch.manual_seed(0)
     vit = vit or toy_vit()
     prompts = make(vit)
@@ -168,7 +168,7 @@ def test_in_training_the_current_expert_is_used_and_else_the_nearest_learned_one
     prompts.keep(1)
     prompts.begin(2)
     with torch.no_grad():
-        prompts.past_keys[2] = query[0]  # the nearest of all, but of a task that is not learned
+        prompts.past_keys[2] = query[0]  # the nearest of all, but of a task not learned yet
     prompts.eval()
     prompts.choose(query)
     similarity = torch.stack([F.cosine_similarity(query, key[None]) for key in prompts.past_keys[:2]], 1)

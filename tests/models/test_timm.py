@@ -31,7 +31,7 @@ def test_a_net_without_one_linear_classifier_has_no_pretrained_head(name):
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A folder where timm finds weights that it would download from an address of their own."""
+    """A folder where timm finds weights that it would otherwise download from their own URL."""
     monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
     (tmp_path / "checkpoints").mkdir()
     return tmp_path / "checkpoints"

@@ -14,7 +14,7 @@ FAMILIES = ["densenet121", "efficientnet_b0", "googlenet", "mobilenet_v3_small",
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A folder where torchvision finds what it would download: weights, by the name of the network -> put there."""
+    """A folder where torchvision finds weights that it would otherwise download; returns a function to add them."""
     monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
     (tmp_path / "checkpoints").mkdir()
 

@@ -1,4 +1,4 @@
-"""A run that is stopped in the middle of a task, and one that is not."""
+"""Compares a run stopped in the middle of a task with an uninterrupted one."""
 
 import io
 
@@ -10,8 +10,8 @@ BATCH = 8
 
 
 def outcomes(make, scenario="task", task=2, step=4, passes=2, **model):
-    """What is left after four tasks (weights, then answers), by a run that goes through and by one that was stopped
-    after `step` steps of `task` and taken up by another process."""
+    """Weights, then predictions, after four tasks: of an uninterrupted run, and of one stopped after `step` steps of
+    `task` and resumed by another process."""
     return [_run(make, scenario, stop, passes, model) for stop in (None, (task, step))]
 
 
@@ -63,7 +63,7 @@ def _through_a_file(model, strategy, optimizer):
 
 
 def _answers(model, strategy, stream):
-    """What is answered to all test images; the model is left in train mode."""
+    """Predictions for all test images; leaves the model in train mode."""
     model.eval()
     with torch.no_grad():
         found = [strategy.predict(task.test.images, task.test.task_ids).flatten() for task in stream.tasks]

@@ -29,7 +29,7 @@ def gradient(model, rows):
 
 
 def step_on(strategy, model, fresh):
-    """What the optimizer would be given, and what it would be given by fine-tuning."""
+    """The gradient that the optimizer gets, and the one that it would get from fine-tuning."""
     batch = strategy.before_batch(fresh)
     model.zero_grad()
     strategy.task_loss(batch, model(batch.images)).backward()

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from cl_runner.errors import ConfigError
 from cl_runner.memory import Herding
 from cl_runner.models.mlp import MLP
+from cl_runner.randomness import of_task
 from cl_runner.strategies import BiC, Finetune
 from cl_runner.streams.split import Split
 from tests.strategies.midway import assert_resumes
@@ -26,6 +27,21 @@ def test_rows_of_all_classes_are_held_out_as_many_of_each_and_never_learned():
     assert learned.labels.bincount().tolist() == [4, 4, 4, 4, 10, 10]
     rows = {tuple(image.flatten().tolist()) for image in learned.images}
     assert not any(tuple(image.flatten().tolist()) in rows for image in apart.images)
+
+
+def test_the_held_out_rows_are_not_the_first_in_the_order_that_the_trainer_shuffles_by():
+    stream = toy_stream("class", size=200)
+    strategy = bic(size=60, held_out=0.34)
+    learn(strategy, stream, toy_model(stream), tasks=1, epochs=1)
+    task = stream.tasks[1]
+    fresh = task.train
+    first = fresh[torch.randperm(len(fresh), generator=torch.Generator().manual_seed(of_task(0, task.index)))]
+    _, apart = strategy._parts(task)
+    for label in task.classes:
+        held_out = apart.images[apart.labels == label]
+        in_front = first.images[first.labels == label][: len(held_out)]
+        assert len(held_out) == 20
+        assert not all((in_front == image).flatten(1).all(1).any() for image in held_out)
 
 
 def test_nothing_is_held_out_and_nothing_corrected_where_a_class_has_a_single_exemplar():
@@ -72,7 +88,7 @@ def test_the_correction_is_the_best_scale_and_shift_of_the_new_logits():
     model.reveal(task)
     strategy.before_task(task)
     with torch.no_grad():
-        model.head.bias[2:4] += 3  # a head start for the new classes
+        model.head.bias[2:4] += 3  # a bias towards the new classes
     _, apart = strategy._parts(task)
     strategy.after_task(task)
     model.eval()

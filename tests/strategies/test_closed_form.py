@@ -1,4 +1,4 @@
-"""What holds for all methods that answer from statistics of the features."""
+"""Tests of all methods that predict from statistics of the features."""
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ def asked(strategy, stream):
 
 
 def in_one_task(stream):
-    """The same training examples, all come at once, in another order."""
+    """The same training examples all at once, in another order."""
     parts = [task.train for task in reversed(stream.tasks)]
     whole = parts[0] + parts[1] + parts[2]
     classes = tuple(sorted({label for task in stream.tasks for label in task.classes}))
@@ -57,7 +57,7 @@ def test_it_says_the_same_whatever_parts_the_examples_come_in(name, scenario):
     torch.manual_seed(0)
     learn(streaming, stream, model)
     if name.startswith("ranpac"):
-        at_once.fixed_ridge = streaming.ridge  # which is the best one is up to the task
+        at_once.fixed_ridge = streaming.ridge  # the best one depends on the task
     whole = in_one_task(stream)
     torch.manual_seed(0)
     at_once.setup(model, whole)
@@ -84,7 +84,7 @@ def test_nothing_of_the_model_changes(name):
     stream = toy_stream("class")
     model = toy_model(stream, norm=True)
     with torch.no_grad():
-        model(stream.tasks[0].train.images)  # running statistics that are not those that it began with
+        model(stream.tasks[0].train.images)  # running statistics differ from the initial ones
     before = {key: value.clone() for key, value in model.state_dict().items() if key.startswith("backbone")}
     rows = learn(ALL[name](), stream, model)
     assert not rows

@@ -43,7 +43,7 @@ def test_the_loss_holds_the_components_together():
     drift = {}
     for strength in (0.0, 1.0):
         strategy = method(strength=strength)
-        strategy.after_task = lambda task: None  # looked at before they are put away
+        strategy.after_task = lambda task: None  # looked at before they are stored
         learn(strategy, stream, toy_vit_model(stream), tasks=1, epochs=5)
         drift[strength] = strategy.prompts.dependence().item()
     assert drift[1.0] < drift[0.0]

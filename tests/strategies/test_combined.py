@@ -267,17 +267,17 @@ def test_each_part_refuses_what_it_cannot_serve():
         ),
         (
             {"ewc": PARTS["ewc"](), "lora": LoRA(layers=["*qkv"])},
-            "expected none that holds earlier weights beside lora (LoRA), whose own begin anew in each task, "
+            "expected none that holds earlier weights beside lora (LoRA), which redraws its own in each task, "
             "got ewc (EWC)",
         ),
         (
             {"prompts": CODAPrompt(components=4), "si": PARTS["si"]()},
-            "expected none that holds earlier weights beside prompts (CODAPrompt), whose own begin anew in each task, "
+            "expected none that holds earlier weights beside prompts (CODAPrompt), which redraws its own in each task, "
             "got si (SI)",
         ),
         (
             {"l2": L2(towards="previous"), "prompts": DualPrompt()},
-            "expected none that holds earlier weights beside prompts (DualPrompt), whose own begin anew in each task, "
+            "expected none that holds earlier weights beside prompts (DualPrompt), which redraws its own in each task, "
             "got l2 (L2)",
         ),
         (
@@ -295,17 +295,72 @@ def test_each_part_refuses_what_it_cannot_serve():
         ({"ewc": PARTS["ewc"](), "ncm": NCM()}, "expected methods that learn by gradients, got ncm (NCM)"),
         (
             {"one": LoRA(layers=["*qkv"]), "two": LoRA(layers=["*proj"])},
-            "expected one method that puts prompts or branches into it, got one (LoRA), two (LoRA)",
+            "expected one method with prompts or branches, got one (LoRA), two (LoRA)",
         ),
         (
             {"ease": EASE(), "prompts": L2P()},
-            "expected one method that puts prompts or branches into it, got ease (EASE), prompts (L2P)",
+            "expected one method with prompts or branches, got ease (EASE), prompts (L2P)",
         ),
     ],
 )
 def test_parts_that_do_not_go_together_are_refused(parts, reason):
     with pytest.raises(ConfigError, match=re.escape(f"strategy.parts: {reason}")):
         Combined(parts=parts).check(digits(), Timm(name="test_vit", pretrained=False))
+
+
+@pytest.mark.parametrize(
+    ("declared", "other", "reason"),
+    [
+        (["extends_backbone"], LoRA, "expected one method with prompts or branches, got own (Own), other"),
+        (["carries_over"], lambda: GDumb(memory=ClassBalanced(size=12)), "expected none that starts afresh"),
+        (["caches_features"], LoRA, "expected no frozen backbone beside other (LoRA), got own (Own)"),
+        (["redraws"], MAS, "expected none that holds earlier weights beside own (Own)"),
+        (["holds_earlier_weights"], LoRA, "expected none that holds earlier weights beside other (LoRA)"),
+        (["excludes_replay"], Cumulative, "expected no replay beside own (Own), got other (Cumulative)"),
+        (["keeps_all_data"], DualPrompt, "expected no replay beside other (DualPrompt), got own (Own)"),
+        (["closed_form"], SI, "expected methods that learn by gradients, got own (Own)"),
+    ],
+)
+def test_a_method_of_ones_own_is_held_to_what_it_declares(declared, other, reason):
+    own = type("Own", (Strategy,), dict.fromkeys(declared, True))
+    with pytest.raises(ConfigError, match=re.escape(f"strategy.parts: {reason}")):
+        Combined(parts={"own": own(), "other": other()}).check(digits(), Timm(name="test_vit", pretrained=False))
+
+
+@pytest.mark.parametrize(
+    ("declared", "first", "last"),
+    [
+        ("rewires", ["setup"], []),
+        ("has_teacher", ["before_task"], ["setup"]),
+        ("realigns_head", ["before_task"], ["after_task"]),
+        ("measures_steps", [], ["after_step"]),
+    ],
+)
+def test_a_method_of_ones_own_comes_when_what_it_declares_wants_it_to(declared, first, last):
+    calls = []
+
+    class Noting(Strategy):
+        def setup(self, model, stream):
+            calls.append(("setup", type(self)))
+            super().setup(model, stream)
+
+        def before_task(self, task):
+            calls.append(("before_task", type(self)))
+
+        def after_step(self, batch, output):
+            calls.append(("after_step", type(self)))
+
+        def after_task(self, task):
+            calls.append(("after_task", type(self)))
+
+    own = type("Own", (Noting,), {declared: True})
+    for kinds in ((own, Noting), (Noting, own)):
+        calls.clear()
+        stream = toy_stream("class")
+        learn(Combined(parts={kind.__name__: kind() for kind in kinds}), stream, toy_model(stream), tasks=1)
+        for hook in first + last:
+            first_called, *_, last_called = [kind for called, kind in calls if called == hook]
+            assert (first_called if hook in first else last_called) is own
 
 
 def test_earlier_weights_may_be_held_beside_a_pool_of_prompts_which_goes_on():

@@ -40,7 +40,7 @@ def test_the_logits_are_those_of_the_model_when_the_rows_were_stored():
         answers.append(model(batch.images).logits.detach())
         trainer.step(batch)
     stored = strategy.memory.examples
-    assert torch.equal(stored.images, stream.tasks[0].train.images)  # the memory has room for all: none was moved
+    assert torch.equal(stored.images, stream.tasks[0].train.images)  # the memory has room for all, so no row moves
     torch.testing.assert_close(stored.extras["logits"], torch.cat(answers))
 
 

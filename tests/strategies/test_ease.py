@@ -15,7 +15,7 @@ def method(**settings):
 
 
 def filled(tasks=3, classes=CLASSES):
-    """What `tasks` tasks leave: features of their classes in every space so far."""
+    """Subspaces after `tasks` tasks: features of their classes in every space so far."""
     spaces = Subspaces(classes, 6, 5, torch.device("cpu"))
     generator = torch.Generator().manual_seed(0)
     for task in range(tasks):
@@ -69,7 +69,7 @@ def test_an_old_class_in_a_new_subspace_is_made_up_from_the_new_classes_that_it_
     alike = F.normalize(means[1, [2, 3]]) @ F.normalize(means[1, [4, 5]]).T
     torch.testing.assert_close(means[2, [2, 3]], alike.softmax(1) @ means[2, [4, 5]])
     measured = spaces.sums[0] / spaces.counts[0][:, None]
-    torch.testing.assert_close(means[0], measured)  # where all came later, nothing is made up
+    torch.testing.assert_close(means[0], measured)  # all classes came later: nothing is synthesised
 
 
 def test_the_score_is_a_mean_of_cosines_in_which_the_classs_own_subspace_counts_most():
@@ -93,7 +93,7 @@ def test_a_class_that_comes_back_adds_to_its_statistics_and_has_two_subspaces_of
     spaces = filled(classes=[(0, 1), (2, 3), (0, 4)])
     features = list(torch.randn(3, 4, 5, dtype=torch.float64))
     measured = spaces.sums[2, 0] / spaces.counts[2, 0]
-    torch.testing.assert_close(spaces.means(3)[2, 0], measured)  # not made up: the class was there
+    torch.testing.assert_close(spaces.means(3)[2, 0], measured)  # not synthesised: the class was there
     difference = 3 * spaces.scores(features, 1.0) - 2 * spaces.scores(features, 0.0)
     expected = F.cosine_similarity(features[1], spaces.means(3)[1, 0][None])  # task 1 alone is not its own
     torch.testing.assert_close(difference[:, 0], expected)

@@ -27,7 +27,7 @@ def test_with_the_identity_for_covariance_it_is_the_nearest_mean():
 @pytest.mark.parametrize("covariance", ["class", "shared"])
 def test_the_scores_are_mahalanobis_distances_after_the_papers_four_transformations(covariance):
     scores, train, test, labels = learned(FeCAM(covariance=covariance, off_diagonal_shrinkage=0.5), size=60)
-    train, test = train.sqrt(), test.sqrt()  # behind a ReLU nothing is negative
+    train, test = train.sqrt(), test.sqrt()  # after a ReLU nothing is negative
     residuals = torch.cat([train[labels == k] - train[labels == k].mean(0) for k in range(6)])
     for label in range(6):
         rows = train[labels == label]

@@ -12,7 +12,7 @@ def test_every_task_is_learned_from_the_memory_alone_which_is_balanced():
     strategy.before_task(stream.tasks[2])
     data = strategy.training_data(stream.tasks[2])
     assert torch.bincount(data.labels).tolist() == [2] * 6
-    assert len(strategy.training_data(stream.tasks[2])) == 12  # to ask changes nothing
+    assert len(strategy.training_data(stream.tasks[2])) == 12  # asking changes nothing
 
 
 def test_every_task_starts_from_the_weights_and_statistics_that_came_and_from_a_fresh_head():
@@ -27,7 +27,7 @@ def test_every_task_starts_from_the_weights_and_statistics_that_came_and_from_a_
     strategy.before_task(stream.tasks[2])
     assert all(torch.equal(value, came[name]) for name, value in model.backbone.state_dict().items())
     assert (model.head.weight[:4] != learned).all()
-    assert model.head.weight.abs().max() <= 8**-0.5  # as it is drawn
+    assert model.head.weight.abs().max() <= 8**-0.5  # as when drawn
 
 
 def test_what_was_learned_before_does_not_matter():

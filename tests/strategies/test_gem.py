@@ -13,7 +13,7 @@ from tests.toys import learn, toy_model, toy_stream
 
 
 def nearest_by_trying(gradient, constraints):
-    """Every subset of the constraints held with equality: the nearest vector that satisfies all of them."""
+    """By brute force over active sets: the nearest vector that satisfies all constraints."""
     rows, wanted = torch.nn.functional.normalize(constraints.double()).numpy(), gradient.double().numpy()
     subsets = chain.from_iterable(combinations(range(len(rows)), size) for size in range(len(rows) + 1))
     best, found = np.inf, wanted

@@ -24,7 +24,7 @@ def at_task(strategy, stream, model, index):
 
 
 def accuracy(strategy, stream):
-    """Of all classes of all tasks."""
+    """Accuracy on all tasks, among all classes."""
     strategy.model.eval()
     with torch.no_grad():
         hits = [strategy.predict(t.test.images, t.test.task_ids).argmax(1) == t.test.labels for t in stream.tasks]

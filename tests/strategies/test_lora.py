@@ -46,7 +46,7 @@ def test_before_the_first_step_the_model_says_what_it_said():
 
 
 class Reading(nn.Sequential):
-    """As BEiT's attention does: reads the first layer's weight, and never calls it."""
+    """Reads the first layer's weight without calling the layer, like BEiT's attention."""
 
     def forward(self, inputs):
         first, second = self
@@ -60,7 +60,7 @@ def test_nothing_is_put_beside_a_layer_that_is_never_called(caplog):
     strategy = LoRA()
     strategy.setup(model, stream)
     assert strategy.layers == [model.backbone[1][1]]
-    assert "nothing beside 1 layers that are not called, 1.0 first" in caplog.text
+    assert "no branch beside 1 layers not called as modules, 1.0 first" in caplog.text
     with pytest.raises(ConfigError, match=r"strategy\.layers: expected layers that the backbone calls .*, got 1\.0"):
         LoRA(layers=["1.0"]).setup(model, stream)
 
@@ -122,7 +122,7 @@ def test_loras_that_are_kept_are_each_tasks_own():
     mixed = test[0] + test[2]
     scores = continued.predict(mixed.images, mixed.task_ids)
     torch.testing.assert_close(scores[:24, :2], again)
-    torch.testing.assert_close(scores[24:], model(test[2].images).logits)  # the last task's are those in place
+    torch.testing.assert_close(scores[24:], model(test[2].images).logits)  # the last task's updates are in place
 
 
 def test_loras_that_are_kept_need_a_told_task():

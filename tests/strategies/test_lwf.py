@@ -15,7 +15,7 @@ DIGITS = Split(name="digits", num_tasks=5)
 
 
 def at_task(strategy, stream, model, index):
-    """Learn the tasks before `index`, then stand at its beginning."""
+    """Learn the tasks before `index`, then begin that one."""
     learn(strategy, stream, model, tasks=index)
     model.reveal(stream.tasks[index])
     strategy.before_task(stream.tasks[index])
@@ -36,9 +36,9 @@ def test_a_softmax_a_task_is_refused_where_every_task_has_a_single_class():
     with refused:
         LwF().check(single, model)
     LwF(softmax="joint").check(single, model)
-    LwF().check(replace(single, max_tasks=1), model)  # nothing is old there
+    LwF().check(replace(single, max_tasks=1), model)  # there are no old classes
     LwF().check(Split(name="digits", num_tasks=9, first_task_classes=2, scenario="class"), model)
-    LwF().check(single, EfficientNetLite0(pretrained=True))  # there is the pretrained model to hold to
+    LwF().check(single, EfficientNetLite0(pretrained=True))  # the pretrained model can be distilled
     with refused:
         LwF(teacher="previous").check(single, EfficientNetLite0(pretrained=True))
 

@@ -1,4 +1,4 @@
-"""What holds for all methods that add something small to a frozen vision transformer."""
+"""Tests of all methods that add a few parameters to a frozen vision transformer."""
 
 import pytest
 import torch

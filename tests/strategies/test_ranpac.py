@@ -24,7 +24,7 @@ def test_streaming_equals_one_ridge_regression_on_all_examples(projection):
     queries = model(test.images).features.detach().double()
     if projection:
         features, queries = ((each @ strategy.projection).relu() for each in (features, queries))
-    # Ridge regression as least squares with sqrt(ridge) I for further examples: nothing is squared.
+    # Ridge regression as least squares with the additional examples sqrt(ridge) I: nothing is squared.
     padded = np.vstack([features, np.sqrt(0.3) * np.eye(features.shape[1])])
     zeros = np.zeros((features.shape[1], 6))
     weight = np.linalg.lstsq(padded, np.vstack([targets, zeros]), rcond=None)[0]

@@ -1,4 +1,4 @@
-"""What holds for every method with a memory."""
+"""Tests of all methods with a memory."""
 
 import io
 
@@ -38,7 +38,7 @@ each_replaying = pytest.mark.parametrize("make", REPLAYING.values(), ids=REPLAYI
 
 
 def in_second_task(strategy, stream, model, **settings):
-    """A trainer that stands at the beginning of the second task."""
+    """A trainer at the beginning of the second task."""
     learn(strategy, stream, model, tasks=1, **settings)
     trainer, _ = toy_trainer(strategy, stream, model, **settings)
     model.reveal(stream.tasks[1])
@@ -50,7 +50,7 @@ def in_second_task(strategy, stream, model, **settings):
 
 
 def accuracy_told_apart_among_all(strategy):
-    """Of the mean over earlier tasks and of the last one, once that has been learned; chance is one sixth."""
+    """Mean accuracy on earlier tasks, and accuracy on the last, after all of them; chance is one sixth."""
     stream = toy_stream("class", size=32)
     learn(strategy, stream, toy_model(stream), epochs=10)
     *earlier, last = accuracies(strategy, 3, 32)[Scenario.CLASS]
@@ -226,7 +226,7 @@ def test_a_single_remembered_row_has_a_gradient_beside_a_normalisation_layer(mak
 
 @pytest.mark.parametrize("method", ["agem", "gem"])
 def test_an_edited_gradient_lies_in_memory_as_its_weight_does(method):
-    """Fused optimizers walk both as they lie: another order is another weight's gradient."""
+    """Fused optimizers iterate over both in memory order: with different strides, gradients reach the wrong weights."""
     stream = Split(name="digits", num_tasks=5, max_per_class=20, scenario="class").load("unused", torch.device("cpu"))
     model = CNN().build(stream)
     assert any(not parameter.is_contiguous() for parameter in model.parameters())
@@ -235,7 +235,7 @@ def test_an_edited_gradient_lies_in_memory_as_its_weight_does(method):
     model.reveal(stream.tasks[0])
     strategy.after_task(stream.tasks[0])
     batch = strategy.before_batch(stream.tasks[0].train[:8])
-    strategy.task_loss(batch, model(batch.images)).neg().backward()  # against what the memory says
+    strategy.task_loss(batch, model(batch.images)).neg().backward()  # against the memory's gradient
     before = [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
     strategy.after_backward()
     learning = [parameter for parameter in model.parameters() if parameter.grad is not None]

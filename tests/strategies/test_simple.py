@@ -1,4 +1,4 @@
-"""The strategies that need only a line or two, and what holds for all of them."""
+"""Tests of the simplest strategies."""
 
 from dataclasses import replace
 
@@ -16,6 +16,7 @@ from cl_runner.strategies import (
     L1,
     L2,
     NCM,
+    Combined,
     Cumulative,
     Dropout,
     Finetune,
@@ -60,7 +61,7 @@ def test_it_learns_in_every_scenario_in_which_it_can_work_and_refuses_the_others
     model = toy_model(stream, pretrained=True)
     learn(strategy, stream, model, epochs=25)
     rows = accuracies(strategy, 3, 16)
-    row = rows.get(Scenario.TASK) or rows[Scenario.DOMAIN]  # the last task's classes told apart from each other
+    row = rows.get(Scenario.TASK) or rows[Scenario.DOMAIN]  # accuracy among the task's own classes
     assert row[-1] >= 0.75  # the last task, at the least; chance is one half
 
 
@@ -137,6 +138,18 @@ def test_a_frozen_backbone_sees_each_training_image_once_however_many_epochs_the
     model.backbone.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
     learn(Frozen(), stream, model, epochs=7)
     assert sum(seen) == sum(len(task.train) for task in stream.tasks)
+
+
+@pytest.mark.parametrize("teacher", [False, True])
+def test_images_are_preprocessed_again_beside_their_features_only_for_a_teacher(teacher):
+    stream = toy_stream()
+    model = toy_model(stream)
+    calls = []
+    model.preprocess.register_forward_hook(lambda *_: calls.append(model.training))
+    parts = {"frozen": Frozen(), **({"lwf": LwF()} if teacher else {})}
+    rows = learn(Combined(parts=parts), stream, model, tasks=2, epochs=2, log_every=1)
+    steps_with_teacher = sum("lwf" in row["loss"] for row in rows)
+    assert calls.count(True) == steps_with_teacher == (6 if teacher else 0)
 
 
 def test_a_head_learns_the_same_on_features_computed_before_as_through_the_backbone():

@@ -1,4 +1,4 @@
-"""Small data sets laid out on disk as the real ones are."""
+"""Small data sets, laid out on disk like the real ones."""
 
 import struct
 from pathlib import Path

@@ -8,15 +8,18 @@ def examples(rows):
     return Examples(torch.zeros(rows, 1, 1, 1, dtype=torch.uint8), torch.arange(rows), torch.zeros(rows))
 
 
-@pytest.mark.parametrize("shuffled", [True, False])
+def test_batches_in_order_hold_every_row_once():
+    assert [batch.labels.tolist() for batch in examples(5).batches(2)] == [[0, 1], [2, 3], [4]]
+
+
 @pytest.mark.parametrize("drop_last", [True, False])
 @pytest.mark.parametrize("rows", [3, 16, 17, 20])
-def test_batches_from_a_number_on_are_those_that_come_then(rows, drop_last, shuffled):
+def test_shuffled_batches_from_a_number_on_are_those_that_come_then(rows, drop_last):
     def labels(first):
-        generator = torch.Generator().manual_seed(1) if shuffled else None
-        return [batch.labels.tolist() for batch in examples(rows).batches(8, generator, drop_last, first)]
+        generator = torch.Generator().manual_seed(1)
+        return [batch.labels.tolist() for batch in examples(rows).shuffled(8, generator, drop_last, first)]
 
     everything = labels(0)
-    assert len(everything) == (number_of_batches(rows, 8, drop_last) if shuffled else -(-rows // 8))
+    assert len(everything) == number_of_batches(rows, 8, drop_last)
     for first in range(1, len(everything) + 2):
         assert labels(first) == everything[first:]

@@ -22,7 +22,7 @@ DATA = DataSet(
 
 
 class Builder:
-    """Counts how often it is asked."""
+    """Counts its calls."""
 
     calls = 0
 
@@ -79,7 +79,7 @@ def test_a_damaged_file_is_built_anew_with_one_warning(
         assert same(cached(tmp_path, "birds-0", build), DATA)
         assert same(cached(tmp_path, "birds-0", build), DATA)
     assert build.calls == 2
-    assert [record.message for record in caplog.records] == [f"{the_file(tmp_path)} is damaged: building it anew"]
+    assert [record.message for record in caplog.records] == [f"{the_file(tmp_path)} is damaged: rebuilding it"]
 
 
 def test_a_failed_build_leaves_no_folder(tmp_path: Path) -> None:
@@ -113,7 +113,7 @@ def test_those_who_may_read_the_folder_may_read_the_file(tmp_path: Path) -> None
 
 
 def read_slowly(root: Path) -> bool:
-    """In another process: build, leave a mark, and take long enough for the other to come."""
+    """In another process: build, leave a mark, and take long enough for the other one to arrive."""
 
     def build() -> DataSet:
         (root / f"built-by-{os.getpid()}").touch()

@@ -19,7 +19,7 @@ from cl_runner.streams.cache import locked
 from cl_runner.streams.datasets import KNOWN, Digits, find
 from tests.streams.data import write_folder, write_mnist
 
-NOWHERE = "http://127.0.0.1:9/"  # a port at which nobody answers
+NOWHERE = "http://127.0.0.1:9/"  # a port where nothing answers
 
 
 def md5(path: Path) -> str:
@@ -54,7 +54,7 @@ def test_emnist_stands_upright(tmp_path: Path) -> None:
     parts = "emnist-balanced-train", "emnist-balanced-test"
     written = write_mnist(tmp_path, "EMNIST", size=47, parts=parts, num_classes=47)
     data = find("emnist", tmp_path, download=False).read()
-    on_disk = written["emnist-balanced-train"][0]  # EMNIST's files hold columns where MNIST's hold rows
+    on_disk = written["emnist-balanced-train"][0]  # EMNIST's files are transposed
     assert np.array_equal(data.train_images[:, 0].numpy(), on_disk.transpose(0, 2, 1))
 
 

@@ -1,11 +1,11 @@
-"""What holds where the model is only asked."""
+"""Tests of inference with the model."""
 
 from copy import deepcopy
 
 import torch
 
 from cl_runner.strategies import NCM
-from cl_runner.strategies.looking import features_of
+from cl_runner.strategies.inference import features_of
 from tests.toys import learn, toy_model, toy_stream
 
 
