@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,7 @@ from cl_runner.fisher.curvature import Curvature, Diagonal, finite
 from cl_runner.fisher.engine import undisturbed, wide
 from cl_runner.fisher.kernels import Precision
 from cl_runner.fisher.passes import SlicedVectors
-from cl_runner.fisher.representations import Kind, Representation, rounds
+from cl_runner.fisher.representations import Representation, rounds
 from cl_runner.models.model import Model, PretrainedView
 from cl_runner.ranges import Count, Seed
 from cl_runner.streams.base import Examples
@@ -66,10 +66,10 @@ class Estimator(ABC):
         logits: which outputs enter: those that the sample's task may see, those revealed so far, or all.
         seed: of the choice of samples and of the vectors' noise, together with the task.
         precision: of the products that make a weight's gradients; forward pass and activations stay as they are.
-        representation: what is kept of the matrix: its diagonal, a Kronecker product a layer (Martens & Grosse, 2015,
-            https://arxiv.org/abs/1503.05671), or all of it, of a few thousand parameters.
-        kronecker: the factors as they come (kfac), or their eigenvectors with the squares along them (ekfac; George et
-            al., 2018, https://arxiv.org/abs/1806.03884), which takes the passes twice.
+        representation: what is kept of the matrix: its diagonal; Kronecker factors per layer (kfac; Martens & Grosse,
+            2015, https://arxiv.org/abs/1503.05671), or their eigenvectors with the squares along them (ekfac; George
+            et al., 2018, https://arxiv.org/abs/1806.03884), which takes the passes twice; or all of it (full), for a
+            few thousand parameters.
 
     A call leaves the model as it was: its modes, buffers, parameters and their gradients. It sees un-augmented images,
     and computes in the parameters' own precision, since autocast puts single layers off by a tenth.
@@ -82,12 +82,14 @@ class Estimator(ABC):
     seed: Seed = 0
     precision: Precision = "fp32"
     representation: Representation = "diagonal"
-    kronecker: Kind = "ekfac"
 
     needs_labels: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Raises ConfigError for what has no meaning together."""
+        if self.representation not in get_args(Representation):
+            known = ", ".join(get_args(Representation))
+            raise ConfigError("fisher.representation", f"expected one of {known}, got {self.representation}")
         if self.representation != "diagonal" and self.precision != "fp32":
             message = f"expected fp32 for the {self.representation} representation, got {self.precision}"
             raise ConfigError("fisher.precision", message)
@@ -100,7 +102,7 @@ class Estimator(ABC):
         images = torch.randint(256, (2, *image_shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
         try:
             with self._undisturbed(model), torch.no_grad():
-                accumulator = next(rounds(model, self.representation, self.kronecker, self.precision))
+                accumulator = next(rounds(model, self.representation, self.precision))
                 inputs = model.preprocess(images.to(model.device))
                 accumulator.add(inputs, 1, lambda _, logits: torch.ones_like(logits)[:, None])
         except ValueError as error:
@@ -130,7 +132,6 @@ class Estimator(ABC):
             seed=self.seed,
             precision=self.precision,
             representation=self.representation,
-            kronecker=self.kronecker,
         )
 
     def __call__(self, model: Model | PretrainedView, examples: Examples) -> Curvature:
@@ -150,7 +151,7 @@ class Estimator(ABC):
             trace = float(finite(fisher).trace())
             seconds = time.perf_counter() - start
             error = None
-            if self.by_chance(prepared) and self.representation != "kronecker":
+            if self.by_chance(prepared) and self.representation not in ("kfac", "ekfac"):
                 error = self._relative_error(fisher.diagonal(), model, prepared, generator)
         return fisher, Report(seconds, len(prepared), passes, trace, error)
 
@@ -194,7 +195,7 @@ class Estimator(ABC):
             made += found.shape[0] * found.shape[1]
             return found
 
-        for accumulator in rounds(model, self.representation, self.kronecker, self.precision):
+        for accumulator in rounds(model, self.representation, self.precision):
             for batch, passes, vectors in self._batches(model, prepared, generator):
                 with torch.no_grad():
                     inputs = model.preprocess(batch.images)

@@ -101,9 +101,9 @@ class Hybrid(Estimator):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if (self.representation, self.kronecker) == ("kronecker", "kfac"):
+        if self.representation == "kfac":
             # Its factor of the inputs is a mean over all samples, and here most have no vectors and are not looked at.
-            raise ConfigError("fisher.kronecker", "expected ekfac for hybrid, got kfac")
+            raise ConfigError("fisher.representation", "expected diagonal, ekfac or full for hybrid, got kfac")
 
     def passes(self, num_classes: int) -> int:
         """With a tolerance nothing is known beforehand but that `Exact` takes no fewer."""

@@ -13,8 +13,7 @@ from cl_runner.fisher.kronecker import KroneckerFactors, RotatedSquares
 from cl_runner.fisher.passes import SlicedVectors
 from cl_runner.models.model import Model, PretrainedView
 
-Representation = Literal["diagonal", "kronecker", "full"]
-Kind = Literal["kfac", "ekfac"]
+Representation = Literal["diagonal", "kfac", "ekfac", "full"]
 
 
 class Accumulator(Protocol):
@@ -42,13 +41,11 @@ class Accumulator(Protocol):
 
 
 def rounds(
-    model: Model | PretrainedView, representation: Representation, kind: Kind, precision: Precision = "fp32"
+    model: Model | PretrainedView, representation: Representation, precision: Precision = "fp32"
 ) -> Iterator[Accumulator]:
     """What all samples are to be added to before the next is asked for; the last one has the Fisher.
 
-    Args:
-        kind: of `kronecker`; `ekfac` takes the samples twice.
-        precision: of `diagonal`, as `SquaredGradients` has it.
+    `ekfac` takes the samples twice. `precision`: of `diagonal`, as `SquaredGradients` has it.
 
     Raises ConfigError for a model that is too large for `full`, and ValueError, which names the layer, for one whose
     samples do not stand for themselves.
@@ -60,5 +57,5 @@ def rounds(
     else:
         factors = KroneckerFactors(model)
         yield factors
-        if kind == "ekfac":
+        if representation == "ekfac":
             yield RotatedSquares(factors)

@@ -7,20 +7,16 @@ from torch import Tensor
 
 from cl_runner.fisher.curvature import Curvature, Parameters
 from cl_runner.fisher.estimators import Estimator
-from cl_runner.fisher.representations import Kind, Representation
+from cl_runner.fisher.representations import Representation
 from cl_runner.models.model import Model, PretrainedView
 from cl_runner.streams.base import Examples
 
 
 def held(
-    estimator: Estimator,
-    model: Model | PretrainedView,
-    examples: Examples,
-    representation: Representation,
-    kind: Kind = "ekfac",
+    estimator: Estimator, model: Model | PretrainedView, examples: Examples, representation: Representation
 ) -> Curvature:
     """What `estimator` says, held in that way."""
-    return replace(estimator, representation=representation, kronecker=kind)(model, examples)
+    return replace(estimator, representation=representation)(model, examples)
 
 
 def dense(fisher: Curvature, shapes: dict[str, tuple[int, ...]], precision: torch.dtype = torch.float64) -> Tensor:

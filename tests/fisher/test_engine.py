@@ -289,7 +289,7 @@ def test_magnitudes_of_a_model_that_leaves_the_rules_in_a_later_batch_do_not_dep
 
 def test_kronecker_refuses_a_model_that_leaves_the_rules_in_a_later_batch() -> None:
     with pytest.raises(ConfigError, match=r"fisher\.representation: expected diagonal or full for this model, since"):
-        Probe(batch_size=4, representation="kronecker")(model(Undecided()), darkened(6))
+        Probe(batch_size=4, representation="ekfac")(model(Undecided()), darkened(6))
 
 
 class Overflowing(nn.Module):
@@ -304,7 +304,7 @@ class Overflowing(nn.Module):
         return self.layer(rows.masked_fill(rows > 1.9, torch.nan))
 
 
-@pytest.mark.parametrize("representation", ["diagonal", "kronecker", "full"])
+@pytest.mark.parametrize("representation", ["diagonal", "ekfac", "full"])
 def test_a_fisher_that_is_not_finite_is_named(representation: Any) -> None:
     estimator = Probe(batch_size=4, representation=representation)
     with pytest.raises(ValueError, match=r"the Fisher of [a-z.]+ is not finite: the model has diverged"):
@@ -343,7 +343,7 @@ def test_the_check_before_training_refuses_what_a_pass_would(name: str) -> None:
         Probe().check(model(build()), (CHANNELS, SIDE, SIDE))
 
 
-@pytest.mark.parametrize("representation", ["diagonal", "kronecker", "full"])
+@pytest.mark.parametrize("representation", ["diagonal", "ekfac", "full"])
 def test_the_check_leaves_a_good_model_alone(representation: Any) -> None:
     subject = model("conv")
     subject.visible.zero_()  # as before the first task
@@ -354,7 +354,7 @@ def test_the_check_leaves_a_good_model_alone(representation: Any) -> None:
 def test_a_model_that_kronecker_has_no_factors_for_is_refused_before_training() -> None:
     subject = model(Undecided())
     with pytest.raises(ConfigError, match=r"fisher\.representation: expected diagonal or full for this model, since"):
-        Probe(representation="kronecker").check(subject, (CHANNELS, SIDE, SIDE))
+        Probe(representation="ekfac").check(subject, (CHANNELS, SIDE, SIDE))
 
 
 class Standardised(nn.Module):

@@ -418,22 +418,27 @@ def test_a_lower_precision_of_the_weight_side_costs_little(
     assert (distance(rounded, exactly) > 0) == (backbone != "mlp"), "one position has no sum to round"
 
 
-@pytest.mark.parametrize("representation", ["kronecker", "full"])
+@pytest.mark.parametrize("representation", ["kfac", "ekfac", "full"])
 def test_other_representations_need_full_precision(representation: Representation) -> None:
     with pytest.raises(ConfigError, match="fisher.precision: expected fp32 for the"):
         Exact(representation=representation, precision="tf32")
 
 
+def test_an_unknown_representation_is_refused_with_a_list_of_those_there_are() -> None:
+    message = "fisher.representation: expected one of diagonal, kfac, ekfac, full, got kronecker"
+    with pytest.raises(ConfigError, match=message):
+        Probe(representation="kronecker")  # type: ignore[arg-type]
+
+
 def test_a_fisher_is_held_as_asked() -> None:
     subject, data = model(), examples()
-    held = [replace(Exact(), representation=name)(subject, data) for name in ("diagonal", "kronecker", "full")]
+    held = [replace(Exact(), representation=name)(subject, data) for name in ("diagonal", "ekfac", "full")]
     assert [type(fisher) for fisher in held] == [Diagonal, Kronecker, Full]
     assert float(held[1].trace()) == pytest.approx(float(held[0].trace())) == float(held[2].trace())
 
 
 def test_ekfac_takes_the_passes_twice() -> None:
     passes = {
-        kind: Exact(representation="kronecker", kronecker=kind).estimate(model(), examples())[1].backward_passes
-        for kind in ("kfac", "ekfac")
+        kind: Exact(representation=kind).estimate(model(), examples())[1].backward_passes for kind in ("kfac", "ekfac")
     }
     assert passes["ekfac"] == 2 * passes["kfac"]

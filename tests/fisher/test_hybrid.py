@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from cl_runner.errors import ConfigError
 from cl_runner.fisher.curvature import Diagonal
 from cl_runner.fisher.engine import undisturbed
 from cl_runner.fisher.estimators import Exact, Probe
@@ -164,6 +165,13 @@ def test_a_model_that_is_sure_beyond_its_precision_has_no_fisher_and_needs_no_pa
         found, report = estimator.estimate(subject, examples())
         assert (float(found.trace()), report.backward_passes) == (0, 0)
         assert not report.relative_error
+
+
+def test_kfac_is_refused_since_most_samples_are_not_looked_at() -> None:
+    with pytest.raises(
+        ConfigError, match=r"fisher\.representation: expected diagonal, ekfac or full for hybrid, got kfac"
+    ):
+        Hybrid(representation="kfac")
 
 
 def test_the_most_passes_are_known_beforehand() -> None:

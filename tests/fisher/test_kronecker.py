@@ -1,7 +1,7 @@
 """Kronecker factors of a Fisher, held to the whole of it where they are exact, and to their definition where not."""
 
 import io
-from typing import get_args
+from typing import Literal, get_args
 
 import pytest
 import torch
@@ -10,24 +10,25 @@ from torch import Tensor, nn
 
 from cl_runner.errors import ConfigError
 from cl_runner.fisher import kronecker
-from cl_runner.fisher.curvature import Diagonal, Parameters
+from cl_runner.fisher.curvature import Curvature, Diagonal, Parameters
 from cl_runner.fisher.estimators import Estimator, Exact
 from cl_runner.fisher.full import Full
 from cl_runner.fisher.kronecker import Block, Factors, Kronecker, Rotated
 from cl_runner.fisher.quadratic import Penalty
-from cl_runner.fisher.representations import Kind, rounds
+from cl_runner.fisher.representations import Representation, rounds
 from cl_runner.models.model import Model
 from cl_runner.streams.base import Examples
 
 from .cases import BACKBONES, CHANNELS, FEATURES, OUTPUTS, SIDE, distance, examples, mlp, model
 from .holding import dense, held
 
+Kind = Literal["kfac", "ekfac"]
 KINDS = get_args(Kind)
 both_kinds = pytest.mark.parametrize("kind", KINDS)
 
 
 def factored(kind: Kind, model: Model, examples: Examples, estimator: Estimator | None = None) -> Kronecker:
-    found = held(estimator or Exact(batch_size=4), model, examples, "kronecker", kind)
+    found = held(estimator or Exact(batch_size=4), model, examples, kind)
     assert isinstance(found, Kronecker)
     return found
 
@@ -84,16 +85,15 @@ def test_of_a_deep_linear_model_its_blocks_are_exact_where_the_output_vectors_ar
     """As those of a squared error are (Martens & Grosse, 2015, section 3.2)."""
     layers = nn.Sequential(nn.Flatten(), nn.Linear(CHANNELS * SIDE**2, 5), nn.Linear(5, FEATURES, bias=False))
     subject, data = model(layers).eval(), examples(30)
-    found = [constant_vectors(subject, data, representation, kind) for representation in ("full", "kronecker")]
-    full, blocks = found
+    full, blocks = constant_vectors(subject, data, "full"), constant_vectors(subject, data, kind)
     assert isinstance(full, Full)
     assert isinstance(blocks, Kronecker)
     assert off(dense(blocks, full.shapes), without_pairs_of_layers(full, blocks)) < 1e-10
 
 
-def constant_vectors(model: Model, examples: Examples, representation: str, kind: Kind) -> Full | Kronecker:
+def constant_vectors(model: Model, examples: Examples, representation: Representation) -> Curvature:
     fixed = torch.randn(3, OUTPUTS, generator=torch.Generator().manual_seed(0)).double()
-    for accumulator in rounds(model, representation, kind):
+    for accumulator in rounds(model, representation):
         for batch in examples.batches(7):
             inputs = model.preprocess(batch.images)
             accumulator.add(inputs, 3, lambda rows, logits: fixed.expand(len(logits), -1, -1))
