@@ -14,7 +14,7 @@ from cl_runner.errors import ConfigError
 from cl_runner.fisher.curvature import Diagonal
 from cl_runner.fisher.engine import wide
 from cl_runner.fisher.estimators import Estimator, unit
-from cl_runner.models.model import Model, PretrainedView
+from cl_runner.models.model import Model, PretrainedView, trainable
 from cl_runner.models.substitute import nothing_kept
 from cl_runner.randomness import random_state, restore_random_state
 from cl_runner.ranges import Count
@@ -69,7 +69,7 @@ class Batched(Estimator):
     ) -> tuple[Diagonal, int]:
         model.train(self.train_mode)
         model.preprocess.train(self.augment)
-        parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        parameters = trainable(model)
         squares = {name: torch.zeros_like(p, requires_grad=False) for name, p in parameters.items()}
         batches = list(self._batches(prepared))
         with _own_generators(self.seed_for(prepared), model.device):

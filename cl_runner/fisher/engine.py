@@ -13,7 +13,7 @@ from cl_runner.fisher.kernels import Precision
 from cl_runner.fisher.layers import Uncovered
 from cl_runner.fisher.passes import AddsSquares, SlicedVectors, Vectors, zeros
 from cl_runner.fisher.trial import refuse_batch_dependence, way_for
-from cl_runner.models.model import Model, PretrainedView
+from cl_runner.models.model import Model, PretrainedView, trainable
 
 OUTPUT_NUMBERS = 1 << 24  # numbers in the output vectors that are held at a time
 FOLD = 32  # batches that are summed in the parameters' precision before they join the wide sum
@@ -112,7 +112,7 @@ class SquaredGradients:
         self.model = model
         self.precision: Precision = precision
         self.samples = 0
-        self._parameters = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+        self._parameters = trainable(model)
         self._sums = Sums(zeros(model))
         self._add: AddsSquares | None = None
 

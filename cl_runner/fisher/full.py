@@ -13,7 +13,7 @@ from cl_runner.fisher.engine import OUTPUT_NUMBERS, wide
 from cl_runner.fisher.passes import SlicedVectors
 from cl_runner.fisher.per_sample import add_vmapped_squares, even_slices, looped_gradients, vmapped_gradients
 from cl_runner.fisher.trial import objection, refuse_batch_dependence, refuse_dependence
-from cl_runner.models.model import Model, PretrainedView
+from cl_runner.models.model import Model, PretrainedView, trainable
 
 LIMIT = 20_000  # parameters: their matrix takes 3.2 GB
 # What is added to the scaled matrix before it is inverted, in relation to its norm: the first that makes it definite.
@@ -125,7 +125,7 @@ class OuterProducts:
     def __init__(self, model: Model | PretrainedView) -> None:
         """Raises ConfigError for a model with too many trainable parameters, and ValueError, which names the layer, for
         one whose samples do not stand for themselves."""
-        self._parameters = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+        self._parameters = trainable(model)
         size = sum(values.numel() for values in self._parameters.values())
         check_size(size)
         refuse_batch_dependence(model)

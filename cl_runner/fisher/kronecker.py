@@ -39,7 +39,7 @@ from cl_runner.fisher.per_sample import even_slices
 from cl_runner.fisher.products import CACHE, ROOM, slices
 from cl_runner.fisher.taps import Taps
 from cl_runner.fisher.trial import objection, refuse_batch_dependence
-from cl_runner.models.model import Model, PretrainedView
+from cl_runner.models.model import Model, PretrainedView, trainable
 
 HELD = 1 << 27  # numbers in all layers' inputs, at all positions, that are held at a time
 
@@ -239,7 +239,7 @@ class KroneckerFactors:
         self.samples = 0
         self.layers: dict[str, Layer] = {}  # by the name of the weight
         self.numbers = 1  # of a sample that are held at a time
-        self.parameters = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+        self.parameters = trainable(model)
         self._added = 0
         self._inputs, self._outputs, self._squares = Sums({}), Sums({}), Sums({})
 

@@ -18,7 +18,7 @@ from cl_runner.fisher.per_sample import even_slices, looped_gradients, vmapped_g
 from cl_runner.fisher.products import ROOM
 from cl_runner.fisher.taps import Taps
 from cl_runner.fisher.trial import objection, refuse_dependence
-from cl_runner.models.model import Model, PretrainedView
+from cl_runner.models.model import Model, PretrainedView, trainable
 from cl_runner.streams.base import Examples
 
 Measure = Callable[[Tensor], Tensor]  # of a gradient's every number, with measure(a b) = measure(a) measure(b)
@@ -53,7 +53,7 @@ class Magnitudes(Estimator):
     def _mean(
         self, model: Model | PretrainedView, prepared: Examples, generator: torch.Generator
     ) -> tuple[Diagonal, int]:
-        parameters = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+        parameters = trainable(model)
         sums, add = Sums(zeros(model)), None
         largest = max((values.numel() for values in parameters.values()), default=1)
         for batch, _, vectors in self._batches(model, prepared, generator):

@@ -12,7 +12,7 @@ from cl_runner.fisher.graphs import Replayed, side_stream
 from cl_runner.fisher.kernels import Precision
 from cl_runner.fisher.layers import Use
 from cl_runner.fisher.taps import Taps
-from cl_runner.models.model import Model, PretrainedView
+from cl_runner.models.model import Model, PretrainedView, trainable
 
 SHARED = 1 << 26  # numbers in the gradients that are held at a time, where a parameter is used twice
 TOGETHER = 4  # passes that a kernel takes together, and a CUDA graph
@@ -112,8 +112,4 @@ def add_passes(
 
 def zeros(model: Model | PretrainedView) -> Parameters:
     """For every trainable parameter; contiguous, whatever the parameter's layout: a weight is a matrix here."""
-    return {
-        name: torch.zeros(p.shape, dtype=p.dtype, device=p.device)
-        for name, p in model.named_parameters()
-        if p.requires_grad
-    }
+    return {name: torch.zeros(p.shape, dtype=p.dtype, device=p.device) for name, p in trainable(model).items()}

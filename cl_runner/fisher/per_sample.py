@@ -10,7 +10,7 @@ from torch.func import functional_call, vjp, vmap
 
 from cl_runner.fisher.curvature import Parameters
 from cl_runner.fisher.taps import ToLogits
-from cl_runner.models.model import Model, PretrainedView
+from cl_runner.models.model import Model, PretrainedView, trainable
 from cl_runner.models.substitute import nothing_kept, places
 
 # All gradients of one vmap call together, in numbers.
@@ -52,8 +52,9 @@ def vmapped_gradients(
         all_vectors = vectors(logits(inputs))
     if all_vectors.shape[1] == 0:
         return
-    names = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
-    parameters = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    live = trainable(model)
+    names = {id(p): name for name, p in live.items()}
+    parameters = {name: p.detach() for name, p in live.items()}
     places_of = {f"model.{place}": names[id(p)] for place, p in places(model).items() if id(p) in names}
     most = _most_gradients(parameters)
 
@@ -93,7 +94,7 @@ def looped_gradients(
     receive: Callable[[Parameters], None],
 ) -> None:
     """As `vmapped_gradients`, by plain autograd: of one sample and one vector at a time, those that are not zero."""
-    parameters = {name: values for name, values in model.named_parameters() if values.requires_grad}
+    parameters = trainable(model)
     with torch.no_grad():
         all_vectors = vectors(model.encode(inputs).logits)
     # Not `image[None]`, whose strides lead PyTorch to wrong gradients of grouped convolutions in channels_last.

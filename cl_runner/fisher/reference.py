@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cl_runner.fisher.curvature import Diagonal, Parameters
 from cl_runner.fisher.estimators import Logits
-from cl_runner.models.model import Model, PretrainedView
+from cl_runner.models.model import Model, PretrainedView, trainable
 from cl_runner.models.substitute import nothing_kept
 from cl_runner.streams.base import Examples
 
@@ -141,7 +141,7 @@ class _Total:
 
     def __init__(self, model: Model | PretrainedView) -> None:
         self.model = copy.deepcopy(model).double().eval()
-        self._trainable = {name: values for name, values in self.model.named_parameters() if values.requires_grad}
+        self._trainable = trainable(self.model)
         self._sums: Parameters = {name: torch.zeros_like(values) for name, values in self._trainable.items()}
 
     def add(self, loss: Tensor, weight: Tensor | float = 1.0) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from cl_runner.errors import ConfigError
 from cl_runner.fisher.curvature import Parameters
 from cl_runner.models.architecture import Architecture
-from cl_runner.models.model import Model
+from cl_runner.models.model import Model, trainable
 
 Source = Literal["auto", "previous", "pretrained", "both"]
 
@@ -30,15 +30,6 @@ def wants_pretrained(source: Source, model: Model) -> bool:
 
 def wants_previous(source: Source) -> bool:
     return source != "pretrained"
-
-
-def trainable(model: torch.nn.Module, *, head: bool = True) -> Parameters:
-    """The parameters that learn, by name: the live ones, not copies."""
-    return {
-        name: parameter
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad and (head or name.startswith("backbone."))
-    }
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from cl_runner.fisher.curvature import Diagonal, Parameters
 from cl_runner.fisher.quadratic import Penalty
-from cl_runner.models.model import Model, Output
-from cl_runner.strategies.anchors import Anchor, trainable
+from cl_runner.models.model import Model, Output, trainable
+from cl_runner.strategies.anchors import Anchor
 from cl_runner.strategies.base import Strategy
 from cl_runner.streams.base import Examples, Stream, Task
 

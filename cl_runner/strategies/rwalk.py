@@ -10,9 +10,8 @@ from torch import Tensor
 from cl_runner.errors import ConfigError
 from cl_runner.fisher.curvature import Diagonal
 from cl_runner.fisher.estimators import Estimator
-from cl_runner.models.model import Model, Output
+from cl_runner.models.model import Model, Output, trainable
 from cl_runner.ranges import Count
-from cl_runner.strategies.anchors import trainable
 from cl_runner.strategies.importance import PathIntegral
 from cl_runner.streams.base import Examples, Stream, Task
 
