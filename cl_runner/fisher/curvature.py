@@ -120,7 +120,7 @@ def finite(fisher: Curvature) -> Curvature:
     if not torch.isfinite(fisher.trace()):  # waits for the device
         for name, values in fisher.diagonal().values.items():
             if not values.isfinite().all():
-                raise ValueError(f"the Fisher of {name} is not finite: the model has diverged, or nearly so")
+                raise ValueError(f"the estimate for {name} is not finite: the model has diverged, or nearly so")
     return fisher
 
 

@@ -1,9 +1,10 @@
 """Squared per-sample gradients, summed: by taps where every parameter has a rule, by `vmap` or a loop where not."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from cl_runner.fisher.curvature import Diagonal, Parameters
 from cl_runner.fisher.kernels import Precision
 from cl_runner.fisher.layers import Uncovered
-from cl_runner.fisher.passes import AddsSquares, SlicedVectors, Vectors, zeros
+from cl_runner.fisher.passes import SlicedVectors, Vectors, add_tapped_squares, zeros
 from cl_runner.fisher.trial import refuse_batch_dependence, way_for
 from cl_runner.models.model import Model, PretrainedView, trainable
 
@@ -94,8 +95,8 @@ class Sums:
             values.zero_()
 
 
-class SquaredGradients:
-    """The running sum over samples of Σ_v (vᵀ ∂z/∂θ)², z a sample's logits and v its output vectors.
+class MeasuredGradients:
+    """The running sum over samples of Σ_v m(vᵀ ∂z/∂θ), z a sample's logits, v its output vectors, m a measure.
 
     Every trainable parameter takes part, by the name it has in `model`; what a vector does not reach gets zeros. The
     live parameters are not touched, nor their `.grad` or `requires_grad`.
@@ -103,18 +104,18 @@ class SquaredGradients:
     samples: how many were added.
     """
 
-    def __init__(self, model: Model | PretrainedView, *, precision: Precision = "fp32") -> None:
-        """`precision`: of the weight side alone; the forward pass and the activations stay as they are.
+    def __init__(self, model: Model | PretrainedView, tapped: Callable[..., None]) -> None:
+        """`tapped`: the way by taps; without `options` it adds squares, which the trial compares.
 
         Raises ValueError, which names the layer, for a model whose samples do not stand for themselves.
         """
         refuse_batch_dependence(model)
         self.model = model
-        self.precision: Precision = precision
         self.samples = 0
         self._parameters = trainable(model)
         self._sums = Sums(zeros(model))
-        self._add: AddsSquares | None = None
+        self._tapped = tapped
+        self._way: Callable[..., None] | None = None
 
     def add(self, inputs: Tensor, passes: int, vectors: SlicedVectors) -> None:
         """Add a batch's samples.
@@ -128,13 +129,28 @@ class SquaredGradients:
         self.samples += len(inputs)
         if not self._parameters:
             return
-        if self._add is None:
-            self._add = way_for(self.model, inputs, self.precision)
-        most = max(1, OUTPUT_NUMBERS // max(1, passes * self.model.head.out_features))
-        for start in range(0, len(inputs), most):
-            rows = slice(start, min(start + most, len(inputs)))
-            self._add_some(inputs[rows], partial(vectors, rows))
+        if self._way is None:
+            self._way = way_for(self.model, inputs, self._tapped)
+        for rows in self.slices(len(inputs), passes):
+            some = inputs[rows], partial(vectors, rows)
+            try:
+                self._add(self._way, *some)
+            # Raised in the forward pass, before anything was added: this batch takes another path, which its first and
+            # last image alone need not.
+            except Uncovered as uncovered:
+                self._way = way_for(self.model, some[0], self._tapped, str(uncovered))
+                self._add(self._way, *some)
         self._sums.close_batch()
+
+    def options(self, way: Callable[..., None]) -> dict[str, Any]:
+        """What `way` is called with, but in its trial."""
+        return {}
+
+    def slices(self, length: int, passes: int) -> Iterator[slice]:
+        """Of a batch: as many samples as are added together."""
+        most = max(1, OUTPUT_NUMBERS // max(1, passes * self.model.head.out_features))
+        for start in range(0, length, most):
+            yield slice(start, min(start + most, length))
 
     def curvature(self) -> Diagonal:
         """The sums over the number of samples, in the parameters' own precision and layout."""
@@ -142,12 +158,17 @@ class SquaredGradients:
         # Taken out one by one: all of them in both precisions would be the most that a call holds.
         return Diagonal({name: torch.empty_like(p).copy_(means.pop(name)) for name, p in self._parameters.items()})
 
-    def _add_some(self, inputs: Tensor, vectors: Vectors) -> None:
-        assert self._add is not None
-        try:
-            self._add(self.model, self._sums.partial, inputs, vectors)
-        # Raised in the forward pass, before anything was added: this batch takes another path, which its first and last
-        # image alone need not.
-        except Uncovered as uncovered:
-            self._add = way_for(self.model, inputs, self.precision, str(uncovered))
-            self._add(self.model, self._sums.partial, inputs, vectors)
+    def _add(self, way: Callable[..., None], inputs: Tensor, vectors: Vectors) -> None:
+        way(self.model, self._sums.partial, inputs, vectors, **self.options(way))
+
+
+class SquaredGradients(MeasuredGradients):
+    """The running sum over samples of Σ_v (vᵀ ∂z/∂θ)²."""
+
+    def __init__(self, model: Model | PretrainedView, *, precision: Precision = "fp32") -> None:
+        """`precision`: of the weight side alone; the forward pass and the activations stay as they are."""
+        super().__init__(model, add_tapped_squares)
+        self.precision: Precision = precision
+
+    def options(self, way: Callable[..., None]) -> dict[str, Any]:
+        return {"precision": self.precision} if way is add_tapped_squares else {}

@@ -22,8 +22,9 @@ from cl_runner.errors import ConfigError
 from cl_runner.fisher.curvature import Curvature, Diagonal, finite
 from cl_runner.fisher.engine import undisturbed, wide
 from cl_runner.fisher.kernels import Precision
+from cl_runner.fisher.layers import BatchStatisticsError
 from cl_runner.fisher.passes import SlicedVectors
-from cl_runner.fisher.representations import Representation, rounds
+from cl_runner.fisher.representations import Accumulator, Representation, rounds
 from cl_runner.models.model import Model, PretrainedView
 from cl_runner.ranges import Count, Seed
 from cl_runner.streams.base import Examples
@@ -85,6 +86,11 @@ class Estimator(ABC):
 
     needs_labels: ClassVar[bool] = False
 
+    @property
+    def called(self) -> str:
+        """How a user has chosen it."""
+        return f"fisher={type(self).__name__.lower()}"
+
     def __post_init__(self) -> None:
         """Raises ConfigError for what has no meaning together."""
         if self.representation not in get_args(Representation):
@@ -99,14 +105,20 @@ class Estimator(ABC):
 
         Raises ConfigError for a model whose Fisher cannot be computed, or not be held.
         """
-        images = torch.randint(256, (2, *image_shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
         try:
-            with self._undisturbed(model), torch.no_grad():
-                accumulator = next(rounds(model, self.representation, self.precision))
-                inputs = model.preprocess(images.to(model.device))
-                accumulator.add(inputs, 1, lambda _, logits: torch.ones_like(logits)[:, None])
+            self._try_out(model, image_shape)
+        except BatchStatisticsError as error:
+            advice = "only fisher=batched with train_mode takes it as it is"
+            raise ConfigError("fisher", f"{error}; {advice}") from error
         except ValueError as error:
             raise ConfigError("fisher", str(error)) from error
+
+    def _try_out(self, model: Model | PretrainedView, image_shape: tuple[int, ...]) -> None:
+        images = torch.randint(256, (2, *image_shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+        with self._undisturbed(model), torch.no_grad():
+            accumulator = next(self.accumulators(model))
+            inputs = model.preprocess(images.to(model.device))
+            accumulator.add(inputs, 1, lambda _, logits: torch.ones_like(logits)[:, None])
 
     @abstractmethod
     def vectors(self, logits: Tensor, labels: Tensor, noise: Tensor) -> Tensor:
@@ -119,11 +131,15 @@ class Estimator(ABC):
     def passes(self, num_classes: int) -> int:
         return 1
 
+    def accumulators(self, model: Model | PretrainedView) -> Iterator[Accumulator]:
+        """What all samples are added to, one after the other; the last one has the result."""
+        return rounds(model, self.representation, self.precision)
+
     def for_pretrained(self) -> "Estimator":
         """This estimator with `pretrained_samples`; a `Probe` where this one needs true labels."""
         if not self.needs_labels:
             return replace(self, num_samples=self.pretrained_samples)
-        log.info("fisher=%s needs true labels; the pretrained head has none, so probe takes its place", _name(self))
+        log.info("%s needs true labels; the pretrained head has none, so probe takes its place", self.called)
         return Probe(
             num_samples=self.pretrained_samples,
             pretrained_samples=self.pretrained_samples,
@@ -174,7 +190,7 @@ class Estimator(ABC):
         if self.num_samples is not None and self.num_samples < len(examples):
             examples = examples[torch.randperm(len(examples), generator=generator)[: self.num_samples]]
         if len(examples) == 0:
-            raise ValueError("the Fisher is a mean over examples: expected at least one, got none")
+            raise ValueError("expected at least one example to take the mean over, got none")
         with self._undisturbed(model):
             yield self.prepared(model, examples), generator
 
@@ -195,7 +211,7 @@ class Estimator(ABC):
             made += found.shape[0] * found.shape[1]
             return found
 
-        for accumulator in rounds(model, self.representation, self.precision):
+        for accumulator in self.accumulators(model):
             for batch, passes, vectors in self._batches(model, prepared, generator):
                 with torch.no_grad():
                     inputs = model.preprocess(batch.images)
@@ -250,13 +266,16 @@ class Estimator(ABC):
         return logits.masked_fill(~model.revealed, -torch.inf) if self.logits == "seen" else logits
 
     def _check(self, model: Model | PretrainedView, batch: Examples, entering: Tensor) -> None:
-        name = f"fisher={_name(self)}"
         if self.needs_labels and isinstance(model, PretrainedView):
-            raise ValueError(f"{name} needs true labels, and the pretrained head has none: ask `for_pretrained()`")
+            raise ValueError(
+                f"{self.called} needs true labels, and the pretrained head has none: ask `for_pretrained()`"
+            )
         blind = ~entering.any(1)
         if blind.any():
             task = int(batch.task_ids[blind][0])
-            raise ValueError(f"{name}: no output enters for task {task} (logits={self.logits}); reveal the task first")
+            raise ValueError(
+                f"{self.called}: no output enters for task {task} (logits={self.logits}); reveal the task first"
+            )
         if not self.needs_labels:
             return
         known = (entering & (batch.labels[:, None] == torch.arange(entering.shape[1]).to(batch.labels))).any(1)
@@ -264,7 +283,7 @@ class Estimator(ABC):
             row = int((~known).nonzero()[0])
             there = f"those of task {int(batch.task_ids[row])}: {entering[row].nonzero()[:, 0].tolist()}"
             raise ValueError(
-                f"{name}: expected labels among the outputs that enter (logits={self.logits}), {there}; "
+                f"{self.called}: expected labels among the outputs that enter (logits={self.logits}), {there}; "
                 f"got {int(batch.labels[row])}"
             )
 
@@ -380,10 +399,6 @@ class Reversed(Estimator):
     def vectors(self, logits: Tensor, labels: Tensor, noise: Tensor) -> Tensor:
         p = torch.where(logits == -torch.inf, logits, -logits).softmax(1)[:, None]
         return unit(labels[:, None], p) - p
-
-
-def _name(estimator: Estimator) -> str:
-    return type(estimator).__name__.lower()
 
 
 def unit(classes: Tensor, like: Tensor) -> Tensor:

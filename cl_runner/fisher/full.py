@@ -11,7 +11,7 @@ from cl_runner.errors import ConfigError
 from cl_runner.fisher.curvature import Curvature, Diagonal, Parameters
 from cl_runner.fisher.engine import OUTPUT_NUMBERS, wide
 from cl_runner.fisher.passes import SlicedVectors
-from cl_runner.fisher.per_sample import add_vmapped_squares, even_slices, looped_gradients, vmapped_gradients
+from cl_runner.fisher.per_sample import add_vmapped, even_slices, looped_gradients, vmapped_gradients
 from cl_runner.fisher.trial import objection, refuse_batch_dependence, refuse_dependence
 from cl_runner.models.model import Model, PretrainedView, trainable
 
@@ -154,7 +154,7 @@ class OuterProducts:
 
     def _look(self, inputs: Tensor) -> None:
         refuse_dependence(self.model, inputs)
-        if objection(self.model, inputs, add_vmapped_squares) is not None:
+        if objection(self.model, inputs, add_vmapped) is not None:
             self._gradients = looped_gradients
 
     def _receive(self, gradients: Parameters) -> None:

@@ -32,6 +32,17 @@ class Uncovered(Exception):  # noqa: N818
     """A trainable parameter is used in a way that no rule here knows."""
 
 
+class DependenceError(ValueError):
+    """A model's answer to a sample depends on the other samples of its batch, or on chance."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__(f"expected a model that answers each sample alone and always alike, got one {how}")
+
+
+class BatchStatisticsError(DependenceError):
+    """A layer normalises by the statistics of its batch."""
+
+
 class Use(ABC):
     """One call of a layer in a forward pass.
 
@@ -218,7 +229,7 @@ class Embedding(Use):
 
     def per_sample(self, gradient: Tensor) -> Parameters:
         name = self.names["weight"]
-        raise Uncovered(f"{name} is a table that is used twice")
+        raise Uncovered(f"per-sample gradients of the table {name} would be too large")
 
     def add_squares(self, gradient: Tensor, totals: Parameters) -> None:
         total = totals[self.names["weight"]]

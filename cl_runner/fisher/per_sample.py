@@ -3,6 +3,7 @@
 import math
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,6 +14,8 @@ from cl_runner.fisher.taps import ToLogits
 from cl_runner.models.model import Model, PretrainedView, trainable
 from cl_runner.models.substitute import nothing_kept, places
 
+Measure = Callable[[Tensor], Tensor]  # of each number of a gradient, with measure(a b) = measure(a) measure(b)
+
 # All gradients of one vmap call together, in numbers.
 BUDGET = 64_000_000
 # On the CPU, the largest parameter's share of them, in bytes. Much more comes afresh from the kernel at every call, and
@@ -20,16 +23,15 @@ BUDGET = 64_000_000
 CPU_BLOCK = 16_000_000
 
 
-def add_vmapped_squares(
-    model: Model | PretrainedView, totals: Parameters, inputs: Tensor, vectors: Callable[[Tensor], Tensor]
+def add_vmapped(
+    model: Model | PretrainedView,
+    totals: Parameters,
+    inputs: Tensor,
+    vectors: Callable[[Tensor], Tensor],
+    measure: Measure = torch.square,
 ) -> None:
-    """Add Σ_v (vᵀ ∂z/∂θ)², summed over `inputs`, to `totals` in place; for the arguments see `vmapped_gradients`."""
-
-    def add(gradients: Parameters) -> None:
-        for name, values in gradients.items():
-            _add_squares(totals[name], values)
-
-    vmapped_gradients(model, inputs, vectors, add)
+    """Add Σ_v measure(vᵀ ∂z/∂θ), summed over `inputs`, to `totals` in place; see `vmapped_gradients`."""
+    vmapped_gradients(model, inputs, vectors, partial(_add, totals, measure))
 
 
 def vmapped_gradients(
@@ -75,16 +77,15 @@ def vmapped_gradients(
             receive(found)
 
 
-def add_looped_squares(
-    model: Model | PretrainedView, totals: Parameters, inputs: Tensor, vectors: Callable[[Tensor], Tensor]
+def add_looped(
+    model: Model | PretrainedView,
+    totals: Parameters,
+    inputs: Tensor,
+    vectors: Callable[[Tensor], Tensor],
+    measure: Measure = torch.square,
 ) -> None:
-    """As `add_vmapped_squares`, by plain autograd, one sample and one backward pass at a time."""
-
-    def add(gradients: Parameters) -> None:
-        for name, values in gradients.items():
-            totals[name].addcmul_(values[0, 0], values[0, 0])
-
-    looped_gradients(model, inputs, vectors, add)
+    """As `add_vmapped`, by plain autograd, one sample and one backward pass at a time."""
+    looped_gradients(model, inputs, vectors, partial(_add, totals, measure))
 
 
 def looped_gradients(
@@ -133,11 +134,12 @@ def even_slices(length: int, most: int) -> Iterator[slice]:
         yield slice(start, min(start + size, length))
 
 
-def _add_squares(total: Tensor, gradients: Tensor) -> None:
-    """Add the squares of `gradients` [b, V, ...] to `total` [...]."""
-    rows = gradients.flatten(0, 1)
-    if total.device.type != "cpu":
-        total += rows.square().sum(0)
-        return
-    for row in rows:  # no temporary of the gradients' size: 0.50 against 0.66 ms a pass of an MLP
-        total.addcmul_(row, row)
+def _add(totals: Parameters, measure: Measure, gradients: Parameters) -> None:
+    """`gradients`: [b, V, ...] each."""
+    for name, values in gradients.items():
+        rows, total = values.flatten(0, 1), totals[name]
+        if measure is not torch.square or total.device.type != "cpu":
+            total += measure(rows).sum(0)
+            continue
+        for row in rows:  # no temporary of the gradients' size: 0.50 against 0.66 ms a pass of an MLP
+            total.addcmul_(row, row)

@@ -17,7 +17,16 @@ from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
 from cl_runner.fisher.convolutions import Convolution, strided
-from cl_runner.fisher.layers import Affine, Direct, Embedding, Linear, Uncovered, Use
+from cl_runner.fisher.layers import (
+    Affine,
+    BatchStatisticsError,
+    DependenceError,
+    Direct,
+    Embedding,
+    Linear,
+    Uncovered,
+    Use,
+)
 from cl_runner.models.model import Model, PretrainedView
 from cl_runner.models.substitute import nothing_kept, places
 
@@ -228,10 +237,7 @@ class _Interception(TorchFunctionMode):
     ) -> Tensor:
         standardised = id(input) in self.weights  # as some layers do with theirs
         if training and input.shape[0] == self.size and not standardised:
-            raise ValueError(
-                "the Fisher needs each sample's own gradient, and a batch norm in it takes the statistics of its "
-                "batch in eval mode too; only fisher=batched with train_mode takes it as it is"
-            )
+            raise BatchStatisticsError("in which a batch norm takes the statistics of its batch in eval mode too")
         output = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
         names = self.mine(self.named(weight=weight, bias=bias), input)
         if not names:
@@ -396,11 +402,8 @@ ATTENTION_EXTRAS = (
 )
 
 
-def _active_dropout() -> ValueError:
-    return ValueError(
-        "the Fisher needs a model that answers each sample alone and always alike, and a dropout in it stays active in "
-        "eval mode"
-    )
+def _active_dropout() -> DependenceError:
+    return DependenceError("in which a dropout stays active in eval mode")
 
 
 def _tensors(values: Sequence[Any]) -> list[Tensor]:

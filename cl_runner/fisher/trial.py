@@ -2,17 +2,17 @@
 
 import logging
 import math
-from functools import lru_cache, partial
+from collections.abc import Callable
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
-from cl_runner.fisher.kernels import Precision
-from cl_runner.fisher.layers import Uncovered
+from cl_runner.fisher.layers import BatchStatisticsError, DependenceError, Uncovered
 from cl_runner.fisher.passes import AddsSquares, add_tapped_squares, zeros
-from cl_runner.fisher.per_sample import add_looped_squares, add_vmapped_squares
+from cl_runner.fisher.per_sample import add_looped, add_vmapped
 from cl_runner.models.model import Model, PretrainedView
 
 log = logging.getLogger("cl_runner")
@@ -23,23 +23,24 @@ SAME = 1e-2  # how far logits of the same image may be from each other
 
 
 def way_for(
-    model: Model | PretrainedView, inputs: Tensor, precision: Precision, reason: str | None = None
-) -> AddsSquares:
-    """How this model's squares are computed: the fastest way that agrees with plain autograd on two images.
+    model: Model | PretrainedView, inputs: Tensor, tapped: Callable[..., None], reason: str | None = None
+) -> Callable[..., None]:
+    """The fastest way to sum this model's per-sample gradients whose squares agree with plain autograd's on two images:
+    `tapped`, `add_vmapped` or `add_looped`.
 
-    `reason`: why it is not to be by taps, where that is known already.
+    `reason`: why it cannot be `tapped`, where that is known already.
     """
     pair = inputs[[0, -1]]
-    reason = reason or objection(model, pair)
+    reason = reason or objection(model, pair, tapped)
     if reason is None:
-        return partial(add_tapped_squares, precision=precision)
+        return tapped
     refuse_dependence(model, pair)
-    further = objection(model, pair, add_vmapped_squares)
+    further = objection(model, pair, add_vmapped)
     if further is None:
         _say_once("by vmap, which is slower", reason)
-        return add_vmapped_squares
+        return add_vmapped
     _say_once("sample by sample, which is much slower", f"{reason}; by vmap, {further}")
-    return add_looped_squares
+    return add_looped
 
 
 # What a model's own code raises where it does not bear what stands between it and plain autograd.
@@ -51,11 +52,11 @@ def objection(model: Model | PretrainedView, inputs: Tensor, way: AddsSquares = 
     found, expected = zeros(model), zeros(model)
     generator = torch.Generator().manual_seed(0)
     vectors = torch.randn(len(inputs), 1, model.head.out_features, generator=generator).to(inputs)
-    add_looped_squares(model, expected, inputs, lambda _: vectors)
+    add_looped(model, expected, inputs, lambda _: vectors)
     sums = {name: float(values.sum()) for name, values in expected.items()}
     for name, values in sums.items():
         if not math.isfinite(values):
-            raise ValueError(f"the Fisher needs finite gradients, and those of {name} are not: the model has diverged")
+            raise ValueError(f"expected finite gradients, got others for {name}: the model has diverged")
     try:
         way(model, found, inputs, lambda _: vectors)
     except Uncovered as uncovered:
@@ -76,29 +77,23 @@ def objection(model: Model | PretrainedView, inputs: Tensor, way: AddsSquares = 
 
 @lru_cache
 def _say_once(way: str, reason: str) -> None:
-    log.warning("the Fisher of this model is computed %s: %s", way, reason)
+    log.warning("per-sample gradients of this model are computed %s: %s", way, reason)
 
 
 def refuse_batch_dependence(model: nn.Module) -> None:
-    """Raises ValueError for a layer that, in eval mode, still looks at the whole batch, or draws."""
+    """Raises DependenceError for a layer that, in eval mode, still looks at the whole batch, or draws."""
     for name, module in model.named_modules():
         kind = type(module).__name__
         if isinstance(module, _NormBase) and "Batch" in kind and (module.training or module.running_mean is None):
-            raise ValueError(
-                f"the Fisher needs each sample's own gradient, and {name} ({kind}) normalises by the statistics of its "
-                "batch; only fisher=batched with train_mode takes it as it is"
-            )
+            raise BatchStatisticsError(f"in which {name} ({kind}) normalises by the statistics of its batch")
         if isinstance(module, _DropoutNd) and module.training and module.p > 0:
-            raise ValueError(f"the Fisher needs one answer a sample, and {name} ({kind}) drops out in eval mode too")
+            raise DependenceError(f"in which {name} ({kind}) drops out in eval mode too")
 
 
 def refuse_dependence(model: Model | PretrainedView, inputs: Tensor) -> None:
-    """Raises ValueError where the logits of `inputs` [B, C, H, W] depend on who else is in the batch, or on chance."""
+    """Raises DependenceError where logits of `inputs` [B, C, H, W] depend on the rest of the batch, or on chance."""
     with torch.no_grad():
         together = model.encode(inputs).logits
         alone = torch.cat([model.encode(image).logits for image in inputs.split(1)])
     if float((together - alone).norm()) > SAME * float(alone.norm()):
-        raise ValueError(
-            "the Fisher needs each sample's own gradient, and in eval mode too this model's answer depends on "
-            "the other samples of its batch, or on chance"
-        )
+        raise DependenceError("whose answer, in eval mode too, depends on the other samples of its batch or on chance")

@@ -18,7 +18,7 @@ from cl_runner.fisher.engine import undisturbed
 from cl_runner.fisher.estimators import Empirical, Estimator, Exact, Probe
 from cl_runner.fisher.magnitudes import Magnitudes
 from cl_runner.fisher.passes import add_tapped_squares
-from cl_runner.fisher.per_sample import add_looped_squares, add_vmapped_squares
+from cl_runner.fisher.per_sample import add_looped, add_vmapped
 from cl_runner.fisher.taps import Taps
 from cl_runner.fisher.trial import objection
 from cl_runner.models.model import Model
@@ -70,11 +70,11 @@ def attention_with_dropout(x: Tensor) -> Tensor:
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "batch norm without statistics": (
         lambda: sequence(nn.BatchNorm1d(FEATURES, track_running_stats=False)),
-        r"backbone\.2 \(BatchNorm1d\) normalises by the statistics of its batch; only fisher=batched",
+        r"backbone\.2 \(BatchNorm1d\) normalises by the statistics of its batch",
     ),
     "batch norm in train mode": (
         lambda: sequence(AlwaysTraining(nn.BatchNorm1d(FEATURES))),
-        r"backbone\.2\.layer \(BatchNorm1d\) normalises by the statistics of its batch; only fisher=batched",
+        r"backbone\.2\.layer \(BatchNorm1d\) normalises by the statistics of its batch",
     ),
     "dropout in train mode": (
         lambda: sequence(AlwaysTraining(nn.Dropout(0.5))),
@@ -82,12 +82,12 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     ),
     "batch norm by its function": (
         lambda: Function(lambda x: F.batch_norm(x, None, None, training=True) if len(x) > 1 else x),
-        "a batch norm in it takes the statistics of its batch in eval mode too",
+        "in which a batch norm takes the statistics of its batch in eval mode too",
     ),
-    "dropout by its function": (lambda: Function(F.dropout), "a dropout in it stays active in eval mode"),
+    "dropout by its function": (lambda: Function(F.dropout), "in which a dropout stays active in eval mode"),
     "alpha dropout by its function": (
         lambda: Function(lambda x: F.alpha_dropout(x, training=True)),
-        "a dropout in it stays active in eval mode",
+        "in which a dropout stays active in eval mode",
     ),
     "dropout in attention": (lambda: Function(attention_with_dropout), "depends on .* or on chance"),
     "noise": (lambda: Function(lambda x: x * torch.rand_like(x)), "depends on .* or on chance"),
@@ -108,7 +108,7 @@ def test_layers_that_leave_samples_to_themselves_in_eval_mode_are_not_refused(la
     trial.refuse_batch_dependence(model(sequence(layer)).eval())
 
 
-@pytest.mark.parametrize("way", [add_vmapped_squares, add_looped_squares])
+@pytest.mark.parametrize("way", [add_vmapped, add_looped])
 @pytest.mark.parametrize("name", [*BACKBONES, *UNCOVERED])
 def test_what_the_taps_fall_back_on_is_the_definition_too(
     name: str, way: Callable[..., None], monkeypatch: pytest.MonkeyPatch
@@ -120,7 +120,7 @@ def test_what_the_taps_fall_back_on_is_the_definition_too(
     assert distance(found, reference.exact(subject, data)) < 1e-10
 
 
-@pytest.mark.parametrize("way", [add_tapped_squares, add_vmapped_squares, add_looped_squares])
+@pytest.mark.parametrize("way", [add_tapped_squares, add_vmapped, add_looped])
 @pytest.mark.parametrize("name", ["conv", "groups", "depthwise", "batch norm"])
 def test_channels_last_changes_nothing(name: str, way: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
     subject, data = model(name), examples(5)
@@ -287,6 +287,19 @@ def test_magnitudes_of_a_model_that_leaves_the_rules_in_a_later_batch_do_not_dep
     assert distance(found, alone) < 1e-10
 
 
+def test_magnitudes_that_the_taps_do_not_cover_are_said_to_be_slow(caplog: pytest.LogCaptureFixture) -> None:
+    Magnitudes()(model("looked up once"), examples())
+    (said,) = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert said.startswith("per-sample gradients of this model are computed by vmap, which is slower")
+
+
+def test_a_task_that_magnitudes_cannot_see_is_named_after_the_strategy() -> None:
+    subject = model()
+    subject.visible[1] = False
+    with pytest.raises(ValueError, match="^strategy=mas: no output enters for task 1"):
+        Magnitudes()(subject, examples())
+
+
 def test_kronecker_refuses_a_model_that_leaves_the_rules_in_a_later_batch() -> None:
     with pytest.raises(ConfigError, match=r"fisher\.representation: expected diagonal or full for this model, since"):
         Probe(batch_size=4, representation="ekfac")(model(Undecided()), darkened(6))
@@ -307,7 +320,7 @@ class Overflowing(nn.Module):
 @pytest.mark.parametrize("representation", ["diagonal", "ekfac", "full"])
 def test_a_fisher_that_is_not_finite_is_named(representation: Any) -> None:
     estimator = Probe(batch_size=4, representation=representation)
-    with pytest.raises(ValueError, match=r"the Fisher of [a-z.]+ is not finite: the model has diverged"):
+    with pytest.raises(ValueError, match=r"the estimate for [a-z.]+ is not finite: the model has diverged"):
         estimator.estimate(model(Overflowing()), darkened(6))
 
 
@@ -315,7 +328,7 @@ def test_a_model_that_has_diverged_is_said_so() -> None:
     subject = model("mlp")
     with torch.no_grad():
         subject.head.weight[0, 0] = torch.nan
-    with pytest.raises(ValueError, match=r"those of backbone\.1\.weight are not: the model has diverged"):
+    with pytest.raises(ValueError, match=r"got others for backbone\.1\.weight: the model has diverged"):
         Probe()(subject, examples())
 
 
@@ -339,8 +352,17 @@ def test_training_in_tf32_leaves_the_fisher_in_full_precision() -> None:
 @pytest.mark.parametrize("name", REFUSED)
 def test_the_check_before_training_refuses_what_a_pass_would(name: str) -> None:
     build, message = REFUSED[name]
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError, match=message) as refusal:
         Probe().check(model(build()), (CHANNELS, SIDE, SIDE))
+    assert ("; only fisher=batched" in str(refusal.value)) == name.startswith("batch norm")
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_magnitudes_refuse_it_without_a_word_of_a_fisher(name: str) -> None:
+    build, message = REFUSED[name]
+    with pytest.raises(ConfigError, match=f"^strategy: expected a model .*{message}") as refusal:
+        Magnitudes().check(model(build()), (CHANNELS, SIDE, SIDE))
+    assert "fisher" not in str(refusal.value).lower()
 
 
 @pytest.mark.parametrize("representation", ["diagonal", "ekfac", "full"])

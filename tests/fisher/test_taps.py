@@ -464,7 +464,7 @@ def test_a_model_that_the_taps_do_not_cover_is_left_to_vmap_with_a_reason(
     build, reason = UNCOVERED[name]
     assert error(model(build())) < 1e-10
     (said,) = warned(caplog)
-    assert said == f"the Fisher of this model is computed by vmap, which is slower: {reason}"
+    assert said == f"per-sample gradients of this model are computed by vmap, which is slower: {reason}"
 
 
 @pytest.mark.parametrize("name", HARD)
@@ -474,7 +474,9 @@ def test_a_model_that_neither_covers_is_left_to_a_loop_with_both_reasons(
     build, reason = HARD[name]
     assert error(model(build())) < 1e-10
     (said,) = warned(caplog)
-    assert said.startswith(f"the Fisher of this model is computed sample by sample, which is much slower: {reason}")
+    assert said.startswith(
+        f"per-sample gradients of this model are computed sample by sample, which is much slower: {reason}"
+    )
     assert "; by vmap, " in said
 
 
