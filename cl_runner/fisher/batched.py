@@ -71,7 +71,7 @@ class Batched(Estimator):
         model.preprocess.train(self.augment)
         parameters = trainable(model)
         squares = {name: torch.zeros_like(p, requires_grad=False) for name, p in parameters.items()}
-        batches = list(self._batches(prepared))
+        batches = list(self._in_batches(prepared))
         with _own_generators(self.seed_for(prepared), model.device):
             for batch in batches:
                 gradients = self._gradients(model, list(parameters.values()), batch.to(model.device))
@@ -82,7 +82,7 @@ class Batched(Estimator):
         values = {name: (total / len(batches)).clamp(max=most) for name, total in squares.items()}
         return Diagonal(values), len(prepared)
 
-    def _batches(self, examples: Examples) -> Iterator[Examples]:
+    def _in_batches(self, examples: Examples) -> Iterator[Examples]:
         alone = self.train_mode and len(examples) > 1 and len(examples) % self.batch_size == 1
         last = len(examples) - self.batch_size - 1 if alone else len(examples)
         yield from examples[:last].batches(self.batch_size)

@@ -10,9 +10,9 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
-from typing import ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -140,15 +140,8 @@ class Estimator(ABC):
         if not self.needs_labels:
             return replace(self, num_samples=self.pretrained_samples)
         log.info("%s needs true labels; the pretrained head has none, so probe takes its place", self.called)
-        return Probe(
-            num_samples=self.pretrained_samples,
-            pretrained_samples=self.pretrained_samples,
-            batch_size=self.batch_size,
-            logits=self.logits,
-            seed=self.seed,
-            precision=self.precision,
-            representation=self.representation,
-        )
+        shared: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(Estimator)}
+        return replace(Probe(**shared), num_samples=self.pretrained_samples)
 
     def __call__(self, model: Model | PretrainedView, examples: Examples) -> Curvature:
         """The Fisher of every trainable parameter, by the model's own names.
