@@ -7,6 +7,8 @@ from typing import Protocol, Self
 import torch
 from torch import Tensor
 
+from cl_runner.models.heads import per_row
+
 Parameters = dict[str, Tensor]  # by the names of `named_parameters()`
 
 
@@ -82,7 +84,7 @@ class Diagonal:
         return Diagonal({name: values for name, values in self.values.items() if name in names})
 
     def only_rows(self, rows: dict[str, Tensor]) -> "Diagonal":
-        kept = {name: rows[name].view(-1, *[1] * (self.values[name].dim() - 1)) for name in rows if name in self.values}
+        kept = {name: per_row(mask, self.values[name]) for name, mask in rows.items() if name in self.values}
         return Diagonal(self.values | {name: self.values[name] * mask for name, mask in kept.items()})
 
     def merged(

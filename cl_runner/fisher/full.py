@@ -13,6 +13,7 @@ from cl_runner.fisher.engine import OUTPUT_NUMBERS, wide
 from cl_runner.fisher.passes import SlicedVectors
 from cl_runner.fisher.per_sample import add_vmapped, even_slices, looped_gradients, vmapped_gradients
 from cl_runner.fisher.trial import objection, refuse_batch_dependence, refuse_dependence
+from cl_runner.models.heads import per_row
 from cl_runner.models.model import Model, PretrainedView, trainable
 
 LIMIT = 20_000  # parameters: their matrix takes 3.2 GB
@@ -61,7 +62,7 @@ class Full:
     def only_rows(self, rows: dict[str, Tensor]) -> "Full":
         masks = {name: self.matrix.new_ones(shape) for name, shape in self.shapes.items()}
         for name in masks.keys() & rows.keys():
-            masks[name] *= rows[name].view(-1, *[1] * (masks[name].dim() - 1))
+            masks[name] *= per_row(rows[name], masks[name])
         mask = self._flat(masks)
         return Full(self.matrix * mask * mask[:, None], self.shapes)
 

@@ -39,6 +39,7 @@ from cl_runner.fisher.per_sample import even_slices
 from cl_runner.fisher.products import CACHE, ROOM, slices
 from cl_runner.fisher.taps import Taps
 from cl_runner.fisher.trial import objection, refuse_batch_dependence
+from cl_runner.models.heads import per_row
 from cl_runner.models.model import Model, PretrainedView, trainable
 
 HELD = 1 << 27  # numbers in all layers' inputs, at all positions, that are held at a time
@@ -135,7 +136,7 @@ class Block:
             return self
         masks = {name: self.matrix.inputs.new_ones(shape) for name, shape in self.shapes.items()}
         for name in masks.keys() & rows.keys():
-            masks[name] *= rows[name].view(-1, *[1] * (masks[name].dim() - 1))
+            masks[name] *= per_row(rows[name], masks[name])
         return replace(self, kept=self._masked(self._joined(masks)))
 
     def _masked(self, values: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 from cl_runner.errors import ConfigError
 from cl_runner.fisher.curvature import Parameters
 from cl_runner.models.architecture import Architecture
+from cl_runner.models.heads import per_row
 from cl_runner.models.model import Model, trainable
 
 Source = Literal["auto", "previous", "pretrained", "both"]
@@ -54,7 +55,7 @@ class Anchor:
         delta = {name: live[name] - value for name, value in self.weights.items()}
         for name in delta.keys() & {"head.weight", "head.bias"}:
             # A product, not an index: selecting rows by a mask would wait for the device.
-            delta[name] = delta[name] * (self.rows[:, None] if name == "head.weight" else self.rows)
+            delta[name] = delta[name] * per_row(self.rows, delta[name])
         return delta
 
 
