@@ -69,6 +69,7 @@ class Diagonal:
         if not self.values:
             return {}
         moved = [delta[name] for name in self.values]
+        # By their overloads, here and elsewhere: torch does not export its `_foreach_*` to type checkers.
         return dict(zip(self.values, torch.ops.aten._foreach_mul.List(list(self.values.values()), moved), strict=True))
 
     def plus(self, other: "Diagonal", weight: float = 1.0) -> "Diagonal":
