@@ -1,4 +1,4 @@
-"""Mean magnitudes of per-sample gradients, where a Fisher has their squares."""
+"""Mean magnitudes of per-sample gradients, where a Fisher takes their squares."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -22,15 +22,15 @@ from cl_runner.models.model import Model, PretrainedView
 
 @dataclass(kw_only=True)
 class Magnitudes(Estimator):
-    """How far each weight moves the outputs: the mean of |∂‖z‖²/∂θ| over samples, z the outputs that enter (Aljundi et
-    al., 2018, https://arxiv.org/abs/1711.09601, eq. 2 and 3). Not a Fisher.
+    """How much each weight moves the outputs: the mean of |∂‖z‖²/∂θ| over samples, z the active logits (Aljundi et al.,
+    2018, https://arxiv.org/abs/1711.09601, eq. 2 and 3). Not a Fisher.
 
-    The mean is of each sample's own magnitude; that of a batch's mean gradient, which much code takes, would shrink as
-    the batch grows.
+    The mean is over each sample's own magnitude; the magnitude of a batch's mean gradient, which much code takes, would
+    shrink as the batch grows.
     """
 
     def __post_init__(self) -> None:
-        """Raises ConfigError for what has no meaning here."""
+        """Raises ConfigError for settings that have no meaning here."""
         for field, only in (("precision", "fp32"), ("representation", "diagonal")):
             if (value := getattr(self, field)) != only:
                 raise ConfigError(f"fisher.{field}", f"expected {only} for magnitudes, got {value}")
@@ -40,7 +40,7 @@ class Magnitudes(Estimator):
         return "strategy=mas"
 
     def check(self, model: Model | PretrainedView, image_shape: tuple[int, ...]) -> None:
-        """As `Estimator.check`, without advice on the choice of a Fisher: there is none."""
+        """As `Estimator.check`, but without advice on the choice of a Fisher, since there is none."""
         try:
             self._try_out(model, image_shape)
         except ValueError as error:
@@ -80,7 +80,7 @@ def add_tapped(
 
     def receive(use: Use, gradient: Tensor) -> None:
         if isinstance(use, Linear) and use.inputs.dim() == 2 and shared.isdisjoint(use.names.values()):
-            # An outer product's magnitudes are those of its factors, so no sample's is ever made.
+            # The magnitudes of an outer product are products of magnitudes: no per-sample gradient is ever formed.
             if "weight" in use.names:
                 total = totals[use.names["weight"]]
                 total += (measure(gradient).T @ measure(use.inputs)).view_as(total)
@@ -89,7 +89,7 @@ def add_tapped(
             return
         for name, values in use.per_sample(gradient).items():
             flat = values.flatten(1)
-            if name in shared:  # the calls of a layer are one gradient
+            if name in shared:  # its calls add up to one gradient
                 summed[name] = summed[name] + flat if name in summed else flat
             else:
                 totals[name] += measure(flat).sum(0).view_as(totals[name])

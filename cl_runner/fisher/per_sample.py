@@ -1,4 +1,4 @@
-"""Per-sample gradients for models that the taps do not cover: by `torch.func`, or else, for any model, by a loop."""
+"""Per-sample gradients for models that the taps do not cover: by `torch.func`, or by a loop, which takes any model."""
 
 import math
 import warnings
@@ -14,12 +14,13 @@ from cl_runner.fisher.taps import ToLogits
 from cl_runner.models.model import Model, PretrainedView, trainable
 from cl_runner.models.substitute import nothing_kept, places
 
-Measure = Callable[[Tensor], Tensor]  # of each number of a gradient, with measure(a b) = measure(a) measure(b)
+Measure = Callable[[Tensor], Tensor]  # elementwise, with measure(a b) = measure(a) measure(b)
 
-# All gradients of one vmap call together, in numbers.
+# Numbers in all gradients of one vmap call together.
 BUDGET = 64_000_000
-# On the CPU, the largest parameter's share of them, in bytes. Much more comes afresh from the kernel at every call, and
-# the page faults cost more than the arithmetic: a pass of an MLP 0.45 against 1.04 ms, of a ResNet-18 31 against 68.
+# On the CPU, bytes for the largest parameter's gradients. Larger blocks are newly mapped by the operating system at
+# every call, and page faults cost more than arithmetic: 0.45 against 1.04 ms per pass of an MLP, 31 against 68 of a
+# ResNet-18.
 CPU_BLOCK = 16_000_000
 
 
@@ -40,10 +41,10 @@ def vmapped_gradients(
     vectors: Callable[[Tensor], Tensor],
     receive: Callable[[Parameters], None],
 ) -> None:
-    """Hand vᵀ ∂z/∂θ to `receive` for every sample, vector and trainable parameter: [b, V, ...] at a time, by name.
+    """Pass vᵀ ∂z/∂θ to `receive` for every sample, vector and trainable parameter: by name, [b, V, ...] at a time.
 
-    One forward a sample, shared by all its backwards, under `vmap`. What is handed out may not be written to: vmap's
-    results may alias.
+    Under `vmap`, one forward pass per sample serves all its backward passes. `receive` must not write to its argument:
+    vmap's results may alias.
 
     Args:
         inputs: [B, C, H, W] float, preprocessed.
@@ -61,7 +62,7 @@ def vmapped_gradients(
     most = _most_gradients(parameters)
 
     def gradients(image: Tensor, outputs: Tensor) -> Parameters:
-        """Of one sample: `image` [C, H, W], `outputs` [V, K] -> [V, ...] for every parameter."""
+        """For one sample, `image` [C, H, W], `outputs` [V, K] -> [V, ...] for every parameter."""
 
         def answer(values: Parameters) -> Tensor:
             placed = {place: values[name] for place, name in places_of.items()}
@@ -94,11 +95,11 @@ def looped_gradients(
     vectors: Callable[[Tensor], Tensor],
     receive: Callable[[Parameters], None],
 ) -> None:
-    """As `vmapped_gradients`, by plain autograd: of one sample and one vector at a time, those that are not zero."""
+    """As `vmapped_gradients`, by plain autograd: one sample and one vector at a time, leaving out zero gradients."""
     parameters = trainable(model)
     with torch.no_grad():
         all_vectors = vectors(model.encode(inputs).logits)
-    # Not `image[None]`, whose strides lead PyTorch to wrong gradients of grouped convolutions in channels_last.
+    # Not `image[None]`: with its strides, PyTorch gets gradients of grouped convolutions in channels_last wrong.
     for image, some in zip(inputs.split(1), all_vectors, strict=True):
         with torch.enable_grad(), nothing_kept(model):
             logits = model.encode(image).logits
@@ -112,7 +113,7 @@ def looped_gradients(
 
 def _vmapped(gradients: Callable[[Tensor, Tensor], Parameters], inputs: Tensor, vectors: Tensor) -> Parameters:
     with warnings.catch_warnings():
-        # Pooling of channels_last images has no batching rule in vmap: slower, no less right, nothing a user can help.
+        # Pooling of channels_last images has no batching rule in vmap: slower, but correct, and no user can help it.
         warnings.filterwarnings("ignore", "There is a performance drop")
         return vmap(gradients)(inputs, vectors)
 
@@ -128,18 +129,18 @@ def _most_gradients(parameters: Parameters) -> int:
 
 
 def even_slices(length: int, most: int) -> Iterator[slice]:
-    """As few slices as can be, none longer than `most`, as equal as can be."""
+    """The fewest slices none of which is longer than `most`, as equal as possible."""
     size = math.ceil(length / math.ceil(length / most))
     for start in range(0, length, size):
         yield slice(start, min(start + size, length))
 
 
 def _add(totals: Parameters, measure: Measure, gradients: Parameters) -> None:
-    """`gradients`: [b, V, ...] each."""
+    """Add `gradients`, [b, V, ...] each, to `totals`."""
     for name, values in gradients.items():
         rows, total = values.flatten(0, 1), totals[name]
         if measure is not torch.square or total.device.type != "cpu":
             total += measure(rows).sum(0)
             continue
-        for row in rows:  # no temporary of the gradients' size: 0.50 against 0.66 ms a pass of an MLP
+        for row in rows:  # without a temporary of the gradients' size: 0.50 against 0.66 ms per pass of an MLP
             total.addcmul_(row, row)

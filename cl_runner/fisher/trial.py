@@ -1,4 +1,4 @@
-"""Which way a model's squared gradients are computed: the fastest that agrees with plain autograd on two images."""
+"""How a model's per-sample gradients are computed: the fastest way that agrees with plain autograd on two images."""
 
 import logging
 import math
@@ -17,9 +17,9 @@ from cl_runner.models.model import Model, PretrainedView
 
 log = logging.getLogger("cl_runner")
 
-ALIKE = 1e-3  # how far squares may be from autograd's, on two images, in relation to their norm
-NOISE = 1e-6  # ... and in relation to the largest norm in the same module
-SAME = 1e-2  # how far logits of the same image may be from each other
+ALIKE = 1e-3  # how far squares may be from autograd's on two images, relative to their norm
+NOISE = 1e-6  # ... plus this, relative to the largest norm in the same module
+SAME = 1e-2  # how far two logits of the same image may be apart, relative to their norm
 
 
 def way_for(
@@ -43,12 +43,12 @@ def way_for(
     return add_looped
 
 
-# What a model's own code raises where it does not bear what stands between it and plain autograd.
+# What a model's own code may raise when something other than plain autograd runs it.
 FAILURES = (RuntimeError, TypeError, IndexError)
 
 
 def objection(model: Model | PretrainedView, inputs: Tensor, way: AddsSquares = add_tapped_squares) -> str | None:
-    """Why `way` does not serve this model, if it does not: it is compared with plain autograd on `inputs`."""
+    """Why `way` does not work for this model, or None if it agrees with plain autograd on `inputs`."""
     found, expected = zeros(model), zeros(model)
     generator = torch.Generator().manual_seed(0)
     vectors = torch.randn(len(inputs), 1, model.head.out_features, generator=generator).to(inputs)
@@ -65,8 +65,8 @@ def objection(model: Model | PretrainedView, inputs: Tensor, way: AddsSquares = 
         return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
     norms = {name: float(values.norm()) for name, values in expected.items()}
     for name, values in expected.items():
-        # A gradient that is zero but for rounding, as that of an attention's key bias, says nothing by itself. It is
-        # told by its own module's others: a whole block can have tiny gradients, behind a layer's small scale.
+        # A gradient that is zero but for rounding, such as that of an attention's key bias, says nothing. It is
+        # recognised within its own module, since behind a small layer scale a whole block can have tiny gradients.
         module = name.rpartition(".")[0]
         noise = NOISE * max(norm for other, norm in norms.items() if other.rpartition(".")[0] == module)
         missing = sums[name] > 0 and not found[name].any()
@@ -81,7 +81,7 @@ def _say_once(way: str, reason: str) -> None:
 
 
 def refuse_batch_dependence(model: nn.Module) -> None:
-    """Raises DependenceError for a layer that, in eval mode, still looks at the whole batch, or draws."""
+    """Raises DependenceError for a layer that even in eval mode depends on the whole batch, or on chance."""
     for name, module in model.named_modules():
         kind = type(module).__name__
         if isinstance(module, _NormBase) and "Batch" in kind and (module.training or module.running_mean is None):
