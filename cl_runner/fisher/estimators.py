@@ -268,7 +268,7 @@ class Estimator(ABC):
         if blind.any():
             task = int(batch.task_ids[blind][0])
             raise ValueError(
-                f"{self.called}: no output enters for task {task} (logits={self.logits}); reveal the task first"
+                f"{self.called}: no output is active for task {task} (logits={self.logits}); reveal the task first"
             )
         if not self.needs_labels:
             return
@@ -277,7 +277,7 @@ class Estimator(ABC):
             row = int((~known).nonzero()[0])
             there = f"those of task {int(batch.task_ids[row])}: {entering[row].nonzero()[:, 0].tolist()}"
             raise ValueError(
-                f"{self.called}: expected labels among the outputs that enter (logits={self.logits}), {there}; "
+                f"{self.called}: expected labels among the active outputs (logits={self.logits}), {there}; "
                 f"got {int(batch.labels[row])}"
             )
 

@@ -192,7 +192,7 @@ class _Interception(TorchFunctionMode):
 
     def mine(self, names: dict[str, str], inputs: Tensor) -> dict[str, str]:
         if names and (inputs.dim() < 2 or inputs.shape[0] != self.size):
-            raise Uncovered(f"{next(iter(names.values()))} is used on inputs whose first axis is not the samples'")
+            raise Uncovered(f"{next(iter(names.values()))} is used on inputs without the samples as first axis")
         return names
 
     def linear(self, inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -217,7 +217,7 @@ class _Interception(TorchFunctionMode):
             return output
         axes = CONVOLUTIONS[func]
         if input.dim() != axes + 2:
-            raise Uncovered(f"{next(iter(names.values()))} is used on a convolution's input without samples")
+            raise Uncovered(f"{next(iter(names.values()))} is used in a convolution over a single, unbatched input")
         try:
             call = strided(weight, axes, stride, padding, dilation, groups)
         except Uncovered as uncovered:
@@ -237,7 +237,7 @@ class _Interception(TorchFunctionMode):
     ) -> Tensor:
         standardised = id(input) in self.weights  # some layers normalise their own weight this way
         if training and input.shape[0] == self.size and not standardised:
-            raise BatchStatisticsError("in which a batch norm takes the statistics of its batch in eval mode too")
+            raise BatchStatisticsError("in which a batch norm uses the statistics of its batch even in eval mode")
         output = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
         names = self.mine(self.named(weight=weight, bias=bias), input)
         if not names:
@@ -300,7 +300,7 @@ class _Interception(TorchFunctionMode):
         if not names:
             return output
         if max_norm is not None or scale_grad_by_freq or input.dim() == 0 or input.shape[0] != self.size:
-            raise Uncovered(f"{names['weight']} is looked up in a way that has no rule")
+            raise Uncovered(f"{names['weight']} is looked up in a way that no rule covers")
         padding = padding_idx if padding_idx is None else padding_idx % len(weight)
         return self.taps.on(output, Embedding(names, input, padding))
 
@@ -356,7 +356,7 @@ class _Interception(TorchFunctionMode):
         """A token expanded to one per sample, and tapped as such."""
         name = self.names[id(parameter)]
         if result.shape != (self.size, *parameter.shape[1:]):
-            raise Uncovered(f"{name} is expanded along other axes than the samples'")
+            raise Uncovered(f"{name} is expanded along an axis other than the samples'")
         return self.taps.on(result, Direct({"values": name}, parameter))
 
     def broadcast(self, value: Any, operands: Sequence[Any]) -> Any:
@@ -368,7 +368,7 @@ class _Interception(TorchFunctionMode):
         batch = [operand for operand in operands if isinstance(operand, Tensor) and id(operand) not in self.names]
         own = (1,) * (axes - value.dim()) + tuple(value.shape)
         if not any(x.dim() == axes and x.shape[0] == self.size for x in batch) or own[0] != 1 or len(own) < 2:
-            raise Uncovered(f"{name} is used in arithmetic that has no samples")
+            raise Uncovered(f"{name} is used in arithmetic without the samples")
         return self.taps.on(value.view(own).expand(self.size, *own[1:]), Direct({"values": name}, value))
 
 

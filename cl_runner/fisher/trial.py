@@ -56,7 +56,7 @@ def objection(model: Model | PretrainedView, inputs: Tensor, way: AddsSquares = 
     sums = {name: float(values.sum()) for name, values in expected.items()}
     for name, values in sums.items():
         if not math.isfinite(values):
-            raise ValueError(f"expected finite gradients, got others for {name}: the model has diverged")
+            raise ValueError(f"expected finite gradients, got non-finite ones for {name}: the model has diverged")
     try:
         way(model, found, inputs, lambda _: vectors)
     except Uncovered as uncovered:
@@ -71,7 +71,7 @@ def objection(model: Model | PretrainedView, inputs: Tensor, way: AddsSquares = 
         noise = NOISE * max(norm for other, norm in norms.items() if other.rpartition(".")[0] == module)
         missing = sums[name] > 0 and not found[name].any()
         if missing or not float(found[name].sub_(values).norm()) <= ALIKE * norms[name] + noise:
-            return f"{name} takes part in a way that has no rule"
+            return f"{name} is used in a way that no rule covers"
     return None
 
 
@@ -87,7 +87,7 @@ def refuse_batch_dependence(model: nn.Module) -> None:
         if isinstance(module, _NormBase) and "Batch" in kind and (module.training or module.running_mean is None):
             raise BatchStatisticsError(f"in which {name} ({kind}) normalises by the statistics of its batch")
         if isinstance(module, _DropoutNd) and module.training and module.p > 0:
-            raise DependenceError(f"in which {name} ({kind}) drops out in eval mode too")
+            raise DependenceError(f"in which {name} ({kind}) stays active in eval mode")
 
 
 def refuse_dependence(model: Model | PretrainedView, inputs: Tensor) -> None:
@@ -96,4 +96,4 @@ def refuse_dependence(model: Model | PretrainedView, inputs: Tensor) -> None:
         together = model.encode(inputs).logits
         alone = torch.cat([model.encode(image).logits for image in inputs.split(1)])
     if float((together - alone).norm()) > SAME * float(alone.norm()):
-        raise DependenceError("whose answer, in eval mode too, depends on the other samples of its batch or on chance")
+        raise DependenceError("whose answer depends on the other samples of its batch or on chance, even in eval mode")

@@ -78,11 +78,11 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     ),
     "dropout in train mode": (
         lambda: sequence(AlwaysTraining(nn.Dropout(0.5))),
-        r"backbone\.2\.layer \(Dropout\) drops out in eval mode too",
+        r"backbone\.2\.layer \(Dropout\) stays active in eval mode",
     ),
     "batch norm by its function": (
         lambda: Function(lambda x: F.batch_norm(x, None, None, training=True) if len(x) > 1 else x),
-        "in which a batch norm takes the statistics of its batch in eval mode too",
+        "in which a batch norm uses the statistics of its batch even in eval mode",
     ),
     "dropout by its function": (lambda: Function(F.dropout), "in which a dropout stays active in eval mode"),
     "alpha dropout by its function": (
@@ -221,7 +221,7 @@ def test_a_rule_that_is_wrong_is_found_out_and_not_used(
     monkeypatch.setattr(kind, "add_squares", wrong)
     assert distance(Probe()(subject, data), of_definition(subject, data)) < 1e-10
     (said,) = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
-    assert said.endswith(f"by vmap, which is slower: {parameter} takes part in a way that has no rule")
+    assert said.endswith(f"by vmap, which is slower: {parameter} is used in a way that no rule covers")
 
 
 def of_definition(subject: Model, data: Examples) -> Diagonal:
@@ -296,7 +296,7 @@ def test_magnitudes_that_the_taps_do_not_cover_are_said_to_be_slow(caplog: pytes
 def test_a_task_that_magnitudes_cannot_see_is_named_after_the_strategy() -> None:
     subject = model()
     subject.visible[1] = False
-    with pytest.raises(ValueError, match="^strategy=mas: no output enters for task 1"):
+    with pytest.raises(ValueError, match="^strategy=mas: no output is active for task 1"):
         Magnitudes()(subject, examples())
 
 
@@ -328,7 +328,7 @@ def test_a_model_that_has_diverged_is_said_so() -> None:
     subject = model("mlp")
     with torch.no_grad():
         subject.head.weight[0, 0] = torch.nan
-    with pytest.raises(ValueError, match=r"got others for backbone\.1\.weight: the model has diverged"):
+    with pytest.raises(ValueError, match=r"got non-finite ones for backbone\.1\.weight: the model has diverged"):
         Probe()(subject, examples())
 
 

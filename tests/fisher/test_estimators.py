@@ -382,7 +382,7 @@ def test_labels_are_not_looked_at_where_none_are_needed(name: str) -> None:
 def test_a_task_that_is_not_revealed_is_refused() -> None:
     subject = model()
     subject.visible[1] = False
-    with pytest.raises(ValueError, match="no output enters for task 1"):
+    with pytest.raises(ValueError, match="no output is active for task 1"):
         Exact()(subject, examples())
 
 

@@ -315,28 +315,28 @@ UNCOVERED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     ),
     "a scripted part": (
         lambda: Net(lambda x, part, square: square(part(x)), part=scripted(), square=PARTS["square"]()),
-        "backbone.part.1.weight takes part in a way that has no rule",
+        "backbone.part.1.weight is used in a way that no rule covers",
     ),
     "sequence first": (
         lambda: Net(lambda x, project: project(tokens(x).transpose(0, 1)).tanh().mean(0), "project"),
-        "backbone.project.weight is used on inputs whose first axis is not the samples'",
+        "backbone.project.weight is used on inputs without the samples as first axis",
     ),
     "two tokens first, where two images are compared": (
         lambda: Net(lambda x, project: project(tokens(x)[:, :2].transpose(0, 1)).tanh().mean(0), "project"),
-        "backbone.project.weight takes part in a way that has no rule",
+        "backbone.project.weight is used in a way that no rule covers",
     ),
     "tokens and samples in one axis": (
         lambda: Net(
             lambda x, project: project(tokens(x).flatten(0, 1)).tanh().view(-1, TOKENS, FEATURES).mean(1), "project"
         ),
-        "backbone.project.weight is used on inputs whose first axis is not the samples'",
+        "backbone.project.weight is used on inputs without the samples as first axis",
     ),
     "windows": (
         lambda: Net(
             lambda x, project: project(tokens(x).reshape(-1, 4, CHANNELS)).tanh().view(-1, TOKENS, FEATURES).mean(1),
             "project",
         ),
-        "backbone.project.weight is used on inputs whose first axis is not the samples'",
+        "backbone.project.weight is used on inputs without the samples as first axis",
     ),
     "inputs changed in place afterwards": (
         lambda: Net(overwritten, flat=bias_only()),
@@ -357,14 +357,14 @@ UNCOVERED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "rows in a loop": (lambda: Net(one_by_one, "flat", rows=(3, FEATURES)), "backbone.rows is used in unbind"),
     "an operand by name": (
         lambda: Net(lambda x, flat, scale: torch.mul(hidden(x, flat), other=scale), "flat", scale=(FEATURES,)),
-        "backbone.scale takes part in a way that has no rule",
+        "backbone.scale is used in a way that no rule covers",
     ),
     "an operand by name, of little weight": (
         lambda: Net(
             lambda x, flat, scale, shift: torch.add(hidden(x, flat) * scale, other=shift, alpha=1e-4),
             "flat", scale=(FEATURES,), shift=(FEATURES,),
         ),
-        "backbone.shift takes part in a way that has no rule",
+        "backbone.shift is used in a way that no rule covers",
     ),
     "a standardised weight": (lambda: Net(standardised, "conv"), "backbone.conv.weight is used in mean"),
     "a weight used transposed elsewhere": (
@@ -391,7 +391,7 @@ UNCOVERED: dict[str, tuple[Callable[[], nn.Module], str]] = {
             lambda x, table, project: project((tokens(x) + table(torch.arange(TOKENS))).tanh().mean(1)),
             table=nn.Embedding(TOKENS, CHANNELS), project=PARTS["project"](),
         ),
-        "backbone.table.weight is looked up in a way that has no rule",
+        "backbone.table.weight is looked up in a way that no rule covers",
     ),
     "uneven padding": (
         lambda: Net(
