@@ -1,4 +1,4 @@
-"""Fishers held in other ways than by their diagonal, and any of them as a whole matrix."""
+"""Fishers in a chosen representation, and any of them as a dense matrix."""
 
 from dataclasses import replace
 
@@ -15,12 +15,12 @@ from cl_runner.streams.base import Examples
 def held(
     estimator: Estimator, model: Model | PretrainedView, examples: Examples, representation: Representation
 ) -> Curvature:
-    """What `estimator` says, held in that way."""
+    """The result of `estimator` in this representation."""
     return replace(estimator, representation=representation)(model, examples)
 
 
 def dense(fisher: Curvature, shapes: dict[str, tuple[int, ...]], precision: torch.dtype = torch.float64) -> Tensor:
-    """Its matrix over these parameters, by its products with every unit vector."""
+    """The matrix of `fisher` over these parameters, from its products with every unit vector."""
     sizes = [torch.Size(shape).numel() for shape in shapes.values()]
 
     def column(unit: Tensor) -> Tensor:

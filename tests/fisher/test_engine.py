@@ -34,7 +34,7 @@ def nothing_said():
 
 
 class AlwaysTraining(nn.Module):
-    """Keeps what is in it in train mode, whatever is asked."""
+    """Keeps its layer in train mode, whatever mode is set."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class AlwaysTraining(nn.Module):
 
 
 class Function(nn.Module):
-    """A linear layer, and a function of what it says."""
+    """A linear layer, and a function of its output."""
 
     def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -239,7 +239,7 @@ def test_what_a_batch_needed_is_freed_with_it(monkeypatch: pytest.MonkeyPatch) -
         return built
 
     monkeypatch.setattr(passes, "Taps", taps)
-    gc.disable()  # what is left to the collector stays, on a device, until there is no memory
+    gc.disable()  # on a device, what is left to the collector stays until memory runs out
     try:
         Probe()(model("conv"), examples())
         assert len(made) > 6
@@ -249,7 +249,7 @@ def test_what_a_batch_needed_is_freed_with_it(monkeypatch: pytest.MonkeyPatch) -
 
 
 class Undecided(nn.Module):
-    """A linear layer, written in another way, for which there is no rule, when it meets a batch with a bright image."""
+    """A linear layer that, on a batch with a bright image, is computed in a way that no rule covers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -263,7 +263,7 @@ class Undecided(nn.Module):
 
 
 def darkened(bright: int) -> Examples:
-    """Twelve, of which one is bright."""
+    """Twelve examples, one of which is bright."""
     data = examples(12)
     data.images.clamp_(max=200)
     data.images[bright] = 255
@@ -306,7 +306,7 @@ def test_kronecker_refuses_a_model_that_leaves_the_rules_in_a_later_batch() -> N
 
 
 class Overflowing(nn.Module):
-    """A linear layer that does not bear a bright image."""
+    """A linear layer that returns NaN for a bright image."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The fast estimators, held to the definitions as loops."""
+"""The fast estimators against their definitions as loops."""
 
 import copy
 import time
@@ -48,7 +48,7 @@ PER_SAMPLE = [name for name in ESTIMATORS if name != "batched"]
 
 
 def by_definition(estimator: Estimator, model: Model | PretrainedView, examples: Examples) -> Diagonal:
-    """What `reference` says `estimator` is."""
+    """What `reference` computes for `estimator`."""
     generator = torch.Generator().manual_seed(estimator.seed_for(examples))
     if isinstance(estimator, Hybrid):
         with undisturbed(model):
@@ -174,7 +174,7 @@ def test_modes_buffers_and_gradients_are_as_they_were(name: str) -> None:
 
 
 class Failing(nn.Module):
-    """Writes to its buffers also in eval mode, and fails."""
+    """Writes to its buffers even in eval mode, then fails."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -195,7 +195,7 @@ def test_modes_and_buffers_are_as_they_were_after_an_exception() -> None:
 
 
 class untouched:  # noqa: N801
-    """What a model holds is the same, in value and in place, after the block."""
+    """Assert that everything a model holds has the same identity and value after the block as before it."""
 
     def __init__(self, subject: Model) -> None:
         self.subject = subject
@@ -288,7 +288,7 @@ def test_it_reports_a_backward_pass_for_every_sample_and_vector(estimator: Estim
     data = replace(examples(), task_ids=(torch.arange(11) > 6).long())
     data = replace(data, labels=3 * data.task_ids)
     start = time.perf_counter()
-    # One sample at a time: where a batch mixes tasks, those of fewer outputs have zeros for vectors.
+    # One sample at a time: in a batch of mixed tasks, those with fewer outputs get zero vectors.
     size = {} if isinstance(estimator, Batched) else {"batch_size": 1}
     report = replace(estimator, **size).estimate(model(), data)[1]
     assert (report.samples, report.backward_passes) == (11, passes)

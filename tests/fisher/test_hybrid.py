@@ -1,4 +1,4 @@
-"""What is peculiar to the hybrid; that it is its definition is in test_estimators."""
+"""What is specific to the hybrid; that it meets its definition is tested in test_estimators."""
 
 from dataclasses import replace
 
@@ -104,7 +104,7 @@ def test_samples_without_a_vector_take_no_pass_and_count_all_the_same() -> None:
     report = Hybrid(budget=0.05).estimate(subject, examples(400))[1]
     assert report.samples == 400
     assert report.backward_passes < 40
-    assert sum(seen) < 400 + 2 * 40 + 16  # the first forward pass is of all; the error takes two more of sixteen
+    assert sum(seen) < 400 + 2 * 40 + 16  # first a forward pass over all; the error takes two more over sixteen
 
 
 def test_of_a_model_that_is_sure_it_says_far_more_than_a_probe_of_the_same_cost() -> None:

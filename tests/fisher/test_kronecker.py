@@ -1,4 +1,4 @@
-"""Kronecker factors of a Fisher, held to the whole of it where they are exact, and to their definition where not."""
+"""Kronecker factors of a Fisher, against the full matrix where they are exact, else against their definition."""
 
 import io
 from typing import Literal, get_args
@@ -40,7 +40,7 @@ def whole(model: Model, examples: Examples) -> Full:
 
 
 def without_pairs_of_layers(full: Full, like: Kronecker) -> Tensor:
-    """The matrix of `full` with the zeros that `like` has by its form."""
+    """The matrix of `full` with the zeros that `like` has by construction."""
     kept = torch.zeros_like(full.matrix)
     for block in like.blocks:
         ones = {name: torch.full(shape, float(name in block.shapes)) for name, shape in full.shapes.items()}
@@ -82,7 +82,7 @@ def test_of_a_linear_layer_alone_and_one_sample_it_is_the_whole_fisher(kind: Kin
 def test_of_a_deep_linear_model_its_blocks_are_exact_where_the_output_vectors_are_the_same_for_every_sample(
     kind: Kind,
 ) -> None:
-    """As those of a squared error are (Martens & Grosse, 2015, section 3.2)."""
+    """As they are for a squared error (Martens & Grosse, 2015, section 3.2)."""
     layers = nn.Sequential(nn.Flatten(), nn.Linear(CHANNELS * SIDE**2, 5), nn.Linear(5, FEATURES, bias=False))
     subject, data = model(layers).eval(), examples(30)
     full, blocks = constant_vectors(subject, data, "full"), constant_vectors(subject, data, kind)
@@ -101,7 +101,7 @@ def constant_vectors(model: Model, examples: Examples, representation: Represent
 
 
 def slow_factors(model: Model, layer: nn.Module, examples: Examples) -> tuple[Tensor, Tensor]:
-    """A and G of a linear layer or a convolution: a sample, a class, a position at a time."""
+    """A and G of a linear layer or convolution, one sample, class and position at a time."""
     seen: list[Tensor] = []
 
     def see(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -188,7 +188,7 @@ def test_it_is_symmetric_and_positive(kind: Kind) -> None:
 
 @both_kinds
 def test_of_a_small_mlp_the_quadratic_is_close_to_that_of_the_whole_within_layers(kind: Kind) -> None:
-    """Along steps that the Fisher feels, where the diagonal is far off."""
+    """Along steps of high curvature, where the diagonal is far off."""
     subject, data = model("mlp"), examples(200)
     full = whole(subject, data)
     found = factored(kind, subject, data)
@@ -257,7 +257,7 @@ def test_few_samples_at_a_time_are_enough(kind: Kind, monkeypatch: pytest.Monkey
 
 
 class Squared(nn.Module):
-    """A weight that is used in a way that no rule knows."""
+    """A weight that is used in a way that no rule covers."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Whole models through the taps, and through what takes their place, held to the definition."""
+"""Whole models through the taps, and through what they fall back on, against the definition."""
 
 import logging
 import warnings
@@ -32,7 +32,7 @@ Forward = Callable[..., Tensor]
 
 
 class Net(nn.Module):
-    """A backbone made of a function and the parts that it takes by name: layers, of `PARTS` or given, or parameters."""
+    """A backbone made of a function and its arguments by name: layers, from `PARTS` or given, or parameters."""
 
     def __init__(self, function: Forward, *names: str, **parts: nn.Module | tuple[int, ...]) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ def timm_attention(x: Tensor, qkv: nn.Module, project: nn.Module) -> Tensor:
 
 
 def separate_keys(x: Tensor, query: nn.Module, key: nn.Module, project: nn.Module) -> Tensor:
-    """The key's bias has no gradient but rounding."""
+    """The gradient of the key's bias is nothing but rounding."""
     x = tokens(x)
     weights = (query(x) @ key(x).transpose(1, 2)).softmax(-1)
     return project(weights @ x).mean(1)
@@ -137,12 +137,12 @@ def overwritten(x: Tensor, flat: nn.Module) -> Tensor:
 
 def bias_only() -> nn.Module:
     layer = PARTS["flat"]()
-    layer.weight.requires_grad_(False)  # else autograd itself would need what is overwritten
+    layer.weight.requires_grad_(False)  # otherwise autograd itself would need what is overwritten
     return layer
 
 
 class OwnLinear(torch.autograd.Function):
-    """As written before there was `torch.func`."""
+    """As written before `torch.func` existed."""
 
     @staticmethod
     def forward(ctx, inputs, weight):
@@ -405,7 +405,7 @@ UNCOVERED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     ),
 }  # fmt: skip
 
-# Neither has `vmap` an answer to these, or it has a wrong one.
+# `vmap` cannot compute these either, or computes them wrong.
 HARD: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "a recurrent network": (recurrent, "backbone.rnn.weight_ih_l0 is used in lstm"),
     "a linear function of one's own": (
@@ -429,12 +429,12 @@ def nothing_said():
 
 
 def error(subject: Model) -> float:
-    """How far `Probe` is from its definition, in batches of four and three; no parameter may be far from its own."""
+    """How far `Probe` is from its definition, in batches of four and three; asserts that every parameter is close."""
     estimator, data = Probe(draws=2, batch_size=4), examples(7)
     signs = estimator.noise(len(data), OUTPUTS, torch.Generator().manual_seed(estimator.seed_for(data)))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Using padding='same' with even kernel lengths")
-        warnings.filterwarnings("ignore", "The .grad attribute of a Tensor")  # of a scripted module that is copied
+        warnings.filterwarnings("ignore", "The .grad attribute of a Tensor")  # from copying a scripted module
         found, expected = estimator(subject, data), reference.probe(subject, data, signs)
     scale = max(float(values.norm()) for values in expected.values.values())
     for name, values in expected.values.items():
