@@ -25,11 +25,11 @@ from cl_runner.fisher.estimators import Exact
 from cl_runner.losses import Position
 from cl_runner.models.architecture import Architecture
 from cl_runner.models.mlp import MLP
-from cl_runner.models.model import Model, Output
+from cl_runner.models.model import Model, Output, trainable
 from cl_runner.models.resnet import ResNet18
 from cl_runner.schedulers import constant
 from cl_runner.strategies import EWC, Finetune, Strategy
-from cl_runner.strategies.anchors import Anchor, trainable
+from cl_runner.strategies.anchors import Anchor
 from cl_runner.streams.base import Examples, Shape
 from cl_runner.trainer import Trainer, Work
 

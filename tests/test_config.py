@@ -126,6 +126,10 @@ def test_every_choice_says_in_a_line_what_it_is(file):
         ),
         ("optimizer=null", "optimizer: expected one of adam, adamw, sgd, got null"),
         ("~optimizer", "optimizer: expected a value, got nothing"),
+        (
+            "fisher.representation=kronecker",
+            "fisher.representation: expected 'diagonal', 'kfac', 'ekfac' or 'full', got 'kronecker'",
+        ),
         ("fisher=null", "fisher: expected one of argmax, batched, "),
         ("strategy._target_=3", "strategy._target_: expected the name of a class or function, got 3"),
         ("strategy=finetune strategy._target_=cl_runner.models.MLP", "strategy._target_: expected a Strategy, got"),

@@ -1,1 +1,1 @@
-"""The Fisher information: how it is estimated and how it is held."""
+"""The Fisher information: how it is estimated and how it is represented."""

@@ -1,4 +1,4 @@
-"""Squared gradients of batches' mean losses: what much code calls the empirical Fisher, and its ways about it."""
+"""Squared gradients of batches' mean losses: what much code calls the empirical Fisher, with its variants."""
 
 import math
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from cl_runner.errors import ConfigError
 from cl_runner.fisher.curvature import Diagonal
 from cl_runner.fisher.engine import wide
 from cl_runner.fisher.estimators import Estimator, unit
-from cl_runner.models.model import Model, PretrainedView
+from cl_runner.models.model import Model, PretrainedView, trainable
 from cl_runner.models.substitute import nothing_kept
 from cl_runner.randomness import random_state, restore_random_state
 from cl_runner.ranges import Count
@@ -24,17 +24,17 @@ from cl_runner.streams.base import Examples
 class Batched(Estimator):
     """The squared gradient of a batch's mean loss, averaged over batches.
 
-    Too small by about the batch size, which is part of its definition; only to reproduce papers. A short last batch
-    counts as much as any other, as in that code.
+    Too small by about a factor of the batch size, which is part of its definition; only to reproduce papers. A short
+    last batch counts as much as any other, as in that code.
 
     Args:
-        train_mode: normalisation by the batch's own statistics (but of layers that the model holds still) and active
-            dropout. A last batch of one, which has no statistics, then joins the one before it.
-        augment: images as the stream augments them for training (`stream.augment`).
+        train_mode: normalise by each batch's own statistics (except in layers that the model keeps in eval mode), with
+            dropout active. A last batch of one, which has no statistics, then joins the one before it.
+        augment: augment images as in training (`stream.augment`).
         clip: the largest value, None for no bound; 1e-4 in PyCIL (`fishermax`).
         reverse: take the loss of the reversed logits, as the code of "EWC done right" does (arXiv 2603.18596).
 
-    What is random follows the seed.
+    All randomness follows from the seed.
     """
 
     batch_size: Count = 128
@@ -46,7 +46,7 @@ class Batched(Estimator):
     needs_labels = True
 
     def __post_init__(self) -> None:
-        """Raises ConfigError for what cannot work."""
+        """Raises ConfigError for settings that cannot work."""
         for field, only in (("precision", "fp32"), ("representation", "diagonal")):
             if (value := getattr(self, field)) != only:
                 raise ConfigError(f"fisher.{field}", f"expected {only} for batched, got {value}")
@@ -56,11 +56,11 @@ class Batched(Estimator):
                 raise ConfigError(f"fisher.{field}", message)
 
     def check(self, model: Model | PretrainedView, image_shape: tuple[int, ...]) -> None:
-        """Any model will do: no sample's own gradient is asked for."""
+        """Accept any model: no per-sample gradients are needed."""
 
     def vectors(self, logits: Tensor, labels: Tensor, noise: Tensor) -> Tensor:
         turned = torch.where(logits == -torch.inf, logits, -logits) if self.reverse else logits
-        p = turned.softmax(1)[:, None]  # either way a gradient but for its sign, which the square does not know
+        p = turned.softmax(1)[:, None]  # the gradient up to its sign, which squaring removes
         return (unit(labels[:, None], p) - p) / len(logits)
 
     def _mean(
@@ -68,9 +68,9 @@ class Batched(Estimator):
     ) -> tuple[Diagonal, int]:
         model.train(self.train_mode)
         model.preprocess.train(self.augment)
-        parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        parameters = trainable(model)
         squares = {name: torch.zeros_like(p, requires_grad=False) for name, p in parameters.items()}
-        batches = list(self._batches(prepared))
+        batches = list(self._in_batches(prepared))
         with _own_generators(self.seed_for(prepared), model.device):
             for batch in batches:
                 gradients = self._gradients(model, list(parameters.values()), batch.to(model.device))
@@ -81,7 +81,7 @@ class Batched(Estimator):
         values = {name: (total / len(batches)).clamp(max=most) for name, total in squares.items()}
         return Diagonal(values), len(prepared)
 
-    def _batches(self, examples: Examples) -> Iterator[Examples]:
+    def _in_batches(self, examples: Examples) -> Iterator[Examples]:
         alone = self.train_mode and len(examples) > 1 and len(examples) % self.batch_size == 1
         last = len(examples) - self.batch_size - 1 if alone else len(examples)
         yield from examples[:last].batches(self.batch_size)
@@ -100,7 +100,7 @@ class Batched(Estimator):
 
 @contextmanager
 def _own_generators(seed: int, device: torch.device) -> Iterator[None]:
-    """What is drawn inside follows the seed, and the generators outside go on as if nothing had been."""
+    """Seed the global generators for the block, and restore them afterwards."""
     outside = random_state(device)
     torch.default_generator.manual_seed(seed)
     if device.type != "cpu":

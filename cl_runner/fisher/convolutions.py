@@ -1,4 +1,4 @@
-"""Per-sample gradients of convolutions: of any stride, dilation and groups, depthwise and pointwise ones apart."""
+"""Per-sample gradients of convolutions with any stride, dilation and groups; depthwise and pointwise separately."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -23,9 +23,9 @@ from cl_runner.fisher.products import (
     slices,
 )
 
-# Positions from which, on the CPU, a convolution's own backward of one sample beats a product over its patches.
+# Positions from which, on the CPU, a convolution's own backward on one sample beats a product over its patches.
 FEW = 128
-# Numbers in a weight from which, on the CPU, its kernel is taken apart by rows, and most in such a row.
+# On the CPU, a kernel with more numbers than this is split by rows, if none of them has more than this.
 PART = 1 << 18
 
 
@@ -49,7 +49,7 @@ class Call:
         return self.weight.dim() == 4 and self.weight.shape[:2] == (self.groups, 1)
 
     def weight_gradient(self, inputs: Tensor, gradient: Tensor) -> Tensor:
-        """The ordinary one, summed over samples."""
+        """The ordinary weight gradient, summed over samples."""
         return torch.ops.aten.convolution_backward(
             gradient,
             inputs,
@@ -73,9 +73,9 @@ def strided(
     dilation: int | Sequence[int],
     groups: int,
 ) -> Call:
-    """The call of a convolution, as its function takes it, with a number for every axis.
+    """A convolution's call from its function's arguments, with one number per axis.
 
-    Raises Uncovered for padding that is not the same on both sides.
+    Raises Uncovered for padding that differs between the two sides.
     """
 
     def every(value: int | Sequence[int]) -> tuple[int, ...]:
@@ -95,7 +95,7 @@ def strided(
 
 
 class Convolution(Weighted):
-    """Any convolution with a kernel: the ordinary gradient of each sample by itself, or a product over its patches."""
+    """Any convolution: the ordinary gradient of each sample separately, or a product over its patches."""
 
     def __init__(self, names: dict[str, str], inputs: Tensor, call: Call) -> None:
         super().__init__(names, inputs)
@@ -103,7 +103,7 @@ class Convolution(Weighted):
 
     @staticmethod
     def of(names: dict[str, str], inputs: Tensor, call: Call) -> Use:
-        """The cheapest kind of use for this call."""
+        """The cheapest rule for this call."""
         if call.pointwise:
             return Pointwise(names, inputs, call)
         return Depthwise(names, inputs, call) if call.depthwise else Convolution(names, inputs, call)
@@ -169,7 +169,7 @@ class Convolution(Weighted):
                 add_product_squares(total, rows[some], self.patches(some))
 
     def _add_by_rows(self, total: Tensor, gradient: Tensor) -> None:
-        """A row of the kernel at a time: its products stay in the cache, and few of all patches are held."""
+        """Add one row of the kernel at a time: products stay in the cache, and few patches are in memory at once."""
         outputs, channels, height, width = total.shape
         rows = gradient.permute(0, 2, 3, 1).flatten(1, 2)  # [B, T, N]
         padded, size = self._padded(), gradient.shape[2:]
@@ -180,12 +180,12 @@ class Convolution(Weighted):
             total[:, :, row] += squares.view(outputs, width, channels).transpose(1, 2)
 
     def _padded(self) -> Tensor:
-        """The input of a convolution of images with zeros around it."""
+        """The input of a two-dimensional convolution, zero-padded."""
         vertical, horizontal = self.call.padding
         return F.pad(self.inputs, (horizontal, horizontal, vertical, vertical))
 
     def _window(self, padded: Tensor, size: Sequence[int], *tap: int) -> Tensor:
-        """What a tap of the kernel sees of `padded`, at every position of an output of this `size`."""
+        """What one tap of the kernel sees of `padded` at every position of an output of this `size`."""
         for axis, place in enumerate(tap):
             stride, first = self.call.stride[axis], place * self.call.dilation[axis]
             steps = slice(first, first + stride * (size[axis] - 1) + 1, stride)
@@ -213,7 +213,7 @@ class Convolution(Weighted):
 
 
 class Pointwise(Linear):
-    """A convolution with a kernel of one pixel: a linear layer over the pixels that it sees."""
+    """A 1 x 1 convolution: a linear layer over the pixels that it sees."""
 
     def __init__(self, names: dict[str, str], inputs: Tensor, call: Call) -> None:
         super().__init__(names, inputs)
@@ -234,7 +234,7 @@ class Pointwise(Linear):
 
 
 class Depthwise(Convolution):
-    """A convolution of every channel by itself: a weight's gradient is a product of two images, shifted."""
+    """A depthwise convolution: a weight's gradient is the product of two images, one of them shifted."""
 
     def per_sample(self, gradient: Tensor) -> Parameters:
         found = {}
@@ -245,7 +245,7 @@ class Depthwise(Convolution):
         return found
 
     def add_weight_squares(self, total: Tensor, gradient: Tensor) -> None:
-        few_taps = self.call.weight[0].numel() <= 9  # of more, its own backward is slow
+        few_taps = self.call.weight[0].numel() <= 9  # with more, its own backward is slow
         large = gradient[0, 0].numel() >= 2 * FEW and few_taps
         large &= gradient.is_contiguous(memory_format=torch.channels_last)
         if gradient.device.type == "cpu" and large:
@@ -265,7 +265,7 @@ class Depthwise(Convolution):
         return found.permute(2, 3, 0, 1)[:, :, None]
 
     def _as_one_image(self, gradient: Tensor) -> Tensor:
-        """The samples' channels side by side as one image's: its ordinary gradient is theirs, one by one."""
+        """Concatenate all samples' channels into one image, whose ordinary gradient is then per sample."""
         batch, channels = gradient.shape[:2]
         weight = self.call.weight.expand(batch, *self.call.weight.shape).flatten(0, 1)
         call = Call(weight, self.call.stride, self.call.padding, self.call.dilation, batch * channels)
@@ -276,6 +276,6 @@ class Depthwise(Convolution):
 
 
 def _pair(values: Sequence[int], absent: int = 1) -> tuple[int, int]:
-    """Of a convolution's two axes. One along a single axis is one of images of one row."""
+    """Values for two axes. A one-dimensional convolution is treated as one over images of a single row."""
     height, width = (absent, *values)[-2:]
     return height, width

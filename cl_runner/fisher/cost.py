@@ -1,4 +1,4 @@
-"""Say beforehand when a Fisher pass will take long."""
+"""Warn in advance when a Fisher will take long to compute."""
 
 import logging
 import time
@@ -10,8 +10,8 @@ from cl_runner.streams.base import Examples
 
 log = logging.getLogger("cl_runner")
 
-LONG = 100  # backward passes for every training image of the task
-TRIAL = 8  # samples that the estimate is measured on
+LONG = 100  # backward passes per training image of the task
+TRIAL = 8  # samples to time
 
 
 def announce(
@@ -20,12 +20,12 @@ def announce(
     examples: Examples,
     clock: Callable[[], float] = time.perf_counter,
 ) -> None:
-    """Log how long `estimator` will take on these examples, if it makes more than a hundred passes for each of them."""
+    """Log how long `estimator` will take on these examples, if it makes more than a hundred passes for each."""
     samples = min(estimator.num_samples or len(examples), len(examples))
     passes = estimator.passes(model.head.out_features) * samples
     if passes <= LONG * len(examples):
         return
-    estimator(model, examples[:TRIAL])  # what is only made once, or only the first time for that many
+    estimator(model, examples[:TRIAL])  # warm-up: what is done only once, or once per batch size
     start = clock()
     estimator(model, examples[:TRIAL])
     seconds = (clock() - start) * samples / min(TRIAL, samples)

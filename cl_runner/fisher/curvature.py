@@ -1,4 +1,4 @@
-"""How a Fisher is held, and the quadratic that it makes."""
+"""How a Fisher is represented, and the quadratic form that it defines."""
 
 from collections.abc import Container
 from dataclasses import dataclass
@@ -6,6 +6,8 @@ from typing import Protocol, Self
 
 import torch
 from torch import Tensor
+
+from cl_runner.models.heads import per_row
 
 Parameters = dict[str, Tensor]  # by the names of `named_parameters()`
 
@@ -18,7 +20,7 @@ class Curvature(Protocol):
         ...
 
     def product(self, delta: Parameters) -> Parameters:
-        """F delta, in fresh tensors: half the gradient of the quadratic, in closed form."""
+        """F delta, in new tensors: half the gradient of the quadratic, in closed form."""
         ...
 
     def plus(self, other: Self, weight: float = 1.0) -> Self:
@@ -34,17 +36,17 @@ class Curvature(Protocol):
     def only_rows(self, rows: dict[str, Tensor]) -> Self:
         """P F P, where P drops the rows (along the first dimension) for which `rows` (name -> [K] bool) is false.
 
-        A parameter that is not named keeps all its rows.
+        Parameters not named keep all their rows.
         """
         ...
 
     def merged(
         self, anchor: Parameters, other: "Curvature", other_anchor: Parameters
     ) -> tuple[Self, Parameters, Tensor] | None:
-        """(w - anchor)' F (w - anchor) plus the same of the other, as one quadratic: its matrix, where it is least, and
-        its value there (a scalar, not negative).
+        """(w - anchor)' F (w - anchor) plus the same for the other, as one quadratic: its matrix, its minimiser and its
+        minimum (a non-negative scalar).
 
-        None where one matrix does not hold both, so that a sum of them keeps a term each.
+        None where one matrix cannot represent both, so that their sum keeps a term for each.
         """
         ...
 
@@ -55,7 +57,7 @@ class Curvature(Protocol):
 
 @dataclass(frozen=True)
 class Diagonal:
-    """diag(F): one non-negative number a parameter. Names that are absent have no curvature."""
+    """diag(F): one non-negative number per weight. Absent names have no curvature."""
 
     values: Parameters
 
@@ -67,6 +69,7 @@ class Diagonal:
         if not self.values:
             return {}
         moved = [delta[name] for name in self.values]
+        # By their overloads, here and elsewhere: torch does not export its `_foreach_*` to type checkers.
         return dict(zip(self.values, torch.ops.aten._foreach_mul.List(list(self.values.values()), moved), strict=True))
 
     def plus(self, other: "Diagonal", weight: float = 1.0) -> "Diagonal":
@@ -82,20 +85,20 @@ class Diagonal:
         return Diagonal({name: values for name, values in self.values.items() if name in names})
 
     def only_rows(self, rows: dict[str, Tensor]) -> "Diagonal":
-        kept = {name: rows[name].view(-1, *[1] * (self.values[name].dim() - 1)) for name in rows if name in self.values}
+        kept = {name: per_row(mask, self.values[name]) for name, mask in rows.items() if name in self.values}
         return Diagonal(self.values | {name: self.values[name] * mask for name, mask in kept.items()})
 
     def merged(
         self, anchor: Parameters, other: Curvature, other_anchor: Parameters
     ) -> tuple["Diagonal", Parameters, Tensor] | None:
-        """Where neither has curvature, the anchor stays; what only one of them names, stays as it is there."""
+        """Where neither has curvature, the anchor stays; what only one of them names keeps that one's values."""
         if not isinstance(other, Diagonal):
             return None
-        # Completing the square, a weight at a time:
+        # Completing the square, weight by weight:
         #     F1 (w - m1)² + F2 (w - m2)² = (F1 + F2) (w - m)² + F1 r (m2 - m1)²
         #     with r = F2 / (F1 + F2), m = m1 + r (m2 - m1).
-        # Nothing here is a small difference of large numbers. The shorter w'Fw - 2 b'w + c is: where anchors lie closer
-        # to each other than to zero, it would leave float32 a few digits, or none.
+        # This avoids small differences of large numbers. The shorter w'Fw - 2 b'w + c does not: where anchors are
+        # closer to each other than to zero, it would leave float32 with few digits, or none.
         values = self.values | other.values
         means = {name: other_anchor[name] if name in other.values else anchor[name] for name in values}
         least = [next(iter(anchor.values()), torch.zeros(())).new_zeros(())]
@@ -103,7 +106,7 @@ class Diagonal:
             one, two = self.values[name], other.values[name]
             values[name] = one + two
             share = torch.where(values[name] > 0, two / values[name], 0)
-            # lerp is exact at both ends: a weight with curvature in one of them alone keeps that one's anchor.
+            # lerp is exact at both ends: a weight with curvature in only one of them keeps that one's anchor.
             means[name] = torch.lerp(anchor[name], other_anchor[name], share)
             least.append((one * share * (other_anchor[name] - anchor[name]).square()).sum())
         return Diagonal(values), means, torch.stack(least).sum()
@@ -116,11 +119,11 @@ class Diagonal:
 
 
 def finite(fisher: Curvature) -> Curvature:
-    """`fisher`. Raises ValueError, which names a parameter, where it is not finite."""
+    """Return `fisher`. Raises ValueError, naming a parameter, if it is not finite."""
     if not torch.isfinite(fisher.trace()):  # waits for the device
         for name, values in fisher.diagonal().values.items():
             if not values.isfinite().all():
-                raise ValueError(f"the Fisher of {name} is not finite: the model has diverged, or nearly so")
+                raise ValueError(f"the estimate for {name} is not finite: the model has diverged, or nearly so")
     return fisher
 
 

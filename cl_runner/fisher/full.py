@@ -1,4 +1,4 @@
-"""The whole Fisher, for models of a few thousand parameters: the definition of what the other representations keep."""
+"""The full Fisher matrix, for models of a few thousand parameters: what the other representations approximate."""
 
 from collections.abc import Container
 from dataclasses import dataclass
@@ -11,24 +11,25 @@ from cl_runner.errors import ConfigError
 from cl_runner.fisher.curvature import Curvature, Diagonal, Parameters
 from cl_runner.fisher.engine import OUTPUT_NUMBERS, wide
 from cl_runner.fisher.passes import SlicedVectors
-from cl_runner.fisher.per_sample import add_vmapped_squares, even_slices, looped_gradients, vmapped_gradients
+from cl_runner.fisher.per_sample import add_vmapped, even_slices, looped_gradients, vmapped_gradients
 from cl_runner.fisher.trial import objection, refuse_batch_dependence, refuse_dependence
-from cl_runner.models.model import Model, PretrainedView
+from cl_runner.models.heads import per_row
+from cl_runner.models.model import Model, PretrainedView, trainable
 
 LIMIT = 20_000  # parameters: their matrix takes 3.2 GB
-# What is added to the scaled matrix before it is inverted, in relation to its norm: the first that makes it definite.
-# In directions with less curvature than that, anchors are not told apart.
+# Added to the diagonal of the scaled matrix before it is solved with, relative to its norm: the first that makes it
+# positive definite. In directions with less curvature than that, anchors cannot be told apart.
 RIDGES = (1e-14, 1e-12, 1e-10)
-STEPS = 3  # of refinement, which take back most of what that changes
-ROWS = 256  # gradients that are collected before their products are added: each addition goes over the whole matrix
+STEPS = 3  # of iterative refinement, which undo most of that change
+ROWS = 256  # gradients collected before their products are added: each addition touches the whole matrix
 
 
 @dataclass(frozen=True)
 class Full:
-    """F: every pair of parameters. In float64, where the device has it: see `merged`.
+    """F over every pair of weights. In float64, where the device has it: see `merged`.
 
     matrix: [P, P], symmetric.
-    shapes: of the parameters; flattened, one after the other, they are the matrix's rows.
+    shapes: of the parameters; flattened and concatenated, they index the matrix's rows.
     """
 
     matrix: Tensor
@@ -61,26 +62,26 @@ class Full:
     def only_rows(self, rows: dict[str, Tensor]) -> "Full":
         masks = {name: self.matrix.new_ones(shape) for name, shape in self.shapes.items()}
         for name in masks.keys() & rows.keys():
-            masks[name] *= rows[name].view(-1, *[1] * (masks[name].dim() - 1))
+            masks[name] *= per_row(rows[name], masks[name])
         mask = self._flat(masks)
         return Full(self.matrix * mask * mask[:, None], self.shapes)
 
     def merged(
         self, anchor: Parameters, other: Curvature, other_anchor: Parameters
     ) -> tuple["Full", Parameters, Tensor] | None:
-        """The anchor is float64 like the matrix, whatever the weights are.
+        """The merged anchor is in float64 like the matrix, whatever the weights are in.
 
-        Where a direction has next to no curvature of its own, but is correlated with others that have, the sum is least
-        far away from either anchor; float32 would round such a mean by more than what the stiff directions can bear.
+        Where a direction has almost no curvature of its own but is correlated with others that do, the minimiser of the
+        sum is far from both anchors; float32 would round such a mean by more than the stiff directions tolerate.
         """
         if not isinstance(other, Full):
             return None
-        # As in `Diagonal`: with m = m1 + d, F d = F2 (m2 - m1), no large numbers are subtracted.
+        # As in `Diagonal`, no large numbers are subtracted: m = m1 + d with F d = F2 (m2 - m1).
         both = self.plus(other)
         one, two = (fisher._over(both.shapes) for fisher in (self, other))
         start, end = both._flat(other_anchor | anchor), both._flat(anchor | other_anchor)
         mean = start + _solution(both.matrix, two @ (end - start))
-        # Exact for whatever mean was found.
+        # Exact for any mean, so for the one found.
         least = (mean - start) @ one @ (mean - start) + (end - mean) @ two @ (end - mean)
         return both, both._named(mean), least.clamp_min(0)
 
@@ -91,7 +92,7 @@ class Full:
         return Diagonal(self._named(self.matrix.diagonal().clone()))
 
     def _flat(self, values: Parameters) -> Tensor:
-        """[P], in the matrix's precision."""
+        """Flatten to [P], in the matrix's precision."""
         parts = [values[name].reshape(-1).to(self.matrix.dtype) for name in self.shapes]
         return torch.cat(parts) if parts else self.matrix.new_zeros(0)
 
@@ -100,7 +101,7 @@ class Full:
         return {name: part.view(shape) for part, (name, shape) in zip(parts, self.shapes.items(), strict=True)}
 
     def _over(self, shapes: dict[str, tuple[int, ...]]) -> Tensor:
-        """The matrix over these parameters, in their order; zero for those that it does not have."""
+        """The matrix over these parameters, in their order; zero for those it does not cover."""
         if list(shapes.items()) == list(self.shapes.items()):
             return self.matrix
         starts, total = {}, 0
@@ -117,15 +118,15 @@ class Full:
 class OuterProducts:
     """The running sum over samples of Σ_v (Jᵀv)(Jᵀv)ᵀ, J = ∂z/∂θ, z a sample's logits and v its output vectors.
 
-    It takes what `SquaredGradients` takes, whose sums are its diagonal.
+    Takes the same input as `SquaredGradients`, whose sums are its diagonal.
 
     samples: how many the mean is over.
     """
 
     def __init__(self, model: Model | PretrainedView) -> None:
-        """Raises ConfigError for a model with too many trainable parameters, and ValueError, which names the layer, for
-        one whose samples do not stand for themselves."""
-        self._parameters = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+        """Raises ConfigError for a model with too many trainable parameters, and ValueError, naming the layer, for one
+        whose answer to a sample depends on the rest of the batch."""
+        self._parameters = trainable(model)
         size = sum(values.numel() for values in self._parameters.values())
         check_size(size)
         refuse_batch_dependence(model)
@@ -154,11 +155,11 @@ class OuterProducts:
 
     def _look(self, inputs: Tensor) -> None:
         refuse_dependence(self.model, inputs)
-        if objection(self.model, inputs, add_vmapped_squares) is not None:
+        if objection(self.model, inputs, add_vmapped) is not None:
             self._gradients = looped_gradients
 
     def _receive(self, gradients: Parameters) -> None:
-        """`gradients`: [b, V, ...], of those parameters for which they are not zero."""
+        """Collect `gradients`, [b, V, ...] each; parameters whose gradient is zero may be missing."""
         first = next(iter(gradients.values()))
         parts = [
             gradients[name].flatten(2) if name in gradients else first.new_zeros(*first.shape[:2], values.numel())
@@ -176,25 +177,25 @@ class OuterProducts:
 
 
 def check_size(parameters: int) -> None:
-    """Raises ConfigError where the whole matrix over so many parameters is too large."""
+    """Raises ConfigError if the full matrix over this many parameters is too large."""
     if parameters > LIMIT:
         raise ConfigError(
             "fisher.representation",
             f"expected at most {LIMIT:,} trainable parameters for full, got {parameters:,}, whose matrix would take "
-            f"{8e-9 * parameters**2:,.1f} GB; choose kronecker or diagonal",
+            f"{8e-9 * parameters**2:,.1f} GB; choose ekfac, kfac or diagonal",
         )
 
 
 def _solution(matrix: Tensor, right: Tensor) -> Tensor:
-    """d with `matrix` d = `right`, which has one; zero where the matrix is zero.
+    """Solve `matrix` d = `right`, which must have a solution, for d; zero where the matrix is zero.
 
-    The matrix is singular as a rule. What is solved has a little of its own diagonal added: so a parameter with little
-    curvature loses no larger a share of it than one with much.
+    The matrix is usually singular, so a little of its own diagonal is added: in proportion, a parameter with little
+    curvature is then changed no more than one with much.
 
     Raises torch.linalg.LinAlgError where the matrix is not positive semi-definite.
     """
     device, dtype = matrix.device, right.dtype
-    if device.type == "mps":  # neither float64 nor this factorisation is there
+    if device.type == "mps":  # has neither float64 nor this factorisation
         matrix, right = matrix.cpu(), right.cpu()
     matrix, right = matrix.double(), right.double()
     scale = matrix.diagonal().clamp_min(0).rsqrt().nan_to_num(posinf=0)

@@ -1,4 +1,4 @@
-"""Work that repeats itself, queued by Python once and then replayed as a CUDA graph."""
+"""Repeated work, captured once and then replayed as a CUDA graph."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -9,18 +9,19 @@ from torch import Tensor
 
 
 class Replayed:
-    """`function`, which works by its effects: run as it is the first time, captured the second, replayed from then on.
+    """A function called for its side effects: run as it is the first time, captured the second, replayed afterwards.
 
-    Each call has the function's effect once. The first warms up what may not happen during a capture: kernels compiled
-    and timed, libraries loaded. Call it within `side_stream`, where the leaves must have been made and the forward pass
-    have run too, since autograd runs a backward pass on its forward's stream. What the function reads and adds to must
-    stay where it is in memory for as long as this object is called, and it must not wait for the device. Off CUDA,
-    and where the memory that a graph keeps to itself is not to be had, calls go straight through.
+    Each call has the function's effect exactly once. The first call does what is not allowed during a capture:
+    compiling and timing kernels, loading libraries. Call it within `side_stream`, where the leaves must have been made
+    and the forward pass have run too, since autograd runs a backward pass on the stream of its forward. What the
+    function reads and adds to must stay at the same address for as long as this object is called, and the function
+    must not wait for the device. Off CUDA, and where there is no memory for a graph of its own, calls go straight
+    through.
 
     Args:
-        function: of one tensor, which it must not change.
-        example: of the shape, dtype and device of all the tensors to come.
-        forget: lets go of what a call of the function that ended early has left in Python's hands.
+        function: takes one tensor, which it must not change.
+        example: has the shape, dtype and device of all later tensors.
+        forget: releases what a call of the function that ended early has left behind in Python.
     """
 
     def __init__(
@@ -48,14 +49,14 @@ class Replayed:
     def _capture(self) -> None:
         try:
             self._graph = _captured(lambda: self._function(self._input), _anchor(self._input.device))
-        except torch.OutOfMemoryError:  # nothing of what was captured has run
+        except torch.OutOfMemoryError:  # nothing captured has run
             self._forget()
             self._replays = False
 
 
 @contextmanager
 def side_stream(device: torch.device) -> Iterator[None]:
-    """Work inside runs on a stream of its own, after what was queued before it and before what comes after it."""
+    """Run the work inside on a stream of its own, after everything queued before it and before what comes later."""
     if device.type != "cuda":
         yield
         return
@@ -70,24 +71,24 @@ def side_stream(device: torch.device) -> Iterator[None]:
 
 @functools.cache
 def _stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)  # always the same one: freed memory is kept for the stream it was used on
+    return torch.cuda.Stream(device)  # always the same: freed memory stays reserved for the stream it was used on
 
 
 @functools.cache
 def _anchor(device: torch.device) -> torch.cuda.CUDAGraph:
-    """A graph that is never replayed and keeps the pool alive which the others allocate from, one after the other."""
-    torch.zeros(1, device=device)  # its kernel is loaded before the capture
+    """A graph that is never replayed but keeps alive the pool that the others allocate from in turn."""
+    torch.zeros(1, device=device)  # loads its kernel before the capture
     return _captured(lambda: torch.zeros(1, device=device))
 
 
 def _captured(function: Callable[[], object], anchor: torch.cuda.CUDAGraph | None = None) -> torch.cuda.CUDAGraph:
-    """Not by `torch.cuda.graph`, which empties the allocator's cache: too dear for a capture a batch."""
+    """Capture without `torch.cuda.graph`, which empties the allocator's cache: too costly for a capture per batch."""
     graph = torch.cuda.CUDAGraph()
     graph.capture_begin(pool=None if anchor is None else anchor.pool())
     try:
         function()
     except BaseException:
-        with suppress(RuntimeError):  # of a capture that is worth nothing any more: it would hide why
+        with suppress(RuntimeError):  # from ending the failed capture: it would hide the cause
             graph.capture_end()
         raise
     graph.capture_end()

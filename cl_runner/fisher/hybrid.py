@@ -1,8 +1,8 @@
-"""The Fisher by the vectors that weigh most, and by random signs for what the others weigh together.
+"""The Fisher from the heaviest vectors one by one, and from random signs for all the others together.
 
-For one sample with probabilities p, diag(p) - p pᵀ = Σ_c v_c v_cᵀ with the columns v_c = √p_c (e_c - p), of weight
-|v_c|²: its share of the trace, p_c (1 - 2 p_c + |p|²). The better a model fits its data, the fewer columns of the fewer
-samples hold nearly all of the weight.
+For one sample with probabilities p, diag(p) - p pᵀ = Σ_c v_c v_cᵀ with the columns v_c = √p_c (e_c - p). A column's
+weight is |v_c|² = p_c (1 - 2 p_c + |p|²), its part of the trace. The better a model fits its data, the fewer columns of
+the fewer samples hold nearly all of the weight.
 """
 
 import math
@@ -23,22 +23,22 @@ from cl_runner.fisher.passes import SlicedVectors
 from cl_runner.models.model import Model, PretrainedView
 from cl_runner.streams.base import Examples
 
-HALVINGS = 40  # of the search for a threshold, in its logarithm
-MIXED = 1.25  # how many times as many passes a sample may have as another of its batch, which has zeros instead
-LEAST = 1e-30  # threshold: every column that a gradient in float32 can tell from none
+HALVINGS = 40  # of the interval that is searched for a threshold, in its logarithm
+MIXED = 1.25  # how many times as many passes as another of its batch a sample may need; the other gets zero vectors
+LEAST = 1e-30  # threshold that keeps every column with a gradient distinguishable from zero in float32
 
 
 @dataclass(frozen=True)
 class Columns:
     """The columns √p_c (e_c - p) of N samples."""
 
-    outputs: Tensor  # [N], how many enter
+    outputs: Tensor  # [N], how many are active
     p: Tensor  # [N, K]
     weights: Tensor  # [N, K], their squared lengths
 
     @staticmethod
     def of(logits: Tensor) -> "Columns":
-        """`logits` [N, K], -inf: does not enter."""
+        """From `logits` [N, K], -inf where inactive."""
         p = wide(logits).softmax(1)
         weights = (p * (1 - 2 * p + p.square().sum(1, keepdim=True))).clamp_min(0)
         return Columns((logits != -torch.inf).sum(1), p, weights)
@@ -46,16 +46,16 @@ class Columns:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is done with the columns of N samples."""
+    """How the columns of N samples are treated."""
 
     heavy: Tensor  # [N, K] bool, columns that are taken exactly
-    rates: Tensor  # [N], probes of the others on average
-    whole: Tensor  # [N] bool, samples that are given Exact's vectors instead
-    outputs: Tensor  # [N], how many enter
+    rates: Tensor  # [N], expected number of probes for the others
+    whole: Tensor  # [N] bool, samples that get Exact's vectors instead
+    outputs: Tensor  # [N], how many are active
 
     @staticmethod
     def of(columns: Columns, threshold: Tensor | float) -> "Plan":
-        """`threshold`: a number, or one for each sample [N, 1]."""
+        """`threshold`: one number, or one per sample [N, 1]."""
         heavy = columns.weights >= threshold
         rates = (columns.weights.masked_fill(heavy, 0) / threshold).sum(1)
         return Plan(heavy, rates, heavy.sum(1) + rates >= columns.outputs - 1, columns.outputs)
@@ -63,12 +63,12 @@ class Plan:
 
 @dataclass(frozen=True)
 class Draws:
-    """What chance decides, on the CPU and in the samples' own order: so batches do not change it."""
+    """The random draws, on the CPU and in the samples' own order, so that they do not depend on the batches."""
 
     dice: Tensor  # [N], uniform in [0, 1)
-    probes: Tensor  # [N] int64, how many a sample has
-    first: Tensor  # [N] int64, of a sample's rows of `signs`
-    signs: Tensor  # [Σ probes, K] int8, one sample's after the other's
+    probes: Tensor  # [N] int64, how many each sample has
+    first: Tensor  # [N] int64, where each sample's rows of `signs` start
+    signs: Tensor  # [Σ probes, K] int8, sample after sample
 
     @staticmethod
     def of(plan: Plan, generator: torch.Generator) -> "Draws":
@@ -83,17 +83,18 @@ class Draws:
 class Hybrid(Estimator):
     """Every column of weight τ or more exactly, a sample's others by random signs on all of them at once. Unbiased.
 
-    Others of weight r together take r/τ probes v = Σ_c ε_c v_c, ε_c = ±1, on average: ⌊r/τ + u⌋ of them, u uniform in
-    [0, 1), each over √(their number); where r < τ, one probe with probability r/τ, over √(r/τ). So a sample takes
-    Σ_c min(1, |v_c|²/τ) passes on average, most of a sure model's none at all; one that would take as many as `Exact`
-    is given Exact's. A forward pass over all samples comes first, to find τ.
+    If the others have a total weight of r, they get r/τ probes v = Σ_c ε_c v_c, ε_c = ±1, in expectation: ⌊r/τ + u⌋ of
+    them, u uniform in [0, 1), each divided by √(their number); where r < τ, one probe with probability r/τ, divided by
+    √(r/τ). So a sample takes Σ_c min(1, |v_c|²/τ) passes in expectation, and most samples of a confident model take
+    none; a sample that would take as many as `Exact` gets Exact's vectors. A forward pass over all samples comes first,
+    to find τ.
 
     Args:
-        budget: backward passes a sample, the mean over samples, on average. Exact where that suffices for it.
-        tolerance: the expected relative error of the output biases' Fisher, instead of a budget: the only one that is
-            known beforehand, since the probabilities give it in closed form (J = 1). Other parameters' Fishers are
-            mixtures of the same vectors, so that their errors are of its order, and may be larger: with 0.05 that of
-            the whole diagonal was 0.089 on an MLP and 0.022 and 0.029 on a CNN. Which it is, the report estimates.
+        budget: expected backward passes per sample, averaged over samples. Exact wherever that is enough.
+        tolerance: instead of a budget, the expected relative error of the output biases' Fisher: the only one known in
+            advance, since the probabilities give it in closed form (J = 1). Other parameters' Fishers are mixtures of
+            the same vectors, so their errors are of the same order, but may be larger: with 0.05, that of the whole
+            diagonal was 0.089 on an MLP and 0.022 and 0.029 on a CNN. The report estimates the actual error.
     """
 
     budget: PositiveFloat = 1.0
@@ -101,22 +102,22 @@ class Hybrid(Estimator):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if (self.representation, self.kronecker) == ("kronecker", "kfac"):
-            # Its factor of the inputs is a mean over all samples, and here most have no vectors and are not looked at.
-            raise ConfigError("fisher.kronecker", "expected ekfac for hybrid, got kfac")
+        if self.representation == "kfac":
+            # Its factor of the inputs is a mean over all samples, but here most have no vectors and are skipped.
+            raise ConfigError("fisher.representation", "expected diagonal, ekfac or full for hybrid, got kfac")
 
     def passes(self, num_classes: int) -> int:
-        """With a tolerance nothing is known beforehand but that `Exact` takes no fewer."""
+        """The most per sample. With a tolerance, all that is known in advance is Exact's number as an upper bound."""
         return min(num_classes - 1, math.ceil(self.budget) if self.tolerance is None else num_classes - 1)
 
     def vectors(self, logits: Tensor, labels: Tensor, noise: Tensor) -> Tensor:
-        """`noise` [B, V, K] says how much of each column there is in a vector."""
+        """`noise` [B, V, K]: the coefficients of the columns in each vector."""
         p = logits.softmax(1)[:, None]
         columns = noise * p.sqrt()
         return columns - p * columns.sum(2, keepdim=True)
 
     def prepared(self, model: Model | PretrainedView, examples: Examples) -> Examples:
-        """With the logits [N, K] that enter, and the threshold of each sample, the same for all."""
+        """The samples with their active logits [N, K] and the threshold, repeated for each sample, as extras."""
         parts = []
         with torch.no_grad():
             for batch in examples.batches(self.batch_size):
@@ -148,7 +149,8 @@ class Hybrid(Estimator):
     def _planned(
         self, plan: Plan, draws: Draws, samples: Tensor, most: int, batch: Examples, rows: slice, _: Tensor
     ) -> Tensor:
-        """From the logits that the plan was made for: another batch's rounding must not move them across it."""
+        """Vectors from the logits that the plan was made for, since recomputed ones, rounded in another batch, might
+        cross the threshold."""
         logits = batch.extras["logits"][rows]
         if plan.whole[samples[0]]:
             vectors = exact_vectors(wide(logits))
@@ -159,13 +161,13 @@ class Hybrid(Estimator):
 
 
 def expected_passes(columns: Columns, threshold: float) -> float:
-    """A sample, the mean over samples."""
+    """Expected passes per sample, averaged over samples."""
     passes = (columns.weights / threshold).clamp_max(1).sum(1)
     return float(passes.minimum(columns.outputs - 1).mean())
 
 
 def threshold_for_budget(columns: Columns, budget: float) -> float:
-    """The smallest that keeps the expected passes a sample within `budget`."""
+    """The smallest threshold that keeps the expected passes per sample within `budget`."""
     if expected_passes(columns, LEAST) <= budget:
         return LEAST
     high = float(columns.weights.sum()) / len(columns.p) / budget  # since min(1, w/τ) <= w/τ
@@ -173,18 +175,18 @@ def threshold_for_budget(columns: Columns, budget: float) -> float:
 
 
 def threshold_for_tolerance(columns: Columns, tolerance: float) -> float:
-    """The largest that keeps the expected relative error of the output biases' Fisher within `tolerance`."""
-    high = max(LEAST, float(columns.weights.sum()))  # one vector for all samples together
+    """The largest threshold that keeps the expected relative error of the output biases' Fisher within `tolerance`."""
+    high = max(LEAST, float(columns.weights.sum()))  # one vector in all
     if bias_error(columns, high) <= tolerance:
         return high
     return _between(LEAST, high, lambda threshold: bias_error(columns, threshold) > tolerance)[0]
 
 
 def bias_error(columns: Columns, threshold: float) -> float:
-    """√(E|F̂ - F|² / |F|²) of F = mean over samples of p (1 - p), the output biases' Fisher.
+    """√(E|F̂ - F|² / |F|²) for F = mean over samples of p (1 - p), the output biases' Fisher.
 
-    For one probe z = Σ_c ε_c a_c, E z² = Σ a² = q and E z⁴ = 3 q² - 2 Σ a⁴; a mean over k has the variance
-    (E z⁴ - q²) / k; a probe that is kept with probability x, over √x, has E z⁴ / x - q².
+    For one probe z = Σ_c ε_c a_c, E z² = Σ a² = q and E z⁴ = 3 q² - 2 Σ a⁴. A mean over k probes has the variance
+    (E z⁴ - q²) / k; a probe kept with probability x and divided by √x has E z⁴ / x - q².
     """
     plan, p = Plan.of(columns, threshold), columns.p
     light = p * ~plan.heavy * ~plan.whole[:, None]
@@ -201,7 +203,7 @@ def bias_error(columns: Columns, threshold: float) -> float:
 
 
 def _between(low: float, high: float, above: Callable[[float], bool]) -> tuple[float, float]:
-    """Two numbers, all but equal, from between `low`, for which `above` is false, and `high`, for which it is true."""
+    """Bisect between `low`, where `above` is false, and `high`, where it is true, to two almost equal such numbers."""
     for _ in range(HALVINGS):
         middle = math.sqrt(low) * math.sqrt(high)
         low, high = (low, middle) if above(middle) else (middle, high)
@@ -209,12 +211,15 @@ def _between(low: float, high: float, above: Callable[[float], bool]) -> tuple[f
 
 
 def plan_of(prepared: Examples) -> Plan:
-    """For what `Hybrid.prepared` gives."""
+    """The plan for what `Hybrid.prepared` returns."""
     return Plan.of(Columns.of(prepared.extras["logits"]), prepared.extras["threshold"][:, None])
 
 
 def _alike(whole: Tensor, passes: Tensor, size: int) -> Iterator[Tensor]:
-    """The samples that have vectors, up to `size` together that have about as many; those of Exact by themselves."""
+    """Group samples that have about as many vectors, up to `size` together, and not with those that use Exact's.
+
+    Samples without vectors are left out.
+    """
     level = (passes.clamp_min(1).log() / math.log(MIXED)).floor()
     for kind in (whole, ~whole):
         chosen = kind & (passes > 0)
@@ -223,9 +228,9 @@ def _alike(whole: Tensor, passes: Tensor, size: int) -> Iterator[Tensor]:
 
 
 def _amounts(plan: Plan, draws: Draws, rows: Tensor, most: int) -> Tensor:
-    """How much of each column there is in each vector of the samples `rows` [B]: [B, V = `most`, K].
+    """The coefficients [B, V = `most`, K] of the columns in each vector of the samples `rows` [B].
 
-    A sample's heavy columns first, then its probes, then nothing.
+    A sample's heavy columns come first, then its probes, then zeros.
     """
     heavy, rates, probes = plan.heavy[rows], plan.rates[rows, None], draws.probes[rows, None]
     vector = torch.arange(most)

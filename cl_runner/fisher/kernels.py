@@ -1,7 +1,7 @@
-"""Sums of squared per-sample weight gradients by fused kernels, and the choice of the fastest way on a device.
+"""Fused kernels that sum squared per-sample weight gradients, and the choice of the fastest on a device.
 
-Triton has no wheels for macOS and Windows, so nothing here imports it before a kernel is called: ask `available` first.
-Sums over samples and positions are held in float32; their order, and so the result, is the same at every call.
+Triton has no wheels for macOS and Windows, so it is imported only when a kernel is called: ask `available` first.
+Sums over samples and positions are kept in float32; their order, and so the result, is the same in every call.
 """
 
 import functools
@@ -20,15 +20,15 @@ log = logging.getLogger("cl_runner")
 
 Precision = Literal["fp32", "tf32", "bf16"]
 Pair = tuple[int, int]
-Adder = Callable[[Tensor], object]  # adds its result to the tensor given
+Adder = Callable[[Tensor], object]  # adds its result to the given tensor
 
-WAVES = 4  # programs for every processor of the device: enough to even out, few enough for their results to stay small
-CHOICES = 4096  # remembered by `fastest`
-REPEATS = 3  # timings of each candidate
+WAVES = 4  # programs per processor of the device: enough to balance the load, few enough to keep their results small
+CHOICES = 4096  # that `fastest` remembers
+REPEATS = 3  # timings per candidate
 
 
 class Tiling(NamedTuple):
-    """The sizes of a program's tile, of the block of positions it takes at a time, and how it runs."""
+    """The size of a program's tile and of the blocks of positions it works through, and its launch parameters."""
 
     rows: int
     columns: int
@@ -37,7 +37,7 @@ class Tiling(NamedTuple):
     stages: int = 1
 
 
-# Two accumulators a tile, product and squares: for compute capability 9.0 and channels last these compile unspilt.
+# Each tile has two accumulators, product and squares: on compute capability 9.0, channels last, these do not spill.
 TENSOR_CORES = (
     Tiling(128, 128, 32, 8, 3),
     Tiling(64, 128, 32, 4, 3),
@@ -45,16 +45,16 @@ TENSOR_CORES = (
     Tiling(64, 64, 64, 4, 3),
 )
 PLAIN_CORES = (Tiling(128, 128, 16, 8, 2), Tiling(64, 64, 16, 4, 2), Tiling(32, 64, 16, 4, 2))
-# Columns are taps here. The first are for channels that lie together, the last two for positions that do.
+# Columns are taps here. The first two suit adjacent channels, the last two adjacent positions.
 DEPTHWISE = (Tiling(64, 16, 4, 4), Tiling(32, 16, 8, 4), Tiling(16, 16, 16, 4), Tiling(4, 16, 64, 4))
-# A channel's rows: with more of them the matrix program reuses enough.
+# Rows per channel up to which the depthwise program is used; with more, the matrix program reuses enough.
 MULTIPLICITY = 8
-# Input channels of a group: below, a tile always runs over the taps; above, never; between, both are tried.
+# Input channels per group: below the first, a tile always spans taps; above the second, never; between, try both.
 FEW_CHANNELS, MANY_CHANNELS = 32, 128
 
 
 def available(device: torch.device) -> bool:
-    """Whether the kernels run there: CUDA of compute capability 8 or later; the CPU in Triton's interpreter.
+    """Whether the kernels run on `device`: CUDA of compute capability 8 or later, or the CPU in Triton's interpreter.
 
     The interpreter (TRITON_INTERPRET=1 in the environment before Triton is imported) is for tests.
     """
@@ -72,12 +72,12 @@ def add_linear_squares(
 
     Args:
         out: [N, K], float32 or float64.
-        gradients: g, those of the layer's output, [V, B, T, N], in any layout.
+        gradients: g, of the layer's output, [V, B, T, N], in any layout.
         inputs: a, [B, T, K], in any layout.
         precision: of the products: `fp32`; `tf32` and `bf16` round both operands to nearest.
-        rival: the same in another way; takes over where it is measured to be faster.
+        rival: another implementation, used where it measures faster.
 
-    Raises ValueError where the shapes do not fit, and what `fastest` raises.
+    Raises ValueError where the shapes do not fit, and whatever `fastest` raises.
     """
     positions_last = inputs.transpose(1, 2)[:, :, None]  # [B, K, 1, T]
     outputs = gradients.transpose(2, 3)[:, :, :, None]  # [V, B, N, 1, T]
@@ -96,21 +96,21 @@ def add_conv_squares(
     precision: Precision,
     rival: Adder | None = None,
 ) -> None:
-    """Add Σ_v Σ_b (∂/∂W of pass v and sample b)² of a convolution to `out`, in place. Depthwise ones compute in fp32.
+    """Add a convolution's Σ_v Σ_b (∂/∂W of pass v and sample b)² to `out`, in place. Depthwise ones compute in fp32.
 
     Args:
         out: [Cout, Cin/groups, kh, kw], float32 or float64. A 1d convolution has kh = H = 1.
-        gradients: those of the layer's output, [V, B, Cout, OH, OW], in any layout; channels last is fastest.
-        inputs: [B, Cin, H, W], in any layout; padded by zeros on both sides alike.
+        gradients: of the layer's output, [V, B, Cout, OH, OW], in any layout; channels last is fastest.
+        inputs: [B, Cin, H, W], in any layout; zero-padded by the same amount on both sides.
         stride, padding, dilation, groups: the layer's.
         precision, rival: as in `add_linear_squares`.
 
-    Raises ValueError where the shapes do not fit, and what `fastest` raises.
+    Raises ValueError where the shapes do not fit, and whatever `fastest` raises.
     """
     _check(out, gradients, inputs, groups)
     if gradients.numel() == 0 or inputs.numel() == 0:
         return
-    flat = gradients.flatten(3)  # [V, B, Cout, T]: a view, but in layouts that no layer makes
+    flat = gradients.flatten(3)  # [V, B, Cout, T]: a view, except in layouts that no layer produces
     window = _Window(gradients.shape[4], stride, padding, dilation, groups)
     candidates: dict[Hashable, Adder] = {}
     if out.shape[1] == 1 and out.shape[0] // groups <= MULTIPLICITY:
@@ -126,7 +126,7 @@ def add_conv_squares(
             )  # fmt: skip
     if rival is not None:
         candidates["rival"] = rival
-    # Rounded up, so that a short last batch does not ask for a choice of its own.
+    # Rounded up, so that a short last batch does not need a choice of its own.
     units = (flat.shape[0] * flat.shape[1] - 1).bit_length()
     layout = flat.stride()[2:], inputs.stride()[1:], flat.dtype, inputs.dtype
     key = out.shape, flat.shape[3], inputs.shape[1:], window, precision, units, layout
@@ -137,14 +137,14 @@ _winners: OrderedDict[Hashable, Hashable] = OrderedDict()
 
 
 def fastest(key: Hashable, candidates: Mapping[Hashable, Adder], like: Tensor) -> Adder:
-    """The candidate that takes the least time, measured the first time that `key` and these candidates are met.
+    """The fastest candidate, timed when this `key` with these candidates first comes up.
 
-    Each candidate adds its result to a tensor like `like`; measured, they add to a scratch one. A candidate that fails
-    is never chosen. Off CUDA the first is taken, and with deterministic algorithms the first that does not fail.
+    Each candidate adds its result to a tensor like `like`; for timing, to a scratch tensor. A candidate that fails is
+    never chosen. Off CUDA the first is taken; with deterministic algorithms, the first that does not fail.
 
     Raises:
-        RuntimeError: asked to measure while a CUDA graph is captured. Run the same work once before capturing it.
-        Exception: that of the last candidate, if every one fails.
+        RuntimeError: if asked to time during the capture of a CUDA graph. Run the same work once before capturing it.
+        Exception: the last candidate's, if all of them fail.
     """
     if like.device.type != "cuda":
         return next(iter(candidates.values()))
@@ -166,8 +166,8 @@ def _measured(candidates: Mapping[Hashable, Adder], scratch: Tensor) -> Hashable
             try:
                 times[name] = _milliseconds(candidate, scratch)
                 if torch.are_deterministic_algorithms_enabled():
-                    break  # another process would measure other times, and another kernel rounds otherwise
-            # Too large a tile for this device, no C compiler for Triton's launcher, out of memory: types of all sorts.
+                    break  # timings differ between processes, and kernels differ in how they round
+            # A tile too large for this device, no C compiler for Triton's launcher, out of memory: many types.
             except Exception as problem:
                 log.debug("candidate %s fails: %s", name, problem)
                 failure = problem
@@ -210,7 +210,7 @@ def _check(out: Tensor, gradients: Tensor, inputs: Tensor, groups: int) -> None:
 
 
 def _tilings(out: Tensor, positions: int, groups: int, precision: Precision) -> list[tuple[Tiling, bool]]:
-    """Tilings, none much larger than the matrices, and whether a tile keeps to one tap."""
+    """Tilings, none much larger than the matrices, and whether a tile is confined to one tap."""
     rows, channels, taps = out.shape[0] // groups, out.shape[1], out.shape[2] * out.shape[3]
     keep = [True] if taps == 1 or channels > MANY_CHANNELS else [False] if channels < FEW_CHANNELS else [True, False]
     return list(
@@ -230,7 +230,7 @@ def _tilings(out: Tensor, positions: int, groups: int, precision: Precision) -> 
 
 
 def _fitting(block: int, size: int) -> int:
-    """A power of two, and 16 at least, which is the smallest operand of a matrix product in Triton."""
+    """A power of two, at least 16, the smallest operand of a matrix product in Triton."""
     return min(block, max(16, 1 << (size - 1).bit_length()))
 
 
@@ -251,7 +251,7 @@ def _add_matrix(
     tiles = math.ceil(rows / tiling.rows) * column_tiles
     units, splits = _splits(gradients, tiles * groups)
     partial = torch.empty(splits, out.shape[0], *out.shape[2:], channels, dtype=torch.float32, device=out.device)
-    # Where the positions of input and output are the same and lie at one distance, no address needs their coordinates.
+    # Where input and output share evenly spaced positions, addresses can be computed without coordinates.
     pointwise = (
         (taps, window.stride, window.padding) == (1, (1, 1), (0, 0))
         and (inputs.shape[2] == 1 or inputs.stride(2) == inputs.shape[3] * inputs.stride(3))
@@ -290,7 +290,7 @@ def _add_depthwise(out: Tensor, gradients: Tensor, inputs: Tensor, window: _Wind
 
 
 def _splits(gradients: Tensor, tiles: int) -> Pair:
-    """Units (a sample's pass) for one program, and programs for one tile."""
+    """Units per program (a unit is one pass of one sample), and programs per tile."""
     units = gradients.shape[0] * gradients.shape[1]
     wanted = min(units, max(1, WAVES * _processors(gradients.device) // tiles))
     each = math.ceil(units / wanted)
@@ -308,7 +308,7 @@ def _installed() -> bool:
 
 
 @functools.cache
-def _programs() -> Any:  # what Triton makes of a function has no type of its own
+def _programs() -> Any:  # Triton's compiled functions are untyped
     from cl_runner.fisher import triton_programs
 
     return triton_programs

@@ -1,21 +1,21 @@
-"""A Fisher in Kronecker factors: a block for every linear layer and convolution, a diagonal for everything else.
+"""A Kronecker-factored Fisher: a block for every linear layer and convolution, a diagonal for everything else.
 
-A layer y = W x + b, seen at T positions of a sample (tokens, pixels), has the per-sample gradient D = Σ_t g_t a_tᵀ with
-respect to [W b]; a = [x 1], g the gradient of y. Its block of the Fisher, E Σ_v vec(D) vec(D)ᵀ, becomes G ⊗ A
+A layer y = W x + b, applied at T positions of a sample (tokens, pixels), has the per-sample gradient D = Σ_t g_t a_tᵀ
+with respect to [W b]; a = [x 1], g the gradient of y. Its block of the Fisher, E Σ_v vec(D) vec(D)ᵀ, becomes G ⊗ A
 (KFAC; Martens & Grosse, 2015, https://arxiv.org/abs/1503.05671; as a penalty against forgetting, Ritter et al., 2018,
 https://arxiv.org/abs/1805.07810), with
 
     A = E a aᵀ, the mean over samples and positions,    G = E Σ_v Σ_t g_t g_tᵀ, the mean over samples.
 
-Between layers it is zero. This is the scale of `expand` of Eschenhagen et al. (2023, https://arxiv.org/abs/2311.00636)
-and, for convolutions, whose a are patches, of KFC (Grosse & Martens, 2016, https://arxiv.org/abs/1602.01407), which has
-the number of positions in A instead of G. F is a mean over samples, as in the other representations, and has about the
-trace of theirs while the gradients at different positions are uncorrelated. Where they add up, as before a mean over
-tokens, its trace is smaller, by up to T.
+Between layers it is zero. The scale is that of `expand` in Eschenhagen et al. (2023, https://arxiv.org/abs/2311.00636)
+and, for convolutions, where a are patches, that of KFC (Grosse & Martens, 2016, https://arxiv.org/abs/1602.01407),
+which puts the number of positions into A instead of G. F is a mean over samples, as in the other representations, and
+has about their trace as long as the gradients at different positions are uncorrelated. Where they add up, as before a
+mean over tokens, its trace is smaller by a factor of up to T.
 
 EKFAC (George et al., 2018, https://arxiv.org/abs/1806.03884) keeps the eigenvectors and measures, along each of their
-products, the second moment of the per-sample gradients themselves. It has the true trace, and of all matrices with
-these eigenvectors it is the closest to the block in the Frobenius norm. It takes the samples twice.
+products, the second moment of the per-sample gradients themselves. It has the true trace and is, of all matrices with
+these eigenvectors, the closest to the block in the Frobenius norm. It takes the samples twice.
 """
 
 from collections import Counter
@@ -39,14 +39,15 @@ from cl_runner.fisher.per_sample import even_slices
 from cl_runner.fisher.products import CACHE, ROOM, slices
 from cl_runner.fisher.taps import Taps
 from cl_runner.fisher.trial import objection, refuse_batch_dependence
-from cl_runner.models.model import Model, PretrainedView
+from cl_runner.models.heads import per_row
+from cl_runner.models.model import Model, PretrainedView, trainable
 
-HELD = 1 << 27  # numbers in all layers' inputs, at all positions, that are held at a time
+HELD = 1 << 27  # numbers in all layers' inputs, at all positions, held at a time
 
 
 @dataclass(frozen=True)
 class Factors:
-    """G ⊗ A, a matrix over the entries of a matrix [N, K].
+    """G ⊗ A, over the entries of an [N, K] matrix.
 
     outputs: G, [N, N].
     inputs: A, [K, K].
@@ -71,10 +72,10 @@ class Factors:
 
 @dataclass(frozen=True)
 class Rotated:
-    """(U ⊗ V) diag(moments) (U ⊗ V)ᵀ, a matrix over the entries of a matrix [N, K].
+    """(U ⊗ V) diag(moments) (U ⊗ V)ᵀ, over the entries of an [N, K] matrix.
 
-    outputs: U, the eigenvectors of G in columns, [N, N].
-    inputs: V, those of A, [K, K]; fewer rows where columns of the entries were left out.
+    outputs: U, the eigenvectors of G as columns, [N, N].
+    inputs: V, those of A, [K, K]; with fewer rows if columns of the [N, K] matrix were left out.
     moments: [N, K].
     """
 
@@ -101,9 +102,9 @@ class Rotated:
 class Block:
     """One layer's part of a Fisher.
 
-    shapes: of its weight and its bias, as far as they are there: side by side, flattened but for the outputs, they are
-        what `matrix` is over.
-    kept: [N, K], 0 for the entries that have no curvature, else 1; None: all have.
+    shapes: of its weight and bias, if present: side by side, with all dimensions but the first flattened, they are the
+        [N, K] matrix that `matrix` is over.
+    kept: [N, K], 0 for entries without curvature, else 1; None: all have some.
     """
 
     matrix: Factors | Rotated
@@ -135,7 +136,7 @@ class Block:
             return self
         masks = {name: self.matrix.inputs.new_ones(shape) for name, shape in self.shapes.items()}
         for name in masks.keys() & rows.keys():
-            masks[name] *= rows[name].view(-1, *[1] * (masks[name].dim() - 1))
+            masks[name] *= per_row(rows[name], masks[name])
         return replace(self, kept=self._masked(self._joined(masks)))
 
     def _masked(self, values: Tensor) -> Tensor:
@@ -155,11 +156,11 @@ class Block:
 
 @dataclass(frozen=True)
 class Kronecker:
-    """A sum of blocks, and a diagonal over what has none.
+    """A sum of blocks, and a diagonal over the parameters without one.
 
-    A sum of two products of factors is no product of factors. So `plus` keeps the blocks of both, which is exact: what
-    it returns grows with every addition, in memory and in the time of a product. Nor are quadratics around two anchors
-    merged into one: a penalty keeps a term a task.
+    A sum of two Kronecker products is not a Kronecker product. So `plus` keeps the blocks of both, which is exact, but
+    its result grows with every addition, in memory and in the time of a product. For the same reason, quadratics around
+    two anchors are not merged: a penalty keeps one term per task.
     """
 
     blocks: tuple[Block, ...]
@@ -205,9 +206,9 @@ class Kronecker:
 class Layer(NamedTuple):
     """A layer that has factors."""
 
-    shapes: dict[str, tuple[int, ...]]  # of its weight and, where it is trained, its bias
+    shapes: dict[str, tuple[int, ...]]  # of its weight and, if trainable, its bias
     outputs: int  # N
-    inputs: int  # K, with the 1 that stands for the bias
+    inputs: int  # K, including the 1 that stands for the bias
     positions: int  # T
 
     def rows(self, use: Use, some: slice = slice(None)) -> Tensor:
@@ -224,29 +225,29 @@ class Layer(NamedTuple):
 class KroneckerFactors:
     """The running sums over samples of the factors of every layer that has them, and of squares for all the rest.
 
-    It takes what `SquaredGradients` takes. Linear layers and two-dimensional convolutions without groups have factors;
-    normalisations, tables, convolutions with groups or along other axes, biases alone, parameters that are no layer's
-    or take part more than once keep their diagonal.
+    Takes the same input as `SquaredGradients`. Linear layers and two-dimensional convolutions without groups have
+    factors; normalisations, tables, convolutions with groups or along other axes, biases alone, and parameters that
+    belong to no layer or are used more than once, keep their diagonal.
 
-    samples: how many the mean is over. More than were added, where the others have no vectors; A is the mean over those
+    samples: how many the mean is over; more than were added if the others have no vectors. A is the mean over those
         that were added.
     """
 
     def __init__(self, model: Model | PretrainedView) -> None:
-        """Raises ValueError, which names the layer, for a model whose samples do not stand for themselves."""
+        """Raises ValueError, naming the layer, if the model's answer to a sample depends on the rest of the batch."""
         refuse_batch_dependence(model)
         self.model = model
         self.samples = 0
         self.layers: dict[str, Layer] = {}  # by the name of the weight
-        self.numbers = 1  # of a sample that are held at a time
-        self.parameters = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+        self.numbers = 1  # held at a time for each sample
+        self.parameters = trainable(model)
         self._added = 0
         self._inputs, self._outputs, self._squares = Sums({}), Sums({}), Sums({})
 
     def add(self, inputs: Tensor, passes: int, vectors: SlicedVectors) -> None:
         """Add a batch's samples, as `SquaredGradients.add` does.
 
-        Raises ConfigError for a model whose layers cannot be told apart.
+        Raises ConfigError for a model with a parameter that no rule covers.
         """
         if self._added == 0:
             self._look(inputs)
@@ -265,7 +266,7 @@ class KroneckerFactors:
         return self.layers.get(use.names.get("weight", ""))
 
     def factors(self) -> dict[str, Factors]:
-        """By the name of the weight, in float64 where the device has it."""
+        """Factors by the name of the weight, in float64 where the device has it."""
         outputs, inputs = self._outputs.over(self.samples), self._inputs.over(self._added)
         return {name: Factors(outputs[name], inputs[name]) for name in self.layers}
 
@@ -283,7 +284,7 @@ class KroneckerFactors:
         return Kronecker(tuple(blocks), self.rest())
 
     def _look(self, inputs: Tensor) -> None:
-        """Find out which layers have factors."""
+        """Find the layers that have factors."""
         reason = objection(self.model, inputs[[0, -1]]) if self.parameters else None
         if reason is not None:
             raise _not_held(reason)
@@ -312,9 +313,9 @@ class KroneckerFactors:
 
     def _add(self, inputs: Tensor, vectors: Vectors) -> None:
         try:
-            with side_stream(inputs.device):  # where passes may be captured as a CUDA graph
+            with side_stream(inputs.device):  # since passes may be captured as a CUDA graph
                 self._add_passes(inputs, vectors)
-        except Uncovered as uncovered:  # a batch for which the model does something else than for the first
+        except Uncovered as uncovered:  # the model does something else on this batch than on the first
             raise _not_held(str(uncovered)) from None
 
     def _add_passes(self, inputs: Tensor, vectors: Vectors) -> None:
@@ -336,13 +337,13 @@ class KroneckerFactors:
 
 
 class RotatedSquares:
-    """The running sums over samples of the squared per-sample gradients, rotated into the eigenvectors of the factors.
+    """The running sums over samples of squared per-sample gradients, rotated into the eigenbasis of the factors.
 
-    It takes the samples that the factors were made of, a second time.
+    Takes the same samples as the factors, a second time.
     """
 
     def __init__(self, factors: KroneckerFactors) -> None:
-        """Raises ValueError where the factors are not finite, and so have no eigenvectors."""
+        """Raises ValueError if the factors are not finite and so have no eigenvectors."""
         finite(factors.curvature())
         self.factors = factors
         self.samples = 0
@@ -375,7 +376,7 @@ class RotatedSquares:
     def _add(self, inputs: Tensor, vectors: Vectors) -> None:
         taps = Taps(self.factors.model, inputs)
         outputs = vectors(taps.logits.detach())
-        rotated: dict[Use, Linear] = {}  # over positions, every layer is a linear one
+        rotated: dict[Use, Linear] = {}  # position by position, every layer is linear
         totals = self._moments.partial
         for use in taps.uses:
             if (layer := self.factors.layer(use)) is not None:
@@ -407,7 +408,7 @@ def _has_factors(use: Use) -> bool:
 
 
 def _add_input_products(total: Tensor, use: Use, layer: Layer) -> None:
-    """Add Σ_b of the mean over positions of a aᵀ to `total` [K, K]."""
+    """Add the mean over positions of a aᵀ, summed over samples, to `total` [K, K]."""
     room = CACHE if total.device.type == "cpu" else ROOM
     for some in slices(len(use.inputs), layer.positions * layer.inputs, room):
         rows = layer.rows(use, some).flatten(0, 1)
@@ -415,7 +416,7 @@ def _add_input_products(total: Tensor, use: Use, layer: Layer) -> None:
 
 
 def _eigenvectors(matrix: Tensor) -> Tensor:
-    """In columns."""
+    """The eigenvectors of `matrix`, as columns."""
     return torch.linalg.eigh(matrix.cpu() if matrix.device.type == "mps" else matrix).eigenvectors.to(matrix.device)
 
 

@@ -1,9 +1,9 @@
-"""What a layer's input and the gradient of its output say of its parameters' per-sample gradients.
+"""Rules that turn a layer's input and output gradient into its parameters' per-sample gradients.
 
-Every layer gives them as they are (`per_sample`, which says what the layer is), and adds the sum over samples of their
-squares to a total without holding them (`add_squares`, the fast twin). A gradient that is summed over positions and
-then squared costs no more arithmetic than the ordinary one; what libraries lose is the memory of the block
-[B, *weight], and here that block is never larger than a cache; on CUDA the fused kernels never write it at all.
+Every layer can return these gradients (`per_sample`, the definition), or add the sum over samples of their squares to a
+total without storing them (`add_squares`, the fast equivalent). Summing a gradient over positions and then squaring it
+takes no more arithmetic than the ordinary gradient; what costs libraries time is the memory of the block [B, *weight].
+Here that block is never larger than a cache, and on CUDA the fused kernels never write it at all.
 """
 
 from abc import ABC, abstractmethod
@@ -29,17 +29,28 @@ from cl_runner.fisher.products import (
 
 
 class Uncovered(Exception):  # noqa: N818
-    """A trainable parameter is used in a way that no rule here knows."""
+    """A trainable parameter is used in a way that no rule covers."""
+
+
+class DependenceError(ValueError):
+    """A model's answer to a sample depends on the other samples of its batch, or on chance."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__(f"expected a model that answers each sample alone and always alike, got one {how}")
+
+
+class BatchStatisticsError(DependenceError):
+    """A layer normalises by the statistics of its batch."""
 
 
 class Use(ABC):
     """One call of a layer in a forward pass.
 
-    names: role -> the trainable parameter that plays it.
-    inputs: what the layer was given, [B, ...].
-    passes: backward passes that will come, in all.
-    precision: of products of gradients and inputs over positions; sums over positions alone are as the gradients are.
-    waits: whether `add_squares` has to wait for the device.
+    names: role -> the name of the trainable parameter in that role.
+    inputs: the layer's input, [B, ...].
+    passes: how many backward passes there will be.
+    precision: of products of gradients and inputs over positions; plain sums over positions keep that of the gradients.
+    waits: whether `add_squares` must synchronise with the device.
     """
 
     passes: int = 1
@@ -51,31 +62,31 @@ class Use(ABC):
         self._version = inputs._version
 
     def check_unchanged(self) -> None:
-        """Raises Uncovered if the inputs were written to after the call."""
+        """Raises Uncovered if the inputs were modified after the call."""
         if self.inputs._version != self._version:
             raise Uncovered(f"the inputs of {', '.join(self.names.values())} are changed in place afterwards")
 
     @abstractmethod
     def per_sample(self, gradient: Tensor) -> Parameters:
-        """parameter -> its gradient for every sample, [B, *shape] (flat where a view was used), from the output's."""
+        """parameter -> its per-sample gradient [B, *shape] (flat if a view was used), from the output's `gradient`."""
 
     def add_squares(self, gradient: Tensor, totals: Parameters) -> None:
-        """Add the sum over samples of the squared gradients to `totals` [*shape], in place; maybe at `flush` only, or
-        at `close`."""
+        """Add the squared gradients, summed over samples, to `totals` [*shape] in place, maybe only at `flush` or
+        `close`."""
         for name, values in self.per_sample(gradient).items():
             add_squares(totals[name], values)
 
     def flush(self, totals: Parameters) -> None:  # noqa: B027
-        """A block of passes has come: add what is faster added together."""
+        """End a block of passes: add what is faster to add together."""
 
     def forget(self) -> None:  # noqa: B027
-        """A block of passes has ended early and is to be made again: let go of what waits for its end."""
+        """Drop what waits for the end of a block of passes that was cut short and will be repeated."""
 
     def close(self, totals: Parameters) -> None:  # noqa: B027
-        """All passes have come: add what was held back."""
+        """End the last pass: add what was held back."""
 
     def release(self) -> None:
-        """Let go of the inputs, as a plain backward pass does once it has passed a layer."""
+        """Free the inputs, as a plain backward pass does once it is through a layer."""
         self.inputs = self.inputs.new_empty(0)
 
 
@@ -83,7 +94,7 @@ class Weighted(Use):
     """A layer whose weight's gradient is a sum of products over positions.
 
     held: products of pairs of gradients, summed over passes; None while there are none.
-    waiting: gradients of passes that a kernel is to take together.
+    waiting: gradients of passes that a kernel will take together.
     """
 
     def __init__(self, names: dict[str, str], inputs: Tensor) -> None:
@@ -108,11 +119,11 @@ class Weighted(Use):
 
     @abstractmethod
     def add_weight_squares(self, total: Tensor, gradient: Tensor) -> None:
-        """Add the sum over samples of the squared weight gradients to `total`, without a kernel of our own."""
+        """Add the squared weight gradients, summed over samples, to `total`, without a fused kernel."""
 
     @abstractmethod
     def add_fused_squares(self, total: Tensor, gradients: Tensor, rival: Adder) -> None:
-        """The same for several passes [V, B, ...], by a kernel, or by `rival` where that is faster."""
+        """The same for several passes [V, B, ...], by a fused kernel, or by `rival` where that is faster."""
 
 
 class Linear(Weighted):
@@ -142,7 +153,7 @@ class Linear(Weighted):
     def add_squares(self, gradient: Tensor, totals: Parameters) -> None:
         rows = self.gradient_rows(gradient)
         if gram_is_cheaper(rows.shape[1], self.passes, rows.device):
-            # Σ_v (Σ_t g_t x_t)² = Σ_{t,t'} (Σ_v g_t g_t') x_t x_t': one product of matrices for all passes together.
+            # Σ_v (Σ_t g_t x_t)² = Σ_{t,t'} (Σ_v g_t g_t') x_t x_t': one matrix product for all passes together.
             self.held = pairs(rows, weighted=True, onto=self.held)
             return
         if "bias" in self.names:
@@ -173,7 +184,7 @@ class Linear(Weighted):
 
 
 class Affine(Use):
-    """What a normalisation ends with, y = w x̂ + b: the gradients are sums of g x̂ and g over positions."""
+    """The affine part of a normalisation, y = w x̂ + b: the gradients are sums of g x̂ and g over positions."""
 
     def __init__(
         self,
@@ -183,13 +194,13 @@ class Affine(Use):
         axes: Sequence[int],
         scale: Tensor | None = None,
     ) -> None:
-        """`axes`: those over which a weight is shared, without the samples'. `scale`: what x̂ is still to be multiplied
-        by, where that is the same at all positions and for all samples: in the shape of the weight."""
+        """`axes`: those over which a weight is shared, except the samples' axis; `scale`: a factor that `normalised`
+        leaves out of x̂, where it is the same for all positions and samples: in the shape of the weight."""
         super().__init__(names, inputs)
         self.normalised, self.axes, self.scale = normalised, list(axes), scale
 
     def per_sample(self, gradient: Tensor) -> Parameters:
-        # On a CPU a few samples at a time: what is written stays in the cache until it is read.
+        # On the CPU a few samples at a time, so that what is written stays in the cache until it is read.
         room = None if gradient.device.type == "cpu" else ROOM
         parts = [self._some(some, gradient) for some in slices(len(gradient), gradient[0].numel(), room)]
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]} if len(parts) > 1 else parts[0]
@@ -208,7 +219,7 @@ class Affine(Use):
 
 
 class Embedding(Use):
-    """Rows of a table: a row's gradient is the sum over the positions that looked it up."""
+    """An embedding table: a row's gradient is the sum over the positions that looked it up."""
 
     waits = True
 
@@ -218,7 +229,7 @@ class Embedding(Use):
 
     def per_sample(self, gradient: Tensor) -> Parameters:
         name = self.names["weight"]
-        raise Uncovered(f"{name} is a table that is used twice")
+        raise Uncovered(f"per-sample gradients of the table {name} would be too large")
 
     def add_squares(self, gradient: Tensor, totals: Parameters) -> None:
         total = totals[self.names["weight"]]
@@ -231,7 +242,7 @@ class Embedding(Use):
 
 
 class Direct(Use):
-    """A parameter used by itself (a class token, a position embedding, a layer's scale), once for every sample."""
+    """A parameter that is used directly (class token, position embedding, layer scale), once per sample."""
 
     def per_sample(self, gradient: Tensor) -> Parameters:
         return {self.names["values"]: gradient}

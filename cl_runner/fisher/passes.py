@@ -1,4 +1,4 @@
-"""Squared per-sample gradients by taps: one forward pass of a batch, and a backward pass a vector."""
+"""Squared per-sample gradients by taps: one forward pass per batch, and one backward pass per vector."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -12,10 +12,10 @@ from cl_runner.fisher.graphs import Replayed, side_stream
 from cl_runner.fisher.kernels import Precision
 from cl_runner.fisher.layers import Use
 from cl_runner.fisher.taps import Taps
-from cl_runner.models.model import Model, PretrainedView
+from cl_runner.models.model import Model, PretrainedView, trainable
 
-SHARED = 1 << 26  # numbers in the gradients that are held at a time, where a parameter is used twice
-TOGETHER = 4  # passes that a kernel takes together, and a CUDA graph
+SHARED = 1 << 26  # numbers in the gradients of parameters used more than once that are held at a time
+TOGETHER = 4  # passes that a kernel, and a CUDA graph, takes together
 
 Vectors = Callable[[Tensor], Tensor]  # logits [B, K] -> output vectors [B, V, K]
 SlicedVectors = Callable[[slice, Tensor], Tensor]  # a slice of a batch, its logits [b, K] -> its vectors [b, V, K]
@@ -30,7 +30,7 @@ class AddsSquares(Protocol):
 def add_tapped_squares(
     model: Model | PretrainedView, totals: Parameters, inputs: Tensor, vectors: Vectors, precision: Precision = "fp32"
 ) -> None:
-    """One forward pass, and a backward pass a vector that is taken apart at the layers' outputs."""
+    """Add squares by one forward pass, and one backward pass per vector that is intercepted at the layers' outputs."""
     with side_stream(inputs.device):
         _add_tapped_squares(model, totals, inputs, vectors, precision)
 
@@ -50,7 +50,7 @@ def _add_tapped_squares(
 
 
 def shared_parameters(taps: Taps) -> set[str]:
-    """Those that are used more than once: their gradients are to be summed before they are squared."""
+    """Names of parameters used more than once, whose gradients must be summed before they are squared."""
     calls = Counter(name for use in taps.uses for name in use.names.values())
     return {name for name, count in calls.items() if count > 1}
 
@@ -64,11 +64,11 @@ def add_passes(
 ) -> None:
     """Make a backward pass for each of the `outputs` [B, V, K], and add the squares to `totals` in place.
 
-    `take`: (a use, its output's gradient) -> whether something else was done with it, so that nothing is added.
+    `take`: (a use, its output's gradient) -> whether it has dealt with this use, so that nothing is added.
     """
     shared = shared_parameters(taps)
     summed: Parameters = {}
-    final = False  # whether no pass comes after this one
+    final = False  # whether this is the last pass
 
     def receive(use: Use, gradient: Tensor) -> None:
         if take(use, gradient):
@@ -85,12 +85,12 @@ def add_passes(
             summed[name] = summed[name] + flat if name in summed else flat
 
     def block(some: Tensor, last: bool = False) -> None:
-        """The passes of `some` vectors [B, v, K]."""
+        """Make the passes for `some` vectors [B, v, K]."""
         nonlocal final
         for index, vector in enumerate(some.unbind(1), start=1):
             final = last and index == some.shape[1]
             taps.backward(vector, receive, final)
-            for name, values in summed.items():  # all of a parameter's calls have come: now they may be squared
+            for name, values in summed.items():  # complete now that all of the parameter's calls have contributed
                 totals[name] += values.square().sum(0).view_as(totals[name])
             summed.clear()
         for use in taps.uses:
@@ -111,9 +111,5 @@ def add_passes(
 
 
 def zeros(model: Model | PretrainedView) -> Parameters:
-    """For every trainable parameter; contiguous, whatever the parameter's layout: a weight is a matrix here."""
-    return {
-        name: torch.zeros(p.shape, dtype=p.dtype, device=p.device)
-        for name, p in model.named_parameters()
-        if p.requires_grad
-    }
+    """Zeros for every trainable parameter; contiguous whatever the parameter's layout: weights are matrices here."""
+    return {name: torch.zeros(p.shape, dtype=p.dtype, device=p.device) for name, p in trainable(model).items()}

@@ -1,8 +1,9 @@
-"""Per-sample gradients for models that the taps do not cover: by `torch.func`, or else, for any model, by a loop."""
+"""Per-sample gradients for models that the taps do not cover: by `torch.func`, or by a loop, which takes any model."""
 
 import math
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -10,26 +11,28 @@ from torch.func import functional_call, vjp, vmap
 
 from cl_runner.fisher.curvature import Parameters
 from cl_runner.fisher.taps import ToLogits
-from cl_runner.models.model import Model, PretrainedView
+from cl_runner.models.model import Model, PretrainedView, trainable
 from cl_runner.models.substitute import nothing_kept, places
 
-# All gradients of one vmap call together, in numbers.
+Measure = Callable[[Tensor], Tensor]  # elementwise, with measure(a b) = measure(a) measure(b)
+
+# Numbers in all gradients of one vmap call together.
 BUDGET = 64_000_000
-# On the CPU, the largest parameter's share of them, in bytes. Much more comes afresh from the kernel at every call, and
-# the page faults cost more than the arithmetic: a pass of an MLP 0.45 against 1.04 ms, of a ResNet-18 31 against 68.
+# On the CPU, bytes for the largest parameter's gradients. Larger blocks are newly mapped by the operating system at
+# every call, and page faults cost more than arithmetic: 0.45 against 1.04 ms per pass of an MLP, 31 against 68 of a
+# ResNet-18.
 CPU_BLOCK = 16_000_000
 
 
-def add_vmapped_squares(
-    model: Model | PretrainedView, totals: Parameters, inputs: Tensor, vectors: Callable[[Tensor], Tensor]
+def add_vmapped(
+    model: Model | PretrainedView,
+    totals: Parameters,
+    inputs: Tensor,
+    vectors: Callable[[Tensor], Tensor],
+    measure: Measure = torch.square,
 ) -> None:
-    """Add Σ_v (vᵀ ∂z/∂θ)², summed over `inputs`, to `totals` in place; for the arguments see `vmapped_gradients`."""
-
-    def add(gradients: Parameters) -> None:
-        for name, values in gradients.items():
-            _add_squares(totals[name], values)
-
-    vmapped_gradients(model, inputs, vectors, add)
+    """Add Σ_v measure(vᵀ ∂z/∂θ), summed over `inputs`, to `totals` in place; see `vmapped_gradients`."""
+    vmapped_gradients(model, inputs, vectors, partial(_add, totals, measure))
 
 
 def vmapped_gradients(
@@ -38,10 +41,10 @@ def vmapped_gradients(
     vectors: Callable[[Tensor], Tensor],
     receive: Callable[[Parameters], None],
 ) -> None:
-    """Hand vᵀ ∂z/∂θ to `receive` for every sample, vector and trainable parameter: [b, V, ...] at a time, by name.
+    """Pass vᵀ ∂z/∂θ to `receive` for every sample, vector and trainable parameter: by name, [b, V, ...] at a time.
 
-    One forward a sample, shared by all its backwards, under `vmap`. What is handed out may not be written to: vmap's
-    results may alias.
+    Under `vmap`, one forward pass per sample serves all its backward passes. `receive` must not write to its argument:
+    vmap's results may alias.
 
     Args:
         inputs: [B, C, H, W] float, preprocessed.
@@ -52,13 +55,14 @@ def vmapped_gradients(
         all_vectors = vectors(logits(inputs))
     if all_vectors.shape[1] == 0:
         return
-    names = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
-    parameters = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    live = trainable(model)
+    names = {id(p): name for name, p in live.items()}
+    parameters = {name: p.detach() for name, p in live.items()}
     places_of = {f"model.{place}": names[id(p)] for place, p in places(model).items() if id(p) in names}
     most = _most_gradients(parameters)
 
     def gradients(image: Tensor, outputs: Tensor) -> Parameters:
-        """Of one sample: `image` [C, H, W], `outputs` [V, K] -> [V, ...] for every parameter."""
+        """For one sample, `image` [C, H, W], `outputs` [V, K] -> [V, ...] for every parameter."""
 
         def answer(values: Parameters) -> Tensor:
             placed = {place: values[name] for place, name in places_of.items()}
@@ -74,16 +78,15 @@ def vmapped_gradients(
             receive(found)
 
 
-def add_looped_squares(
-    model: Model | PretrainedView, totals: Parameters, inputs: Tensor, vectors: Callable[[Tensor], Tensor]
+def add_looped(
+    model: Model | PretrainedView,
+    totals: Parameters,
+    inputs: Tensor,
+    vectors: Callable[[Tensor], Tensor],
+    measure: Measure = torch.square,
 ) -> None:
-    """As `add_vmapped_squares`, by plain autograd, one sample and one backward pass at a time."""
-
-    def add(gradients: Parameters) -> None:
-        for name, values in gradients.items():
-            totals[name].addcmul_(values[0, 0], values[0, 0])
-
-    looped_gradients(model, inputs, vectors, add)
+    """As `add_vmapped`, by plain autograd, one sample and one backward pass at a time."""
+    looped_gradients(model, inputs, vectors, partial(_add, totals, measure))
 
 
 def looped_gradients(
@@ -92,11 +95,11 @@ def looped_gradients(
     vectors: Callable[[Tensor], Tensor],
     receive: Callable[[Parameters], None],
 ) -> None:
-    """As `vmapped_gradients`, by plain autograd: of one sample and one vector at a time, those that are not zero."""
-    parameters = {name: values for name, values in model.named_parameters() if values.requires_grad}
+    """As `vmapped_gradients`, by plain autograd: one sample and one vector at a time, leaving out zero gradients."""
+    parameters = trainable(model)
     with torch.no_grad():
         all_vectors = vectors(model.encode(inputs).logits)
-    # Not `image[None]`, whose strides lead PyTorch to wrong gradients of grouped convolutions in channels_last.
+    # Not `image[None]`: with its strides, PyTorch gets gradients of grouped convolutions in channels_last wrong.
     for image, some in zip(inputs.split(1), all_vectors, strict=True):
         with torch.enable_grad(), nothing_kept(model):
             logits = model.encode(image).logits
@@ -110,7 +113,7 @@ def looped_gradients(
 
 def _vmapped(gradients: Callable[[Tensor, Tensor], Parameters], inputs: Tensor, vectors: Tensor) -> Parameters:
     with warnings.catch_warnings():
-        # Pooling of channels_last images has no batching rule in vmap: slower, no less right, nothing a user can help.
+        # Pooling of channels_last images has no batching rule in vmap: slower, but correct, and no user can help it.
         warnings.filterwarnings("ignore", "There is a performance drop")
         return vmap(gradients)(inputs, vectors)
 
@@ -126,17 +129,18 @@ def _most_gradients(parameters: Parameters) -> int:
 
 
 def even_slices(length: int, most: int) -> Iterator[slice]:
-    """As few slices as can be, none longer than `most`, as equal as can be."""
+    """The fewest slices none of which is longer than `most`, as equal as possible."""
     size = math.ceil(length / math.ceil(length / most))
     for start in range(0, length, size):
         yield slice(start, min(start + size, length))
 
 
-def _add_squares(total: Tensor, gradients: Tensor) -> None:
-    """Add the squares of `gradients` [b, V, ...] to `total` [...]."""
-    rows = gradients.flatten(0, 1)
-    if total.device.type != "cpu":
-        total += rows.square().sum(0)
-        return
-    for row in rows:  # no temporary of the gradients' size: 0.50 against 0.66 ms a pass of an MLP
-        total.addcmul_(row, row)
+def _add(totals: Parameters, measure: Measure, gradients: Parameters) -> None:
+    """Add `gradients`, [b, V, ...] each, to `totals`."""
+    for name, values in gradients.items():
+        rows, total = values.flatten(0, 1), totals[name]
+        if measure is not torch.square or total.device.type != "cpu":
+            total += measure(rows).sum(0)
+            continue
+        for row in rows:  # without a temporary of the gradients' size: 0.50 against 0.66 ms per pass of an MLP
+            total.addcmul_(row, row)

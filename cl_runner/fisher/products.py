@@ -1,4 +1,4 @@
-"""Sums of squared products of matrices, in pieces that fit a cache: the arithmetic under the rules of the layers."""
+"""Sums of squared matrix products, in pieces that fit into a cache: the arithmetic behind the layers' rules."""
 
 from collections.abc import Callable, Iterator
 
@@ -8,20 +8,19 @@ from torch import Tensor
 from cl_runner.fisher import kernels
 from cl_runner.fisher.kernels import Precision
 
-# Numbers in a temporary on the CPU: a share of a core's second-level cache.
+# Numbers in a temporary on the CPU: part of a core's second-level cache.
 CACHE = 1 << 17
-# Numbers in a weight up to which its product is not taken apart: smaller products are slower ones.
+# Numbers in a weight up to which its product is not split: smaller products are slower.
 WHOLE = 1 << 20
-# Numbers in a temporary that no cache could hold.
+# Numbers in a temporary that is too large for any cache anyway.
 ROOM = 1 << 24
 
 
 def gram_is_cheaper(positions: int, passes: int, device: torch.device) -> bool:
-    """Whether to multiply all pairs of positions once instead of the positions in every pass.
+    """Whether it is cheaper to multiply all pairs of positions once than the positions in every pass.
 
-    In multiplications for every element of the weight: T (T + 1) against 2 T a pass, and what squaring and adding the
-    product costs, which is memory and not arithmetic: about as much as thirty. A kernel that squares in registers has
-    no such cost.
+    Counting multiplications per element of the weight: T (T + 1) against, per pass, 2 T plus the cost of squaring and
+    adding the product, which is memory traffic worth about thirty. A kernel that squares in registers has no such cost.
     """
     if kernels.available(device):
         return positions <= 3
@@ -29,7 +28,7 @@ def gram_is_cheaper(positions: int, passes: int, device: torch.device) -> bool:
 
 
 def rounded(values: Tensor, precision: Precision) -> Tensor:
-    """To the nearest that `precision` holds, as the kernels round: what it loses, without its speed."""
+    """Round to `precision` as the kernels do: with its loss, but without its speed."""
     if precision == "bf16":
         return values.bfloat16().to(values.dtype)
     if precision == "tf32" and values.dtype == torch.float32:
@@ -38,7 +37,7 @@ def rounded(values: Tensor, precision: Precision) -> Tensor:
 
 
 def slices(length: int, numbers: int, room: int | None = None) -> Iterator[slice]:
-    """As many at a time as keep a temporary of so many `numbers` each within `room` (None: a cache's); at least one."""
+    """Slices whose temporaries, of `numbers` per element, fit into `room` (None: a cache's), or of one element."""
     size = max(1, (CACHE if room is None else room) // max(1, numbers))
     for start in range(0, length, size):
         yield slice(start, min(start + size, length))
@@ -62,7 +61,7 @@ def add_gram(total: Tensor, held: Tensor, inputs: Callable[[slice], Tensor]) -> 
     for some in slices(len(held), held[0].numel() + held.shape[1] * total.shape[1], room=ROOM):
         total.addmm_(held[some].flatten(0, 1).t(), pairs(inputs(some)).flatten(0, 1))
     if held.shape[1] > 1:
-        total.clamp_min_(0)  # pairs of which nothing but rounding is left
+        total.clamp_min_(0)  # rounding can leave small negative numbers
 
 
 def add_product_squares(total: Tensor, gradients: Tensor, inputs: Tensor) -> None:
@@ -72,7 +71,7 @@ def add_product_squares(total: Tensor, gradients: Tensor, inputs: Tensor) -> Non
         for some in slices(len(gradients), total.numel(), room=ROOM):
             total += torch.bmm(gradients[some].transpose(1, 2), inputs[some]).square_().sum(0)
         return
-    # By columns where the whole would not stay in the cache between its product and its square.
+    # By columns where the whole product would leave the cache before it is squared.
     whole = total.numel() <= WHOLE
     for columns in [slice(None)] if whole else slices(total.shape[1], total.shape[0]):
         part = total[:, columns]
@@ -83,5 +82,5 @@ def add_product_squares(total: Tensor, gradients: Tensor, inputs: Tensor) -> Non
 
 
 def add_squares(total: Tensor, gradients: Tensor) -> None:
-    """Add the sum over samples of the squares of `gradients` [B, ...] to `total`, which may be a view of that shape."""
+    """Add the squares of `gradients` [B, ...], summed over samples, to `total`, which may have another shape."""
     total += torch.linalg.vecdot(gradients.flatten(1), gradients.flatten(1), dim=0).view_as(total)

@@ -1,4 +1,4 @@
-"""Sums of quadratics around anchors: as few of them as can be held, value and gradient in closed form."""
+"""Sums of quadratics around anchors, merged where possible, with value and gradient in closed form."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,21 +10,21 @@ from torch.autograd.function import once_differentiable
 
 from cl_runner.fisher.curvature import Curvature, Parameters
 
-# Numbers in a dot product on the CPU. Of the largest layer of a ResNet-18 in one, float32 is off by 4e-5; in blocks of
-# this size by 1e-7, in about the same time.
+# Numbers in a dot product on the CPU. Over the largest layer of a ResNet-18 at once, float32 is off by 4e-5; in blocks
+# of this size by 1e-7, in about the same time.
 DOT = 65_536
 
 
 @dataclass(frozen=True)
 class Quadratic:
-    """(w - anchor)' F (w - anchor) + constant, w the parameters that `anchor` names; F has no others."""
+    """(w - anchor)' F (w - anchor) + constant, w the parameters that `anchor` names; F covers no others."""
 
     curvature: Curvature
     anchor: Parameters
-    constant: Tensor  # scalar, not negative: how far apart the anchors are that were merged into this one
+    constant: Tensor  # non-negative scalar: how far apart the anchors merged into this one are
 
     def merged(self, other: "Quadratic") -> "Quadratic | None":
-        """The sum of both as one, where the curvatures can."""
+        """Both as a single quadratic, or None if their curvatures cannot be merged."""
         merged = self.curvature.merged(self.anchor, other.curvature, other.anchor)
         if merged is None:
             return None
@@ -40,12 +40,12 @@ class Quadratic:
 
 @dataclass(frozen=True)
 class Penalty:
-    """A sum of quadratics of a model's parameters; what can be merged is held as one, however many were added."""
+    """A sum of quadratics in a model's parameters; those that can be merged are one term, however many were added."""
 
     terms: tuple[Quadratic, ...] = ()
 
     def plus(self, curvature: Curvature, anchor: Parameters) -> "Penalty":
-        """With (w - anchor)' F (w - anchor) added; keeps `anchor`, which must be a copy of the live weights."""
+        """This penalty plus (w - anchor)' F (w - anchor); keeps `anchor`, which must be a copy of the live weights."""
         values = next(iter(anchor.values()), torch.zeros(()))
         added = Quadratic(curvature, anchor, values.new_zeros(()))
         for index, term in enumerate(self.terms):
@@ -54,22 +54,22 @@ class Penalty:
         return Penalty((*self.terms, added))
 
     def __call__(self, parameters: Mapping[str, Tensor]) -> Tensor:
-        """The value of at least one term at these parameters (more may be given than are held), a scalar.
+        """The value at these parameters, a scalar; needs at least one term, and ignores parameters with no anchor.
 
-        It can be differentiated once. Parameters that are frozen count and take no gradient.
+        It can be differentiated once. Frozen parameters contribute to the value but get no gradient.
         """
         names = list(dict.fromkeys(name for term in self.terms for name in term.anchor))
         return _Sum.apply(self.terms, names, *(parameters[name] for name in names))
 
 
 class _Sum(torch.autograd.Function):
-    """The gradient comes along with the value: both need F (w - anchor), and autograd would make it over again."""
+    """Computes value and gradient together: both need F (w - anchor), which autograd would compute a second time."""
 
     @staticmethod
     def forward(ctx: Any, terms: tuple[Quadratic, ...], names: list[str], *parameters: Tensor) -> Tensor:
         live = dict(zip(names, parameters, strict=True))
         device = terms[0].constant.device.type
-        with torch.autocast(device, enabled=False):  # a matrix product in half precision would be off by a hundredth
+        with torch.autocast(device, enabled=False):  # half-precision matrix products would be off by 1 %
             values, pulls = zip(*(term.value_and_pull(live) for term in terms), strict=True)
             total: Parameters = pulls[0]
             for pull in pulls[1:]:
@@ -83,7 +83,7 @@ class _Sum(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         pulls = ctx.saved_tensors
-        # Fresh tensors: autograd adds the loss's own gradient to them in place.
+        # New tensors: autograd adds the loss's own gradient to them in place.
         gradients = iter(torch.ops.aten._foreach_mul.Tensor(pulls, 2 * upstream) if pulls else ())
         return None, None, *(next(gradients) if held else None for held in ctx.held)
 
@@ -97,17 +97,17 @@ def _difference(parameters: Parameters, anchor: Parameters) -> Parameters:
 
 
 def _inner_products(one: Parameters, other: Parameters) -> list[Tensor]:
-    """Scalars whose sum is one . other over the names of `one`."""
+    """Scalars that sum to the inner product of both over the names of `one`."""
     pairs = [_flat(values, other[name]) for name, values in one.items()]
     if not pairs or not pairs[0][0].is_cuda:
         return [torch.dot(*blocks) for a, b in pairs for blocks in zip(a.split(DOT), b.split(DOT), strict=True)]
-    # Two copies cost less than a launch a parameter.
+    # Two copies cost less than one kernel launch per parameter.
     ones, others = zip(*pairs, strict=True)
     return [torch.dot(torch.cat(ones), torch.cat(others))]
 
 
 def _flat(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
-    """Both in the order in which `one` lies in memory: no copy where both lie alike, also as channels_last."""
+    """Flatten both in the memory order of `one`: no copy if they share it, channels_last included."""
     order = sorted(range(one.dim()), key=one.stride, reverse=True)
     return one.permute(order).flatten(), other.permute(order).flatten()
 

@@ -1,8 +1,8 @@
-"""The estimators' definitions as loops: one sample, one backward pass at a time, in float64. Slow, and meant to be.
+"""The estimators' definitions as loops: one sample and one backward pass at a time, in float64. Slow on purpose.
 
-They are written from the textbook's loss of each estimator, through `log_softmax` over the outputs that enter, and
-share nothing with the fast ones: the two check each other. Where an estimator draws, it is given what was drawn.
-Each takes the outputs that enter as the estimators do: "visible", "seen" or "all".
+Each is written from the textbook loss, through `log_softmax` over the active outputs, and shares no code with the fast
+estimators, so that the two check each other. Randomised ones are given the draws. `logits` selects the active outputs
+as in the estimators: "visible", "seen" or "all".
 """
 
 import copy
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cl_runner.fisher.curvature import Diagonal, Parameters
 from cl_runner.fisher.estimators import Logits
-from cl_runner.models.model import Model, PretrainedView
+from cl_runner.models.model import Model, PretrainedView, trainable
 from cl_runner.models.substitute import nothing_kept
 from cl_runner.streams.base import Examples
 
@@ -58,15 +58,15 @@ def hybrid(
     logits: Logits = "visible",
 ) -> Diagonal:
     """E_x of Σ_c p_c (∂ log p_c / ∂θ)² over the columns √p_c (e_c - p) of squared length `threshold` or more, plus the
-    mean of (Σ_c ε_c √p_c ∂ log p_c / ∂θ)² over draws of signs for the others, or, where these have x < 1 thresholds
-    together, 1/x times it with probability x. Samples that would take as many passes as are exact, are exact.
+    mean of (Σ_c ε_c √p_c ∂ log p_c / ∂θ)² over draws of signs for the others, or, where these add up to x < 1
+    thresholds, 1/x times that with probability x. Samples that would take as many passes as the exact Fisher get it.
 
-    `dice` [N], uniform in [0, 1); `signs` [Σ draws, K], one sample's after the other's.
+    `dice` [N], uniform in [0, 1); `signs` [Σ draws, K], sample after sample.
     """
     total, left = _Total(model), iter(signs)
     for sample, die in zip(_samples(total.model, examples, logits), dice.tolist(), strict=True):
         p = sample.log_p.exp().detach()
-        lengths = (p.sqrt() * (torch.eye(len(p)).to(p) - p[:, None])).square().sum(0)  # a column each
+        lengths = (p.sqrt() * (torch.eye(len(p)).to(p) - p[:, None])).square().sum(0)  # one per column
         heavy = lengths >= threshold
         draws = float(lengths[~heavy].sum() / threshold)
         if int(heavy.sum()) + draws >= len(p) - 1:
@@ -97,7 +97,7 @@ def argmax(model: Model | PretrainedView, examples: Examples, logits: Logits = "
 
 
 def reversed(model: Model | PretrainedView, examples: Examples, logits: Logits = "visible") -> Diagonal:
-    """E_x (∂ CE(-z, y) / ∂θ)², z the logits that enter."""
+    """E_x (∂ CE(-z, y) / ∂θ)², z the active logits."""
     total = _Total(model)
     for sample in _samples(total.model, examples, logits):
         total.add(F.cross_entropy(-sample.z, sample.label))
@@ -105,7 +105,7 @@ def reversed(model: Model | PretrainedView, examples: Examples, logits: Logits =
 
 
 def batched(model: Model | PretrainedView, examples: Examples, batch_size: int, logits: Logits = "visible") -> Diagonal:
-    """The mean over batches of (∂ mean_b -log p_y / ∂θ)², a short last batch counting like the rest."""
+    """The mean over batches of (∂ mean_b -log p_y / ∂θ)², a short last batch counting as much as the others."""
     total, batches = _Total(model), 0
     for batch in examples.batches(batch_size):
         losses = [-sample.log_p[sample.label] for sample in _samples(total.model, batch, logits)]
@@ -116,7 +116,7 @@ def batched(model: Model | PretrainedView, examples: Examples, batch_size: int, 
 
 @dataclass(frozen=True)
 class _Sample:
-    z: Tensor  # [k], the logits that enter
+    z: Tensor  # [k], the active logits
     entering: Tensor  # [K] bool
     label: Tensor  # scalar, an index into z
 
@@ -141,7 +141,7 @@ class _Total:
 
     def __init__(self, model: Model | PretrainedView) -> None:
         self.model = copy.deepcopy(model).double().eval()
-        self._trainable = {name: values for name, values in self.model.named_parameters() if values.requires_grad}
+        self._trainable = trainable(self.model)
         self._sums: Parameters = {name: torch.zeros_like(values) for name, values in self._trainable.items()}
 
     def add(self, loss: Tensor, weight: Tensor | float = 1.0) -> None:

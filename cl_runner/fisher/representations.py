@@ -1,4 +1,4 @@
-"""The ways to hold a Fisher, by name, and what each is summed up by."""
+"""The representations of a Fisher by name, and their accumulators."""
 
 from collections.abc import Iterator
 from typing import Literal, Protocol
@@ -13,14 +13,13 @@ from cl_runner.fisher.kronecker import KroneckerFactors, RotatedSquares
 from cl_runner.fisher.passes import SlicedVectors
 from cl_runner.models.model import Model, PretrainedView
 
-Representation = Literal["diagonal", "kronecker", "full"]
-Kind = Literal["kfac", "ekfac"]
+Representation = Literal["diagonal", "kfac", "ekfac", "full"]
 
 
 class Accumulator(Protocol):
-    """A running sum over samples of Σ_v (Jᵀv)(Jᵀv)ᵀ, or of what is kept of it; J = ∂z/∂θ, z a sample's logits.
+    """A running sum over samples of Σ_v (Jᵀv)(Jᵀv)ᵀ, or of the part that is kept; J = ∂z/∂θ, z a sample's logits.
 
-    samples: how many the mean is over: those that were added; may be set, where others have no vectors.
+    samples: how many the mean is over: those added, unless set to a larger number because others have no vectors.
     """
 
     samples: int
@@ -30,9 +29,8 @@ class Accumulator(Protocol):
 
         Args:
             inputs: [B, C, H, W] float, preprocessed.
-            passes: V, the vectors a sample, at most.
-            vectors: (a slice of the batch, its logits [b, K]) -> its output vectors v [b, V, K]; asked for once for
-                every slice.
+            passes: V, the most vectors per sample.
+            vectors: (a slice of the batch, its logits [b, K]) -> its output vectors v [b, V, K]; called once per slice.
         """
         ...
 
@@ -42,16 +40,14 @@ class Accumulator(Protocol):
 
 
 def rounds(
-    model: Model | PretrainedView, representation: Representation, kind: Kind, precision: Precision = "fp32"
+    model: Model | PretrainedView, representation: Representation, precision: Precision = "fp32"
 ) -> Iterator[Accumulator]:
-    """What all samples are to be added to before the next is asked for; the last one has the Fisher.
+    """Accumulators, each to be given all samples before the next is asked for; the last one holds the Fisher.
 
-    Args:
-        kind: of `kronecker`; `ekfac` takes the samples twice.
-        precision: of `diagonal`, as `SquaredGradients` has it.
+    `ekfac` takes the samples twice. `precision`: for `diagonal`, that of `SquaredGradients`.
 
-    Raises ConfigError for a model that is too large for `full`, and ValueError, which names the layer, for one whose
-    samples do not stand for themselves.
+    Raises ConfigError for a model that is too large for `full`, and ValueError, naming the layer, for one whose answer
+    to a sample depends on the rest of the batch.
     """
     if representation == "diagonal":
         yield SquaredGradients(model, precision=precision)
@@ -60,5 +56,5 @@ def rounds(
     else:
         factors = KroneckerFactors(model)
         yield factors
-        if kind == "ekfac":
+        if representation == "ekfac":
             yield RotatedSquares(factors)

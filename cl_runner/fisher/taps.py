@@ -1,10 +1,10 @@
-"""A forward pass with a tap on the output of every layer, through which each backward pass hands its gradients out.
+"""A forward pass with a tap on every layer's output, through which backward passes hand out the gradients.
 
-Parameters are taken out of the graph, so that autograd does no more than the activations' share of a backward pass;
-what arrives at a layer's tap, with the layer's input, is all that the gradients of its parameters are made of.
+Parameters are kept out of the graph, so that autograd does only the activations' part of a backward pass; what arrives
+at a layer's tap, together with the layer's input, determines the gradients of its parameters.
 
-Layers are found by the functions that they call (`F.linear`, `F.conv2d`, ...) and not by their modules: so what a
-module does around them (an activation, a padding, in-place arithmetic, a second call) needs no knowledge here.
+Layers are recognised by the functions that they call (`F.linear`, `F.conv2d`, ...), not by their modules: so whatever
+else a module does (an activation, padding, in-place arithmetic, a second call) need not be known here.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,7 +17,16 @@ from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
 from cl_runner.fisher.convolutions import Convolution, strided
-from cl_runner.fisher.layers import Affine, Direct, Embedding, Linear, Uncovered, Use
+from cl_runner.fisher.layers import (
+    Affine,
+    BatchStatisticsError,
+    DependenceError,
+    Direct,
+    Embedding,
+    Linear,
+    Uncovered,
+    Use,
+)
 from cl_runner.models.model import Model, PretrainedView
 from cl_runner.models.substitute import nothing_kept, places
 
@@ -40,7 +49,7 @@ VIEWS = {
 }
 BROADCAST = {f"{name}{end}" for name in ("add", "sub", "mul", "div") for end in ("", "_")}
 CONVOLUTIONS = {torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3}
-DROPOUTS = {  # whether they are active where nothing is said
+DROPOUTS = {  # whether they are active by default
     F.dropout: True,
     F.dropout1d: True,
     F.dropout2d: True,
@@ -60,7 +69,7 @@ RULES = {
 
 
 class ToLogits(nn.Module):
-    """A model from preprocessed inputs to logits, so that preprocessing runs once a batch."""
+    """A model from preprocessed inputs to logits, so that preprocessing runs once per batch."""
 
     def __init__(self, model: Model | PretrainedView) -> None:
         super().__init__()
@@ -73,18 +82,18 @@ class ToLogits(nn.Module):
 class Taps:
     """One forward pass of `model` and any number of backward passes through it.
 
-    uses: the calls of layers with trainable parameters, in their order.
+    uses: the calls of layers with trainable parameters, in order.
     """
 
     def __init__(self, model: Model | PretrainedView, inputs: Tensor) -> None:
         """`inputs`: [B, C, H, W] float, preprocessed.
 
-        Raises Uncovered where a trainable parameter is used in a way that has no rule.
+        Raises Uncovered if a trainable parameter is used in a way that no rule covers.
         """
         self.uses: list[Use] = []
         self._receiver = _Receiver()
-        self._wanted = torch.zeros((), device=inputs.device, requires_grad=True)  # what keeps the graph alive
-        # Asked once: it takes a small net's time.
+        self._wanted = torch.zeros((), device=inputs.device, requires_grad=True)  # keeps the graph alive
+        # Looked up once: this takes about as long as a small net's forward pass.
         named = {name: held for name, held in places(model).items() if isinstance(held, nn.Parameter)}
         plain = {id(values): values.detach() for values in named.values()}
         trainable: dict[int, str] = {}
@@ -99,11 +108,11 @@ class Taps:
             use.check_unchanged()
 
     def backward(self, vectors: Tensor, receive: Gradients, last: bool) -> None:
-        """Hand each use's output gradient, for the sum of `vectors` [B, K] times the logits, to `receive`.
+        """Pass each use's output gradient, for the sum of `vectors` [B, K] times the logits, to `receive`.
 
-        `last`: the graph is not needed any more.
+        `last`: whether the graph may be freed.
         """
-        if not self.logits.requires_grad:  # no trainable parameter was met
+        if not self.logits.requires_grad:  # no trainable parameter was used
             return
         self._receiver.receive = receive
         torch.autograd.grad(
@@ -111,14 +120,14 @@ class Taps:
         )
 
     def on(self, output: Tensor, use: Use) -> Tensor:
-        """`output`, with a tap on it that belongs to `use`."""
+        """Put a tap for `use` on `output`."""
         self.uses.append(use)
-        # In place, so that no memory moves; but what is a view may not be changed through a function of our own.
+        # In place, to copy nothing; but autograd does not let a custom function modify a view.
         return _Tap.apply(output.clone() if output._is_view() else output, self._wanted, self._receiver, use)
 
 
 class _Receiver:
-    """What the graph knows of its taps: not `Taps` itself, which holds the graph, and both would never be freed."""
+    """The graph's link to its taps: not `Taps` itself, which holds the graph, so that neither would ever be freed."""
 
     receive: Gradients
 
@@ -137,14 +146,14 @@ class _Tap(torch.autograd.Function):
 
 
 class _Interception(TorchFunctionMode):
-    """Sees every torch function that is called, and puts taps where a trainable parameter takes part."""
+    """Intercepts every torch function call, and puts taps where a trainable parameter takes part."""
 
     def __init__(self, taps: Taps, trainable: dict[int, str], weights: set[int], size: int) -> None:
-        """`weights`: ids of all parameters, the frozen ones among them."""
+        """`weights`: ids of all parameters, including frozen ones."""
         super().__init__()
         self.taps, self.weights, self.size = taps, weights, size
         self.names = dict(trainable)  # id of a tensor -> the parameter that it is, or is a view of
-        self.kept: list[Tensor] = []  # the views, lest their ids are given to others
+        self.kept: list[Tensor] = []  # the views, kept alive so that their ids are not reused
 
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
@@ -153,7 +162,7 @@ class _Interception(TorchFunctionMode):
         if func in DROPOUTS:
             return self.dropout(func, *args, **kwargs)
         if func in RULES or func in CONVOLUTIONS:
-            if args and id(args[0]) in self.names:  # a table of queries, say
+            if args and id(args[0]) in self.names:  # such as a table of queries
                 raise Uncovered(f"{self.names[id(args[0])]} is the input of {func.__name__}")
             if func in CONVOLUTIONS:
                 return self.convolution(func, *args, **kwargs)
@@ -163,7 +172,7 @@ class _Interception(TorchFunctionMode):
             return func(*args, **kwargs)
         name = getattr(func, "__name__", str(func)).strip("_")
         if name in VIEWS:
-            result = func(*args, **kwargs)  # of something else, where only the parameter's shape or type was asked for
+            result = func(*args, **kwargs)  # of another tensor, if only the parameter's shape or type is used
             return self.view(args[0], result) if id(args[0]) in self.weights else result
         met = [value for value in met if id(value) in self.names]
         if not met:
@@ -175,15 +184,15 @@ class _Interception(TorchFunctionMode):
         result = func(*args, **kwargs)
         if any(isinstance(value, Tensor) for value in _tensors((result,))):
             raise Uncovered(f"{self.names[id(met[0])]} is used in {name}")
-        return result  # a shape, a number: nothing that a gradient flows through
+        return result  # a shape or a number: no gradient flows through it
 
     def named(self, **parameters: Tensor | None) -> dict[str, str]:
-        """role -> name of those parameters that are trainable."""
+        """role -> name, for the trainable ones among `parameters`."""
         return {role: self.names[id(value)] for role, value in parameters.items() if id(value) in self.names}
 
     def mine(self, names: dict[str, str], inputs: Tensor) -> dict[str, str]:
         if names and (inputs.dim() < 2 or inputs.shape[0] != self.size):
-            raise Uncovered(f"{next(iter(names.values()))} is used on inputs whose first axis is not the samples'")
+            raise Uncovered(f"{next(iter(names.values()))} is used on inputs without the samples as first axis")
         return names
 
     def linear(self, inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -208,7 +217,7 @@ class _Interception(TorchFunctionMode):
             return output
         axes = CONVOLUTIONS[func]
         if input.dim() != axes + 2:
-            raise Uncovered(f"{next(iter(names.values()))} is used on a convolution's input without samples")
+            raise Uncovered(f"{next(iter(names.values()))} is used in a convolution over a single, unbatched input")
         try:
             call = strided(weight, axes, stride, padding, dilation, groups)
         except Uncovered as uncovered:
@@ -226,12 +235,9 @@ class _Interception(TorchFunctionMode):
         momentum: float = 0.1,
         eps: float = 1e-5,
     ) -> Tensor:
-        standardised = id(input) in self.weights  # as some layers do with theirs
+        standardised = id(input) in self.weights  # some layers normalise their own weight this way
         if training and input.shape[0] == self.size and not standardised:
-            raise ValueError(
-                "the Fisher needs each sample's own gradient, and a batch norm in it takes the statistics of its "
-                "batch in eval mode too; only fisher=batched with train_mode takes it as it is"
-            )
+            raise BatchStatisticsError("in which a batch norm uses the statistics of its batch even in eval mode")
         output = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
         names = self.mine(self.named(weight=weight, bias=bias), input)
         if not names:
@@ -294,12 +300,12 @@ class _Interception(TorchFunctionMode):
         if not names:
             return output
         if max_norm is not None or scale_grad_by_freq or input.dim() == 0 or input.shape[0] != self.size:
-            raise Uncovered(f"{names['weight']} is looked up in a way that has no rule")
+            raise Uncovered(f"{names['weight']} is looked up in a way that no rule covers")
         padding = padding_idx if padding_idx is None else padding_idx % len(weight)
         return self.taps.on(output, Embedding(names, input, padding))
 
     def attention(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Self-attention as `nn.MultiheadAttention` calls it, [L, B, D]; here with the samples first."""
+        """Self-attention as `nn.MultiheadAttention` calls it, [L, B, D]; computed here with the samples first."""
         given: dict[str, Any] = dict(zip(ATTENTION_ARGUMENTS, args, strict=False)) | kwargs
         parts = ("in_proj_weight", "in_proj_bias", "out_proj_weight", "out_proj_bias")
         names = self.named(**{part: given[part] for part in parts})
@@ -312,7 +318,7 @@ class _Interception(TorchFunctionMode):
             raise Uncovered(f"{next(iter(names.values()))} is used in an attention with {special}")
         if given["dropout_p"] and given["training"]:
             raise _active_dropout()
-        with self:  # the projections below are layers like any other
+        with self:  # intercepts the projections below like any layer
             tokens = query.transpose(0, 1)
             weight: Any = given["in_proj_weight"]
             projected = F.linear(tokens, weight, given["in_proj_bias"])
@@ -326,7 +332,7 @@ class _Interception(TorchFunctionMode):
             else:
                 attended = F.scaled_dot_product_attention(q, k, v)
             output = F.linear(attended.transpose(1, 2).flatten(2), given["out_proj_weight"], given["out_proj_bias"])
-        return output.transpose(0, 1).contiguous(), weights  # as the function's own, which may be viewed otherwise
+        return output.transpose(0, 1).contiguous(), weights  # contiguous like the original: callers may view it
 
     def dropout(
         self, func: Any, input: Tensor, p: float = 0.5, training: bool | None = None, inplace: bool = False
@@ -336,7 +342,7 @@ class _Interception(TorchFunctionMode):
         return input
 
     def view(self, parameter: Tensor, result: Tensor) -> Tensor:
-        """A reshaped parameter is still that parameter: its squares are reshaped back."""
+        """A reshaped parameter counts as that parameter: its squares are reshaped back."""
         self.weights.add(id(result))
         self.kept.append(result)
         if id(parameter) not in self.names:
@@ -347,14 +353,14 @@ class _Interception(TorchFunctionMode):
         return result
 
     def expanded(self, parameter: Tensor, result: Tensor) -> Tensor:
-        """A token repeated for every sample: from here on, one for each."""
+        """A token expanded to one per sample, and tapped as such."""
         name = self.names[id(parameter)]
         if result.shape != (self.size, *parameter.shape[1:]):
-            raise Uncovered(f"{name} is expanded along other axes than the samples'")
+            raise Uncovered(f"{name} is expanded along an axis other than the samples'")
         return self.taps.on(result, Direct({"values": name}, parameter))
 
     def broadcast(self, value: Any, operands: Sequence[Any]) -> Any:
-        """In arithmetic with samples, a parameter takes part once for each of them."""
+        """Expand a parameter in arithmetic with samples to one per sample, and tap it."""
         if id(value) not in self.names:
             return value
         name = self.names[id(value)]
@@ -362,7 +368,7 @@ class _Interception(TorchFunctionMode):
         batch = [operand for operand in operands if isinstance(operand, Tensor) and id(operand) not in self.names]
         own = (1,) * (axes - value.dim()) + tuple(value.shape)
         if not any(x.dim() == axes and x.shape[0] == self.size for x in batch) or own[0] != 1 or len(own) < 2:
-            raise Uncovered(f"{name} is used in arithmetic that has no samples")
+            raise Uncovered(f"{name} is used in arithmetic without the samples")
         return self.taps.on(value.view(own).expand(self.size, *own[1:]), Direct({"values": name}, value))
 
 
@@ -396,11 +402,8 @@ ATTENTION_EXTRAS = (
 )
 
 
-def _active_dropout() -> ValueError:
-    return ValueError(
-        "the Fisher needs a model that answers each sample alone and always alike, and a dropout in it stays active in "
-        "eval mode"
-    )
+def _active_dropout() -> DependenceError:
+    return DependenceError("in which a dropout stays active in eval mode")
 
 
 def _tensors(values: Sequence[Any]) -> list[Tensor]:

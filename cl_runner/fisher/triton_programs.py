@@ -1,10 +1,10 @@
-"""Programs that sum squared per-sample weight gradients without ever writing one to memory.
+"""Triton programs that sum squared per-sample weight gradients without ever writing one to memory.
 
 A sample's weight gradient is a matrix product over its positions. Here its accumulator is squared in registers and
-begun afresh for the next sample: the arithmetic and the traffic of the ordinary, summed weight gradient. Every program
-writes a tile of its own to `partial`, so there are no atomics and the result does not depend on the programs' order.
+reset for the next sample, at the arithmetic and memory traffic of the ordinary, summed weight gradient. Every program
+writes its own tile of `partial`, so there are no atomics and the result does not depend on the programs' order.
 
-Importing this module imports Triton. With TRITON_INTERPRET=1 set before that, the programs run on CPU tensors.
+Importing this module imports Triton. If TRITON_INTERPRET=1 is set before that, the programs run on CPU tensors.
 """
 
 import triton
@@ -13,7 +13,7 @@ import triton.language as tl
 
 @triton.jit
 def rounded(values):
-    """To the nearest tf32, ties away from zero. Tensor cores cut off instead: all squares would be 0.1 % too small."""
+    """Round to the nearest tf32, ties away from zero. Tensor cores truncate: all squares would be 0.1 % too small."""
     return ((values.to(tl.float32).to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
 
 
@@ -30,10 +30,10 @@ def matrix_squares(
 ):  # fmt: skip
     """partial[split, group, row, tap, channel] = Σ over the split's units of (Σ_t g[t, row] x[t, tap, channel])².
 
-    A unit is a sample's pass. A row is an output channel of the group, a column one of its input channels under one tap
-    of the kernel, taps slowest; `positions` are those of the output. The input is read where the convolution reads it
-    (implicit im2col), at position t itself if pointwise. tap_a_tile: a tile has columns of one tap only, which makes
-    its addresses cheap; else tiles run over the taps, which wastes less where there are few channels.
+    A unit is one pass of one sample. A row is an output channel of the group, a column one of its input channels under
+    one tap of the kernel, taps varying slowest; `positions` are the output's. The input is read where the convolution
+    reads it (implicit im2col), if pointwise at position t itself. tap_a_tile: a tile's columns belong to one tap, which
+    makes addresses cheap; otherwise tiles span taps, which wastes less where there are few channels.
     """
     row_tiles = tl.cdiv(rows, block_m)
     row_tile = tl.program_id(0) % row_tiles
@@ -62,7 +62,7 @@ def matrix_squares(
     last = tl.minimum(first + units_a_program, units)
     product = tl.zeros((block_m, block_n), tl.float32)
     squares = tl.zeros((block_m, block_n), tl.float32)
-    # One loop over units and positions alike, so that the loads of the next unit start before this one ends.
+    # One loop over both units and positions, so that the next unit's loads start before this one ends.
     for step in range(first * blocks, last * blocks):
         unit, block = step // blocks, step % blocks
         t = block * block_t + tl.arange(0, block_t)
@@ -102,10 +102,10 @@ def depthwise_squares(
     stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w,
     block_taps: tl.constexpr, block_m: tl.constexpr, block_t: tl.constexpr,
 ):  # fmt: skip
-    """partial[split, row, tap] = Σ over the split's units of (Σ_t g[t, row] x[t, tap])², each row with a channel alone.
+    """partial[split, row, tap] = Σ over the split's units of (Σ_t g[t, row] x[t, tap])², each row with its own channel.
 
-    `multiplicity` rows share a channel. There is nothing here for a matrix product to reuse but the gradient, which is
-    read once for `block_taps` shifts of the input.
+    `multiplicity` rows share a channel. All that a matrix product could reuse here is the gradient, which is read once
+    for `block_taps` shifts of the input.
     """
     row = (tl.program_id(0) * block_m + tl.arange(0, block_m))[None, None, :]
     tap = (tl.program_id(2) * block_taps + tl.arange(0, block_taps))[None, :, None]
@@ -121,7 +121,7 @@ def depthwise_squares(
     for unit in range(first, tl.minimum(first + units_a_program, units)):
         sample = (unit // passes).to(tl.int64)
         offset = (unit % passes).to(tl.int64) * g_pass + sample * g_sample
-        # Summed over its first axis once a unit: within one, no thread waits for another.
+        # Summed over its first axis once per unit: within a unit, no thread waits for another.
         products = tl.zeros((block_t, block_taps, block_m), tl.float32)
         for start in range(0, positions, block_t):
             t = (start + tl.arange(0, block_t))[:, None, None]

@@ -62,6 +62,11 @@ def keep_unreached_rows(head: nn.Linear, optimizer: torch.optim.Optimizer) -> li
     return list(reached.values())
 
 
+def per_row(rows: Tensor, like: Tensor) -> Tensor:
+    """`rows` [K], shaped to broadcast along the first dimension of `like` [K, ...]."""
+    return rows.view(-1, *[1] * (like.dim() - 1))
+
+
 def _row_sums(values: Tensor) -> Tensor:
     """Sum of magnitudes of each row: [K, D] -> [K, 1], [K] -> [K]."""
     return values.abs().sum(1, keepdim=True) if values.dim() == 2 else values.abs()

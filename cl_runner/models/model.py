@@ -140,6 +140,15 @@ class Model(nn.Module):
         return self.head.weight.device
 
 
+def trainable(model: nn.Module, *, head: bool = True) -> dict[str, Tensor]:
+    """The parameters that learn, by name (live, not copied); without `head`, the backbone's alone."""
+    return {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and (head or name.startswith("backbone."))
+    }
+
+
 class PretrainedView(nn.Module):
     """The current backbone of `model` under its own frozen pretrained head: the model of task zero.
 

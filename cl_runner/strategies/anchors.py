@@ -1,16 +1,20 @@
 """The weights that a penalty pulls towards, and how far the model is from them."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 from cl_runner.errors import ConfigError
-from cl_runner.fisher.curvature import Parameters
+from cl_runner.fisher.curvature import Curvature, Parameters
 from cl_runner.models.architecture import Architecture
-from cl_runner.models.model import Model
+from cl_runner.models.heads import per_row
+from cl_runner.models.model import Model, trainable
+from cl_runner.streams.base import Stream, Task
 
+HEAD = {"head.weight", "head.bias"}  # the parameters of which an anchor covers some rows only
+Matrix = TypeVar("Matrix", bound=Curvature)
 Source = Literal["auto", "previous", "pretrained", "both"]
 
 
@@ -32,15 +36,6 @@ def wants_previous(source: Source) -> bool:
     return source != "pretrained"
 
 
-def trainable(model: torch.nn.Module, *, head: bool = True) -> Parameters:
-    """The parameters that learn, by name: the live ones, not copies."""
-    return {
-        name: parameter
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad and (head or name.startswith("backbone."))
-    }
-
-
 @dataclass(frozen=True)
 class Anchor:
     """Weights to hold to, as they were when the anchor was set."""
@@ -53,18 +48,24 @@ class Anchor:
         weights = {name: value.detach().clone() for name, value in trainable(model, head=head).items()}
         return cls(weights, model.revealed)
 
-    @property
-    def covered(self) -> dict[str, Tensor]:
-        """By name, the rows ([K] bool) of those parameters that are not covered whole."""
-        return {name: self.rows for name in ("head.weight", "head.bias") if name in self.weights}
-
     def distance(self, live: Parameters) -> Parameters:
         """live - anchored, by name; zero for head rows that the anchor does not cover."""
         delta = {name: live[name] - value for name, value in self.weights.items()}
-        for name in delta.keys() & {"head.weight", "head.bias"}:
+        for name in delta.keys() & HEAD:
             # A product, not an index: selecting rows by a mask would wait for the device.
-            delta[name] = delta[name] * (self.rows[:, None] if name == "head.weight" else self.rows)
+            delta[name] = delta[name] * per_row(self.rows, delta[name])
         return delta
+
+
+def covered(curvature: Matrix, model: Model, *, head: bool = True) -> Matrix:
+    """The part of `curvature` that `Anchor.at(model, head=head)` would cover."""
+    live = trainable(model, head=head)
+    return curvature.only(live).only_rows({name: model.revealed for name in HEAD if name in live})
+
+
+def share_of_classes(task: Task, stream: Stream) -> float:
+    """How many of the classes so far are those of `task`: its weight in an average in which each class counts once."""
+    return len(task.classes) / sum(len(each.classes) for each in stream.tasks[: task.index + 1])
 
 
 # Checkpoints are read with `weights_only=True`, which builds no class that is not named here.

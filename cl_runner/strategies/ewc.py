@@ -13,7 +13,15 @@ from cl_runner.fisher.estimators import Estimator
 from cl_runner.fisher.quadratic import Penalty
 from cl_runner.models.architecture import Architecture
 from cl_runner.models.model import Model, Output, PretrainedView
-from cl_runner.strategies.anchors import Anchor, Source, check_source, wants_pretrained, wants_previous
+from cl_runner.strategies.anchors import (
+    Anchor,
+    Source,
+    check_source,
+    covered,
+    share_of_classes,
+    wants_pretrained,
+    wants_previous,
+)
 from cl_runner.strategies.base import Strategy
 from cl_runner.streams.base import Examples, Stream, Task
 from cl_runner.streams.recipe import Recipe
@@ -66,8 +74,10 @@ class EWC(Strategy):
         self.reports: list[dict[str, Any]] = []  # of every Fisher, the pretrained model's first
 
     def before_task(self, task: Task) -> None:
+        if task.index > 0 or not wants_pretrained(self.anchor, self.model):
+            return
         anchor = Anchor.at(self.model, head=False)
-        if task.index > 0 or not anchor.weights or not wants_pretrained(self.anchor, self.model):
+        if not anchor.weights:
             return
         view, fisher, examples = PretrainedView(self.model), self.fisher.for_pretrained(), task.train
         self.pretrained = Penalty().plus(self._estimated(fisher, view, examples), anchor.weights)
@@ -80,13 +90,15 @@ class EWC(Strategy):
         }
 
     def after_task(self, task: Task) -> None:
-        anchor = Anchor.at(self.model, head=self.head)
         last = task.index == len(self.stream) - 1  # nothing comes that could be held
-        if last or not anchor.weights or not wants_previous(self.anchor):
+        if last or not wants_previous(self.anchor):
             return
-        fisher = self._estimated(self.fisher, self.model, task.train).only(anchor.weights).only_rows(anchor.covered)
+        anchor = Anchor.at(self.model, head=self.head)
+        if not anchor.weights:
+            return
+        fisher = covered(self._estimated(self.fisher, self.model, task.train), self.model, head=self.head)
         if self.accumulation != "separate":
-            share = len(task.classes) / sum(len(each.classes) for each in self.stream.tasks[: task.index + 1])
+            share = share_of_classes(task, self.stream)
             old, new = (self.decay, 1.0) if self.accumulation == "sum" else (1 - share, share)
             for term in self.previous.terms:  # at most one
                 fisher = term.curvature.only(anchor.weights).scaled(old).plus(fisher, new)

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from cl_runner.fisher.curvature import Diagonal, Parameters
 from cl_runner.fisher.quadratic import Penalty
-from cl_runner.models.model import Model, Output
-from cl_runner.strategies.anchors import Anchor, trainable
+from cl_runner.models.model import Model, Output, trainable
+from cl_runner.strategies.anchors import Anchor, covered, share_of_classes
 from cl_runner.strategies.base import Strategy
 from cl_runner.streams.base import Examples, Stream, Task
 
@@ -45,13 +45,12 @@ class Importance(Strategy):
         """That of all tasks so far, from that of `task`: a sum, or an average in which each class counts once."""
         if accumulation == "sum":
             return self.importance.plus(importance)
-        share = len(task.classes) / sum(len(each.classes) for each in self.stream.tasks[: task.index + 1])
+        share = share_of_classes(task, self.stream)
         return self.importance.scaled(1 - share).plus(importance, share)
 
     def of_held(self, importance: Diagonal) -> Diagonal:
         """Of `importance`, that of the weights and rows that can be held now."""
-        anchor = Anchor.at(self.model, head=self.head)
-        return importance.only(anchor.weights).only_rows(anchor.covered)
+        return covered(importance, self.model, head=self.head)
 
     def hold(self, importance: Diagonal) -> None:
         """Hold the weights as they are now, by `importance` alone."""

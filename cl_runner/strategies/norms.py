@@ -7,8 +7,8 @@ from torch import Tensor
 
 from cl_runner.errors import ConfigError
 from cl_runner.models.architecture import Architecture
-from cl_runner.models.model import Model
-from cl_runner.strategies.anchors import Anchor, trainable
+from cl_runner.models.model import Model, trainable
+from cl_runner.strategies.anchors import Anchor
 from cl_runner.strategies.base import Strategy
 from cl_runner.streams.base import Stream, Task
 from cl_runner.streams.recipe import Recipe

@@ -10,9 +10,8 @@ from torch import Tensor
 from cl_runner.errors import ConfigError
 from cl_runner.fisher.curvature import Diagonal
 from cl_runner.fisher.estimators import Estimator
-from cl_runner.models.model import Model, Output
+from cl_runner.models.model import Model, Output, trainable
 from cl_runner.ranges import Count
-from cl_runner.strategies.anchors import trainable
 from cl_runner.strategies.importance import PathIntegral
 from cl_runner.streams.base import Examples, Stream, Task
 
@@ -83,10 +82,10 @@ class RWalk(PathIntegral):
     @torch.no_grad()
     def _close(self) -> None:
         """Add to the score what the path since the last corner is worth."""
-        gained = {}
+        gained, live = {}, trainable(self.model)
         for name, fisher in self.average.values.items():
             if name in self.path:
-                divergence = fisher * (trainable(self.model)[name] - self.corner[name]).square() / 2
+                divergence = fisher * (live[name] - self.corner[name]).square() / 2
                 gained[name] = self.path[name].clamp(min=0) / (divergence + self.epsilon)
         self.score = self.score.plus(Diagonal(gained))
         self._turn()

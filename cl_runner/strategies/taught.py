@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from cl_runner.memory.base import Memory
+from cl_runner.models.heads import per_row
 from cl_runner.models.model import Model, Output
 from cl_runner.models.prompts import Prompts
 from cl_runner.strategies.base import Strategy
@@ -62,7 +63,7 @@ class Taught(Strategy):
         """
         for name, live in self.model.head.named_parameters():
             if live.dim() and len(live) == len(self.old):
-                old = self.old.view(-1, *[1] * (live.dim() - 1))
+                old = per_row(self.old, live)
                 live.copy_(torch.where(old, self.teacher.head.get_parameter(name), live))
 
 

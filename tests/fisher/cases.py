@@ -1,4 +1,4 @@
-"""Small models, one for every kind of layer, and examples for them."""
+"""Small models, one per kind of layer, and examples for them."""
 
 from collections.abc import Callable
 
@@ -30,7 +30,7 @@ class Attention(nn.Module):
 
 
 class Twice(nn.Module):
-    """One layer called two times in a forward."""
+    """One layer called twice in a forward pass."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class Tied(nn.Module):
 
 
 class LookedUpOnce(nn.Module):
-    """A table of biases that is indexed once and kept, as long as it is in eval mode: as timm's TinyViT does."""
+    """A table of biases that is indexed once and cached while in eval mode, as in timm's TinyViT."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ class LookedUpOnce(nn.Module):
 
 
 class Bare(nn.Module):
-    """A parameter that is no layer's, and one that no output depends on."""
+    """A parameter that belongs to no layer, and one that no output depends on."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -132,7 +132,7 @@ BACKBONES: dict[str, Callable[[], nn.Module]] = {
     "bare parameters": Bare,
     "frozen": partly_frozen,
 }
-UNCOVERED: dict[str, Callable[[], nn.Module]] = {"looked up once": LookedUpOnce}  # by taps, on which others fall back
+UNCOVERED: dict[str, Callable[[], nn.Module]] = {"looked up once": LookedUpOnce}  # by taps, so that they fall back
 
 
 def stream(scenario: Scenario) -> Stream:
@@ -146,7 +146,7 @@ def stream(scenario: Scenario) -> Stream:
 def model(
     backbone: str | nn.Module = "mlp", scenario: Scenario = Scenario.TASK, pretrained_head: nn.Linear | None = None
 ) -> Model:
-    """In float64, every task revealed, in train mode with augmentation, so that nothing rests on eval mode."""
+    """A float64 model with every task revealed, in train mode augmented, so that nothing relies on eval mode."""
     torch.manual_seed(0)
     layers = (BACKBONES | UNCOVERED)[backbone]() if isinstance(backbone, str) else backbone
     preprocess = Preprocess(CHANNELS, mean=[0.5] * CHANNELS, std=[0.25] * CHANNELS, augment=("crop", "flip"))
@@ -154,12 +154,12 @@ def model(
     for task in stream(scenario).tasks:
         built.reveal(task)
     with torch.no_grad():
-        built.head.weight *= 4  # neither sure nor undecided
+        built.head.weight *= 4  # neither confident nor undecided
     return built.train()
 
 
 def examples(count: int = 11, seed: int = 0) -> Examples:
-    """Of both tasks, mixed."""
+    """Examples of both tasks, mixed."""
     generator = torch.Generator().manual_seed(seed)
     images = torch.randint(256, (count, CHANNELS, SIDE, SIDE), dtype=torch.uint8, generator=generator)
     labels = torch.randint(5, (count,), generator=generator)

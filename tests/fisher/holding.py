@@ -1,4 +1,4 @@
-"""Fishers held in other ways than by their diagonal, and any of them as a whole matrix."""
+"""Fishers in a chosen representation, and any of them as a dense matrix."""
 
 from dataclasses import replace
 
@@ -7,24 +7,20 @@ from torch import Tensor
 
 from cl_runner.fisher.curvature import Curvature, Parameters
 from cl_runner.fisher.estimators import Estimator
-from cl_runner.fisher.representations import Kind, Representation
+from cl_runner.fisher.representations import Representation
 from cl_runner.models.model import Model, PretrainedView
 from cl_runner.streams.base import Examples
 
 
 def held(
-    estimator: Estimator,
-    model: Model | PretrainedView,
-    examples: Examples,
-    representation: Representation,
-    kind: Kind = "ekfac",
+    estimator: Estimator, model: Model | PretrainedView, examples: Examples, representation: Representation
 ) -> Curvature:
-    """What `estimator` says, held in that way."""
-    return replace(estimator, representation=representation, kronecker=kind)(model, examples)
+    """The result of `estimator` in this representation."""
+    return replace(estimator, representation=representation)(model, examples)
 
 
 def dense(fisher: Curvature, shapes: dict[str, tuple[int, ...]], precision: torch.dtype = torch.float64) -> Tensor:
-    """Its matrix over these parameters, by its products with every unit vector."""
+    """The matrix of `fisher` over these parameters, from its products with every unit vector."""
     sizes = [torch.Size(shape).numel() for shape in shapes.values()]
 
     def column(unit: Tensor) -> Tensor:

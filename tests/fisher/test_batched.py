@@ -1,4 +1,4 @@
-"""What is peculiar to squares of batches' mean gradients."""
+"""What is specific to squares of batches' mean gradients."""
 
 import copy
 from dataclasses import replace
@@ -30,7 +30,7 @@ def test_a_short_last_batch_counts_as_much_as_any_other_in_batched() -> None:
 
 
 def by_autograd(subject: Model, batches: list[Examples], train_mode: bool, augment: bool) -> Diagonal:
-    """The same on a copy, whose statistics may move."""
+    """The same computed on a copy, whose statistics may change."""
     subject = copy.deepcopy(subject).train(train_mode)
     subject.preprocess.train(augment)
     total: dict[str, torch.Tensor] = {}

@@ -18,7 +18,7 @@ from cl_runner.fisher.engine import undisturbed
 from cl_runner.fisher.estimators import Empirical, Estimator, Exact, Probe
 from cl_runner.fisher.magnitudes import Magnitudes
 from cl_runner.fisher.passes import add_tapped_squares
-from cl_runner.fisher.per_sample import add_looped_squares, add_vmapped_squares
+from cl_runner.fisher.per_sample import add_looped, add_vmapped
 from cl_runner.fisher.taps import Taps
 from cl_runner.fisher.trial import objection
 from cl_runner.models.model import Model
@@ -34,7 +34,7 @@ def nothing_said():
 
 
 class AlwaysTraining(nn.Module):
-    """Keeps what is in it in train mode, whatever is asked."""
+    """Keeps its layer in train mode, whatever mode is set."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class AlwaysTraining(nn.Module):
 
 
 class Function(nn.Module):
-    """A linear layer, and a function of what it says."""
+    """A linear layer, and a function of its output."""
 
     def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -70,24 +70,24 @@ def attention_with_dropout(x: Tensor) -> Tensor:
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "batch norm without statistics": (
         lambda: sequence(nn.BatchNorm1d(FEATURES, track_running_stats=False)),
-        r"backbone\.2 \(BatchNorm1d\) normalises by the statistics of its batch; only fisher=batched",
+        r"backbone\.2 \(BatchNorm1d\) normalises by the statistics of its batch",
     ),
     "batch norm in train mode": (
         lambda: sequence(AlwaysTraining(nn.BatchNorm1d(FEATURES))),
-        r"backbone\.2\.layer \(BatchNorm1d\) normalises by the statistics of its batch; only fisher=batched",
+        r"backbone\.2\.layer \(BatchNorm1d\) normalises by the statistics of its batch",
     ),
     "dropout in train mode": (
         lambda: sequence(AlwaysTraining(nn.Dropout(0.5))),
-        r"backbone\.2\.layer \(Dropout\) drops out in eval mode too",
+        r"backbone\.2\.layer \(Dropout\) stays active in eval mode",
     ),
     "batch norm by its function": (
         lambda: Function(lambda x: F.batch_norm(x, None, None, training=True) if len(x) > 1 else x),
-        "a batch norm in it takes the statistics of its batch in eval mode too",
+        "in which a batch norm uses the statistics of its batch even in eval mode",
     ),
-    "dropout by its function": (lambda: Function(F.dropout), "a dropout in it stays active in eval mode"),
+    "dropout by its function": (lambda: Function(F.dropout), "in which a dropout stays active in eval mode"),
     "alpha dropout by its function": (
         lambda: Function(lambda x: F.alpha_dropout(x, training=True)),
-        "a dropout in it stays active in eval mode",
+        "in which a dropout stays active in eval mode",
     ),
     "dropout in attention": (lambda: Function(attention_with_dropout), "depends on .* or on chance"),
     "noise": (lambda: Function(lambda x: x * torch.rand_like(x)), "depends on .* or on chance"),
@@ -108,7 +108,7 @@ def test_layers_that_leave_samples_to_themselves_in_eval_mode_are_not_refused(la
     trial.refuse_batch_dependence(model(sequence(layer)).eval())
 
 
-@pytest.mark.parametrize("way", [add_vmapped_squares, add_looped_squares])
+@pytest.mark.parametrize("way", [add_vmapped, add_looped])
 @pytest.mark.parametrize("name", [*BACKBONES, *UNCOVERED])
 def test_what_the_taps_fall_back_on_is_the_definition_too(
     name: str, way: Callable[..., None], monkeypatch: pytest.MonkeyPatch
@@ -120,7 +120,7 @@ def test_what_the_taps_fall_back_on_is_the_definition_too(
     assert distance(found, reference.exact(subject, data)) < 1e-10
 
 
-@pytest.mark.parametrize("way", [add_tapped_squares, add_vmapped_squares, add_looped_squares])
+@pytest.mark.parametrize("way", [add_tapped_squares, add_vmapped, add_looped])
 @pytest.mark.parametrize("name", ["conv", "groups", "depthwise", "batch norm"])
 def test_channels_last_changes_nothing(name: str, way: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
     subject, data = model(name), examples(5)
@@ -221,7 +221,7 @@ def test_a_rule_that_is_wrong_is_found_out_and_not_used(
     monkeypatch.setattr(kind, "add_squares", wrong)
     assert distance(Probe()(subject, data), of_definition(subject, data)) < 1e-10
     (said,) = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
-    assert said.endswith(f"by vmap, which is slower: {parameter} takes part in a way that has no rule")
+    assert said.endswith(f"by vmap, which is slower: {parameter} is used in a way that no rule covers")
 
 
 def of_definition(subject: Model, data: Examples) -> Diagonal:
@@ -239,7 +239,7 @@ def test_what_a_batch_needed_is_freed_with_it(monkeypatch: pytest.MonkeyPatch) -
         return built
 
     monkeypatch.setattr(passes, "Taps", taps)
-    gc.disable()  # what is left to the collector stays, on a device, until there is no memory
+    gc.disable()  # on a device, what is left to the collector stays until memory runs out
     try:
         Probe()(model("conv"), examples())
         assert len(made) > 6
@@ -249,7 +249,7 @@ def test_what_a_batch_needed_is_freed_with_it(monkeypatch: pytest.MonkeyPatch) -
 
 
 class Undecided(nn.Module):
-    """A linear layer, written in another way, for which there is no rule, when it meets a batch with a bright image."""
+    """A linear layer that, on a batch with a bright image, is computed in a way that no rule covers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -263,7 +263,7 @@ class Undecided(nn.Module):
 
 
 def darkened(bright: int) -> Examples:
-    """Twelve, of which one is bright."""
+    """Twelve examples, one of which is bright."""
     data = examples(12)
     data.images.clamp_(max=200)
     data.images[bright] = 255
@@ -287,13 +287,26 @@ def test_magnitudes_of_a_model_that_leaves_the_rules_in_a_later_batch_do_not_dep
     assert distance(found, alone) < 1e-10
 
 
+def test_magnitudes_that_the_taps_do_not_cover_are_said_to_be_slow(caplog: pytest.LogCaptureFixture) -> None:
+    Magnitudes()(model("looked up once"), examples())
+    (said,) = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert said.startswith("per-sample gradients of this model are computed by vmap, which is slower")
+
+
+def test_a_task_that_magnitudes_cannot_see_is_named_after_the_strategy() -> None:
+    subject = model()
+    subject.visible[1] = False
+    with pytest.raises(ValueError, match="^strategy=mas: no output is active for task 1"):
+        Magnitudes()(subject, examples())
+
+
 def test_kronecker_refuses_a_model_that_leaves_the_rules_in_a_later_batch() -> None:
     with pytest.raises(ConfigError, match=r"fisher\.representation: expected diagonal or full for this model, since"):
-        Probe(batch_size=4, representation="kronecker")(model(Undecided()), darkened(6))
+        Probe(batch_size=4, representation="ekfac")(model(Undecided()), darkened(6))
 
 
 class Overflowing(nn.Module):
-    """A linear layer that does not bear a bright image."""
+    """A linear layer that returns NaN for a bright image."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -304,10 +317,10 @@ class Overflowing(nn.Module):
         return self.layer(rows.masked_fill(rows > 1.9, torch.nan))
 
 
-@pytest.mark.parametrize("representation", ["diagonal", "kronecker", "full"])
+@pytest.mark.parametrize("representation", ["diagonal", "ekfac", "full"])
 def test_a_fisher_that_is_not_finite_is_named(representation: Any) -> None:
     estimator = Probe(batch_size=4, representation=representation)
-    with pytest.raises(ValueError, match=r"the Fisher of [a-z.]+ is not finite: the model has diverged"):
+    with pytest.raises(ValueError, match=r"the estimate for [a-z.]+ is not finite: the model has diverged"):
         estimator.estimate(model(Overflowing()), darkened(6))
 
 
@@ -315,7 +328,7 @@ def test_a_model_that_has_diverged_is_said_so() -> None:
     subject = model("mlp")
     with torch.no_grad():
         subject.head.weight[0, 0] = torch.nan
-    with pytest.raises(ValueError, match=r"those of backbone\.1\.weight are not: the model has diverged"):
+    with pytest.raises(ValueError, match=r"got non-finite ones for backbone\.1\.weight: the model has diverged"):
         Probe()(subject, examples())
 
 
@@ -339,11 +352,20 @@ def test_training_in_tf32_leaves_the_fisher_in_full_precision() -> None:
 @pytest.mark.parametrize("name", REFUSED)
 def test_the_check_before_training_refuses_what_a_pass_would(name: str) -> None:
     build, message = REFUSED[name]
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError, match=message) as refusal:
         Probe().check(model(build()), (CHANNELS, SIDE, SIDE))
+    assert ("; only fisher=batched" in str(refusal.value)) == name.startswith("batch norm")
 
 
-@pytest.mark.parametrize("representation", ["diagonal", "kronecker", "full"])
+@pytest.mark.parametrize("name", REFUSED)
+def test_magnitudes_refuse_it_without_a_word_of_a_fisher(name: str) -> None:
+    build, message = REFUSED[name]
+    with pytest.raises(ConfigError, match=f"^strategy: expected a model .*{message}") as refusal:
+        Magnitudes().check(model(build()), (CHANNELS, SIDE, SIDE))
+    assert "fisher" not in str(refusal.value).lower()
+
+
+@pytest.mark.parametrize("representation", ["diagonal", "ekfac", "full"])
 def test_the_check_leaves_a_good_model_alone(representation: Any) -> None:
     subject = model("conv")
     subject.visible.zero_()  # as before the first task
@@ -354,7 +376,7 @@ def test_the_check_leaves_a_good_model_alone(representation: Any) -> None:
 def test_a_model_that_kronecker_has_no_factors_for_is_refused_before_training() -> None:
     subject = model(Undecided())
     with pytest.raises(ConfigError, match=r"fisher\.representation: expected diagonal or full for this model, since"):
-        Probe(representation="kronecker").check(subject, (CHANNELS, SIDE, SIDE))
+        Probe(representation="ekfac").check(subject, (CHANNELS, SIDE, SIDE))
 
 
 class Standardised(nn.Module):

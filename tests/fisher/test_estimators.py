@@ -1,4 +1,4 @@
-"""The fast estimators, held to the definitions as loops."""
+"""The fast estimators against their definitions as loops."""
 
 import copy
 import time
@@ -48,7 +48,7 @@ PER_SAMPLE = [name for name in ESTIMATORS if name != "batched"]
 
 
 def by_definition(estimator: Estimator, model: Model | PretrainedView, examples: Examples) -> Diagonal:
-    """What `reference` says `estimator` is."""
+    """What `reference` computes for `estimator`."""
     generator = torch.Generator().manual_seed(estimator.seed_for(examples))
     if isinstance(estimator, Hybrid):
         with undisturbed(model):
@@ -174,7 +174,7 @@ def test_modes_buffers_and_gradients_are_as_they_were(name: str) -> None:
 
 
 class Failing(nn.Module):
-    """Writes to its buffers also in eval mode, and fails."""
+    """Writes to its buffers even in eval mode, then fails."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -195,7 +195,7 @@ def test_modes_and_buffers_are_as_they_were_after_an_exception() -> None:
 
 
 class untouched:  # noqa: N801
-    """What a model holds is the same, in value and in place, after the block."""
+    """Assert that everything a model holds has the same identity and value after the block as before it."""
 
     def __init__(self, subject: Model) -> None:
         self.subject = subject
@@ -288,7 +288,7 @@ def test_it_reports_a_backward_pass_for_every_sample_and_vector(estimator: Estim
     data = replace(examples(), task_ids=(torch.arange(11) > 6).long())
     data = replace(data, labels=3 * data.task_ids)
     start = time.perf_counter()
-    # One sample at a time: where a batch mixes tasks, those of fewer outputs have zeros for vectors.
+    # One sample at a time: in a batch of mixed tasks, those with fewer outputs get zero vectors.
     size = {} if isinstance(estimator, Batched) else {"batch_size": 1}
     report = replace(estimator, **size).estimate(model(), data)[1]
     assert (report.samples, report.backward_passes) == (11, passes)
@@ -382,12 +382,12 @@ def test_labels_are_not_looked_at_where_none_are_needed(name: str) -> None:
 def test_a_task_that_is_not_revealed_is_refused() -> None:
     subject = model()
     subject.visible[1] = False
-    with pytest.raises(ValueError, match="no output enters for task 1"):
+    with pytest.raises(ValueError, match="no output is active for task 1"):
         Exact()(subject, examples())
 
 
 def test_no_examples_are_refused() -> None:
-    with pytest.raises(ValueError, match="expected at least one, got none"):
+    with pytest.raises(ValueError, match="expected at least one example .*got none"):
         Exact()(model(), examples(0))
 
 
@@ -418,22 +418,27 @@ def test_a_lower_precision_of_the_weight_side_costs_little(
     assert (distance(rounded, exactly) > 0) == (backbone != "mlp"), "one position has no sum to round"
 
 
-@pytest.mark.parametrize("representation", ["kronecker", "full"])
+@pytest.mark.parametrize("representation", ["kfac", "ekfac", "full"])
 def test_other_representations_need_full_precision(representation: Representation) -> None:
     with pytest.raises(ConfigError, match="fisher.precision: expected fp32 for the"):
         Exact(representation=representation, precision="tf32")
 
 
+def test_an_unknown_representation_is_refused_with_a_list_of_those_there_are() -> None:
+    message = "fisher.representation: expected one of diagonal, kfac, ekfac, full, got kronecker"
+    with pytest.raises(ConfigError, match=message):
+        Probe(representation="kronecker")  # type: ignore[arg-type]
+
+
 def test_a_fisher_is_held_as_asked() -> None:
     subject, data = model(), examples()
-    held = [replace(Exact(), representation=name)(subject, data) for name in ("diagonal", "kronecker", "full")]
+    held = [replace(Exact(), representation=name)(subject, data) for name in ("diagonal", "ekfac", "full")]
     assert [type(fisher) for fisher in held] == [Diagonal, Kronecker, Full]
     assert float(held[1].trace()) == pytest.approx(float(held[0].trace())) == float(held[2].trace())
 
 
 def test_ekfac_takes_the_passes_twice() -> None:
     passes = {
-        kind: Exact(representation="kronecker", kronecker=kind).estimate(model(), examples())[1].backward_passes
-        for kind in ("kfac", "ekfac")
+        kind: Exact(representation=kind).estimate(model(), examples())[1].backward_passes for kind in ("kfac", "ekfac")
     }
     assert passes["ekfac"] == 2 * passes["kfac"]

@@ -1,4 +1,4 @@
-"""The whole Fisher: its definition, its algebra, and quadratics merged around one anchor."""
+"""The full Fisher: its definition, its algebra, and quadratics merged around one anchor."""
 
 import io
 from dataclasses import replace
@@ -83,7 +83,7 @@ SHAPES = {"a": (3, 2), "b": (4,), "c": (2, 1, 2), "d": ()}
 
 
 def random_full(seed: int, *names: str, rank: int | None = None) -> Full:
-    """A random matrix, of full rank as a rule."""
+    """A random matrix, of full rank unless `rank` is given."""
     generator = torch.Generator().manual_seed(seed)
     shapes = {name: SHAPES[name] for name in names}
     size = sum(torch.Size(shape).numel() for shape in shapes.values())
@@ -174,7 +174,7 @@ def penalty_of(given: list[Term]) -> Penalty:
 
 
 def slow(given: list[Term], live: Parameters) -> Tensor:
-    """A term at a time, in float64, for autograd to differentiate."""
+    """Term by term, in float64, for autograd to differentiate."""
     parts = [
         fisher.quadratic({name: live[name].double() - anchor[name].double() for name in fisher.shapes})
         for fisher, anchor in given
@@ -183,7 +183,7 @@ def slow(given: list[Term], live: Parameters) -> Tensor:
 
 
 def check_merged(given: list[Term], live: Parameters, tolerance: float) -> None:
-    """Value and gradient of what is merged are those of a term a task."""
+    """Assert that value and gradient of the merged penalty are those of one term per task."""
     live = {name: values.clone().requires_grad_() for name, values in live.items()}
     penalty, expected = penalty_of(given), slow(given, live)
     assert len(penalty.terms) == 1
@@ -197,7 +197,7 @@ def check_merged(given: list[Term], live: Parameters, tolerance: float) -> None:
 @pytest.mark.parametrize("rank", [None, 2])
 @pytest.mark.parametrize("seed", range(5))
 def test_what_is_merged_equals_a_term_a_task(seed: int, rank: int | None) -> None:
-    """With a rank of two, no single Fisher has curvature in most directions, nor has the sum in all."""
+    """With rank two, no single Fisher has curvature in most directions, and the sum does not in all."""
     names = [("a", "b"), ("b", "c"), ("c", "d", "a")]
     given = [
         (random_full(10 * seed + t, *names[t], rank=rank), weights(20 + 10 * seed + t, *names[t])) for t in range(3)
@@ -206,7 +206,7 @@ def test_what_is_merged_equals_a_term_a_task(seed: int, rank: int | None) -> Non
 
 
 def fishers_of_a_model(precision: torch.dtype) -> tuple[list[Term], Parameters]:
-    """Of five tasks, whose weights are 1e-3 apart and a thousand times farther from zero; singular, as all are."""
+    """Fishers of five tasks whose weights are 1e-3 apart and a thousand times farther from zero; all are singular."""
     subject = model("conv").to(precision)
     start = {name: values.detach().clone() + 1 for name, values in subject.named_parameters()}
     generator = torch.Generator().manual_seed(0)
@@ -235,7 +235,7 @@ def test_merging_keeps_its_digits_where_fishers_are_singular_and_anchors_lie_clo
 def test_merging_keeps_its_digits_where_tasks_feel_nearly_the_same_directions_and_some_weights_much_more_than_others(
     seed: int,
 ) -> None:
-    """The least of such a sum lies thousands of the anchors' distances away from them."""
+    """The minimum of such a sum is thousands of times as far from the anchors as they are from each other."""
     generator = torch.Generator().manual_seed(seed)
 
     def random(*shape: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Replaying, where there is nothing to replay on; on a device, see `test_gpu.py`."""
+"""Replaying without a device to replay on; see `test_gpu.py` for one."""
 
 from contextlib import suppress
 from unittest.mock import Mock
@@ -26,7 +26,7 @@ def test_off_the_device_every_call_has_the_functions_effect_once() -> None:
 
 @pytest.fixture
 def as_on_a_device(monkeypatch):
-    """Calls are captured, in vain: (function) -> what happens to it before the memory runs out."""
+    """Let captures fail: (function) -> what happens to it before memory runs out."""
 
     class Replayed(graphs.Replayed):
         def __init__(self, *arguments) -> None:

@@ -1,4 +1,4 @@
-"""What is peculiar to the hybrid; that it is its definition is in test_estimators."""
+"""What is specific to the hybrid; that it meets its definition is tested in test_estimators."""
 
 from dataclasses import replace
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from cl_runner.errors import ConfigError
 from cl_runner.fisher.curvature import Diagonal
 from cl_runner.fisher.engine import undisturbed
 from cl_runner.fisher.estimators import Exact, Probe
@@ -103,7 +104,7 @@ def test_samples_without_a_vector_take_no_pass_and_count_all_the_same() -> None:
     report = Hybrid(budget=0.05).estimate(subject, examples(400))[1]
     assert report.samples == 400
     assert report.backward_passes < 40
-    assert sum(seen) < 400 + 2 * 40 + 16  # the first forward pass is of all; the error takes two more of sixteen
+    assert sum(seen) < 400 + 2 * 40 + 16  # first a forward pass over all; the error takes two more over sixteen
 
 
 def test_of_a_model_that_is_sure_it_says_far_more_than_a_probe_of_the_same_cost() -> None:
@@ -164,6 +165,13 @@ def test_a_model_that_is_sure_beyond_its_precision_has_no_fisher_and_needs_no_pa
         found, report = estimator.estimate(subject, examples())
         assert (float(found.trace()), report.backward_passes) == (0, 0)
         assert not report.relative_error
+
+
+def test_kfac_is_refused_since_most_samples_are_not_looked_at() -> None:
+    with pytest.raises(
+        ConfigError, match=r"fisher\.representation: expected diagonal, ekfac or full for hybrid, got kfac"
+    ):
+        Hybrid(representation="kfac")
 
 
 def test_the_most_passes_are_known_beforehand() -> None:

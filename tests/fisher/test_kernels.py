@@ -1,7 +1,7 @@
-"""The kernels' logic on the CPU, in Triton's interpreter; what only a device shows is in `test_gpu.py`.
+"""The kernels' logic on the CPU, in Triton's interpreter; what only a device can show is in `test_gpu.py`.
 
-Triton decides when it is imported whether it interprets, and torch may import it at any time: so all of this runs in a
-process of its own.
+Triton decides on import whether it interprets, and torch may import it at any time: so all of this runs in a process of
+its own.
 """
 
 import os
@@ -23,18 +23,18 @@ needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton ha
 
 @pytest.fixture(scope="module")
 def interpreted():
-    """Call a function of this module where Triton interprets."""
+    """Call a function of this module in a process where Triton interprets."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         with pytest.MonkeyPatch.context() as patch:
             for name in ("TRITON_INTERPRET", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):  # Triton interprets by numpy
                 patch.setenv(name, "1")
-            pool.submit(int).result()  # the process starts, and takes the variables along
+            pool.submit(int).result()  # starts the process, which inherits the variables
         yield lambda function, *args: pool.submit(function, *args).result()
 
 
 @pytest.fixture
 def compiled(monkeypatch, tmp_path):
-    """The assembly of a program for compute capability 9.0 and channels last, by its name and its constants."""
+    """The assembly of a program, given its name and constants, for compute capability 9.0 and channels last."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
 
     def assembly(name: str, constants: dict) -> str:
@@ -49,7 +49,7 @@ def compiled(monkeypatch, tmp_path):
         types = dict.fromkeys(program.arg_names, "i32") | tensors
         ones = {key: 1 for key in ("g_row", "x_channel", "multiplicity") if key in types} | constants
         types |= dict.fromkeys(ones, "constexpr")
-        # Sizes and strides as of a usual layer, multiples of 16, where the launcher tells the compiler so.
+        # Sizes and strides of a usual layer, multiples of 16, which the launcher tells the compiler.
         known = [place for place, kind in enumerate(types.values()) if kind != "constexpr"]
         attributes = {(place,): [["tt.divisibility", 16]] for place in known}
         source = ASTSource(program, types, {(program.arg_names.index(key),): ones[key] for key in ones}, attributes)
@@ -76,7 +76,7 @@ def conv_twin(weight: Tensor, gradients: Tensor, inputs: Tensor, settings: tuple
 
 
 def conv_case(images: tuple, weight: tuple, settings: tuple, passes: int) -> tuple[Tensor, Tensor, Tensor]:
-    """An `out` that is not zero, gradients and inputs of random numbers."""
+    """A non-zero `out`, and random gradients and inputs."""
     generator = torch.Generator().manual_seed(0)
     inputs, out = torch.randn(images, generator=generator), torch.rand(weight, generator=generator)
     stride, padding, dilation, groups = settings
@@ -177,7 +177,7 @@ def test_tf32_stays_within_its_bound(interpreted):
 @needs_triton
 @pytest.mark.parametrize("case", ["3x3", "depthwise"])
 def test_operands_that_come_in_bf16_stay_within_its_bound(interpreted, case):
-    # The interpreter cannot multiply bf16; its products are exact in float32, so that the rounding is the whole error.
+    # The interpreter cannot multiply bf16; the products are exact in float32, so rounding is the only error.
     assert FP32 < interpreted(conv_error, *CONVOLUTIONS[case], "bfloat16", "fp32") <= BF16
 
 
@@ -191,11 +191,11 @@ def bias_of_tf32() -> float:
 
 @needs_triton
 def test_tf32_does_not_make_all_squares_too_small(interpreted):
-    assert interpreted(bias_of_tf32) <= 1e-4  # cut off instead of rounded, 1.3e-3
+    assert interpreted(bias_of_tf32) <= 1e-4  # 1.3e-3 if truncated instead of rounded
 
 
 def every_tiling_error(precision: kernels.Precision) -> float:
-    """The largest error of all that a device would choose from."""
+    """The largest error of all candidates that a device would choose from."""
     errors = []
     for case in ("a tap a tile", "depthwise 5x3, uneven"):
         images, weight, settings, passes = CONVOLUTIONS[case]
@@ -278,7 +278,7 @@ def test_the_depthwise_program_reads_channels_that_lie_together_four_at_a_time(c
 
 
 def estimated(backbone: str, precision: str) -> tuple[float, int]:
-    """The error of a Fisher of several blocks of passes, and how many times a kernel was asked for."""
+    """The error of a Fisher that takes several blocks of passes, and how often a kernel was called."""
     from dataclasses import replace
 
     from cl_runner.fisher import reference

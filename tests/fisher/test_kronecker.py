@@ -1,7 +1,7 @@
-"""Kronecker factors of a Fisher, held to the whole of it where they are exact, and to their definition where not."""
+"""Kronecker factors of a Fisher, against the full matrix where they are exact, else against their definition."""
 
 import io
-from typing import get_args
+from typing import Literal, get_args
 
 import pytest
 import torch
@@ -10,24 +10,25 @@ from torch import Tensor, nn
 
 from cl_runner.errors import ConfigError
 from cl_runner.fisher import kronecker
-from cl_runner.fisher.curvature import Diagonal, Parameters
+from cl_runner.fisher.curvature import Curvature, Diagonal, Parameters
 from cl_runner.fisher.estimators import Estimator, Exact
 from cl_runner.fisher.full import Full
 from cl_runner.fisher.kronecker import Block, Factors, Kronecker, Rotated
 from cl_runner.fisher.quadratic import Penalty
-from cl_runner.fisher.representations import Kind, rounds
+from cl_runner.fisher.representations import Representation, rounds
 from cl_runner.models.model import Model
 from cl_runner.streams.base import Examples
 
 from .cases import BACKBONES, CHANNELS, FEATURES, OUTPUTS, SIDE, distance, examples, mlp, model
 from .holding import dense, held
 
+Kind = Literal["kfac", "ekfac"]
 KINDS = get_args(Kind)
 both_kinds = pytest.mark.parametrize("kind", KINDS)
 
 
 def factored(kind: Kind, model: Model, examples: Examples, estimator: Estimator | None = None) -> Kronecker:
-    found = held(estimator or Exact(batch_size=4), model, examples, "kronecker", kind)
+    found = held(estimator or Exact(batch_size=4), model, examples, kind)
     assert isinstance(found, Kronecker)
     return found
 
@@ -39,7 +40,7 @@ def whole(model: Model, examples: Examples) -> Full:
 
 
 def without_pairs_of_layers(full: Full, like: Kronecker) -> Tensor:
-    """The matrix of `full` with the zeros that `like` has by its form."""
+    """The matrix of `full` with the zeros that `like` has by construction."""
     kept = torch.zeros_like(full.matrix)
     for block in like.blocks:
         ones = {name: torch.full(shape, float(name in block.shapes)) for name, shape in full.shapes.items()}
@@ -81,19 +82,18 @@ def test_of_a_linear_layer_alone_and_one_sample_it_is_the_whole_fisher(kind: Kin
 def test_of_a_deep_linear_model_its_blocks_are_exact_where_the_output_vectors_are_the_same_for_every_sample(
     kind: Kind,
 ) -> None:
-    """As those of a squared error are (Martens & Grosse, 2015, section 3.2)."""
+    """As they are for a squared error (Martens & Grosse, 2015, section 3.2)."""
     layers = nn.Sequential(nn.Flatten(), nn.Linear(CHANNELS * SIDE**2, 5), nn.Linear(5, FEATURES, bias=False))
     subject, data = model(layers).eval(), examples(30)
-    found = [constant_vectors(subject, data, representation, kind) for representation in ("full", "kronecker")]
-    full, blocks = found
+    full, blocks = constant_vectors(subject, data, "full"), constant_vectors(subject, data, kind)
     assert isinstance(full, Full)
     assert isinstance(blocks, Kronecker)
     assert off(dense(blocks, full.shapes), without_pairs_of_layers(full, blocks)) < 1e-10
 
 
-def constant_vectors(model: Model, examples: Examples, representation: str, kind: Kind) -> Full | Kronecker:
+def constant_vectors(model: Model, examples: Examples, representation: Representation) -> Curvature:
     fixed = torch.randn(3, OUTPUTS, generator=torch.Generator().manual_seed(0)).double()
-    for accumulator in rounds(model, representation, kind):
+    for accumulator in rounds(model, representation):
         for batch in examples.batches(7):
             inputs = model.preprocess(batch.images)
             accumulator.add(inputs, 3, lambda rows, logits: fixed.expand(len(logits), -1, -1))
@@ -101,7 +101,7 @@ def constant_vectors(model: Model, examples: Examples, representation: str, kind
 
 
 def slow_factors(model: Model, layer: nn.Module, examples: Examples) -> tuple[Tensor, Tensor]:
-    """A and G of a linear layer or a convolution: a sample, a class, a position at a time."""
+    """A and G of a linear layer or convolution, one sample, class and position at a time."""
     seen: list[Tensor] = []
 
     def see(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -188,7 +188,7 @@ def test_it_is_symmetric_and_positive(kind: Kind) -> None:
 
 @both_kinds
 def test_of_a_small_mlp_the_quadratic_is_close_to_that_of_the_whole_within_layers(kind: Kind) -> None:
-    """Along steps that the Fisher feels, where the diagonal is far off."""
+    """Along steps of high curvature, where the diagonal is far off."""
     subject, data = model("mlp"), examples(200)
     full = whole(subject, data)
     found = factored(kind, subject, data)
@@ -257,7 +257,7 @@ def test_few_samples_at_a_time_are_enough(kind: Kind, monkeypatch: pytest.Monkey
 
 
 class Squared(nn.Module):
-    """A weight that is used in a way that no rule knows."""
+    """A weight that is used in a way that no rule covers."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -3,14 +3,15 @@ import torch
 from torch import nn
 
 from cl_runner.errors import ConfigError
-from cl_runner.fisher.magnitudes import Magnitudes, add_looped, add_tapped, add_vmapped
+from cl_runner.fisher.magnitudes import Magnitudes, add_tapped
+from cl_runner.fisher.per_sample import add_looped, add_vmapped
 from cl_runner.models.model import Model
 from cl_runner.models.preprocess import Preprocess
 from tests.toys import SHAPE, toy_model, toy_stream
 
 
 def slow(model, examples, outputs=None):
-    """One sample at a time, by plain autograd; `outputs`: the logits that enter, by task."""
+    """One sample at a time, by plain autograd; `outputs`: the active logits of each task."""
     model.eval()
     live = {name: value for name, value in model.named_parameters() if value.requires_grad}
     totals = {name: torch.zeros_like(value) for name, value in live.items()}
@@ -26,7 +27,7 @@ def slow(model, examples, outputs=None):
 
 
 class Shared(nn.Module):
-    """Convolutions, a normalisation, and a layer that is called twice."""
+    """A convolution, a normalisation, and a layer that is called twice."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Networks that people use, small images: covered by taps, and right in float32."""
+"""Popular networks on small images are covered by taps and right in float32."""
 
 from collections.abc import Callable
 
@@ -25,7 +25,7 @@ Backbone = Callable[[], nn.Module]
 
 
 def headed(network: nn.Module) -> nn.Module:
-    """torchvision's transformers come with a head of zeros, behind which there is no gradient."""
+    """Give a torchvision transformer a random head: its own is zero and lets no gradient through."""
     nn.init.normal_(network.heads.head.weight)
     return network
 

@@ -1,4 +1,4 @@
-"""A sum of quadratics, merged and differentiated in closed form, beside the slow and obvious one."""
+"""A sum of quadratics, merged and differentiated in closed form, against the slow and obvious one."""
 
 import io
 
@@ -13,14 +13,14 @@ SHAPES = {"a": (5, 3), "b": (4,), "c": (2, 3, 2, 2), "d": ()}
 
 
 class PerTask(Diagonal):
-    """A curvature that holds one matrix only."""
+    """A curvature that cannot be merged with another."""
 
     def merged(self, anchor, other, other_anchor):
         return None
 
 
 def terms(seed: int, count: int = 6, dtype=torch.float64, kind=Diagonal) -> list[tuple[Diagonal, Parameters]]:
-    """Random terms that cover some parameters each, without curvature in some rows and weights."""
+    """Random terms that each cover some of the parameters, without curvature in some rows and weights."""
     generator = torch.Generator().manual_seed(seed)
 
     def term() -> tuple[Diagonal, Parameters]:
@@ -50,7 +50,7 @@ def penalty_of(given: list[tuple[Diagonal, Parameters]]) -> Penalty:
 
 
 def slow(given: list[tuple[Diagonal, Parameters]], live: Parameters) -> Tensor:
-    """The definition, a term at a time, for autograd to differentiate."""
+    """The definition, term by term, for autograd to differentiate."""
     parts = [
         (values * (live[name] - anchor[name]) ** 2).sum()
         for curvature, anchor in given
@@ -215,7 +215,7 @@ def test_channels_last_weights_get_gradients_that_lie_as_they_do():
     given, live = terms(4), weights()
     live["c"] = live["c"].detach().to(memory_format=torch.channels_last).requires_grad_()
     value, expected = slow(given, live).detach(), gradients(slow(given, live), live)[2]
-    for fisher, at in given:  # as the estimators give them
+    for fisher, at in given:  # as the estimators return them
         for values in (fisher.values, at):
             values.update({name: torch.empty_like(live[name]).copy_(value).detach() for name, value in values.items()})
     (term,) = penalty_of(given).terms
@@ -241,7 +241,7 @@ def test_autocast_does_not_round_the_value():
 
 
 class Dense(Diagonal):
-    """The same matrix, multiplied as a whole one would be: autocast rounds matrix products."""
+    """The same matrix, multiplied as a dense one: autocast rounds matrix products."""
 
     def product(self, delta):
         return {

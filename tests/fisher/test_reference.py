@@ -1,4 +1,4 @@
-"""The loops, against what can be worked out by hand."""
+"""The reference loops against results worked out by hand."""
 
 import torch
 from torch import nn
@@ -11,7 +11,7 @@ from .cases import FEATURES, OUTPUTS, examples, model
 
 
 def linear_case() -> tuple[Model, torch.Tensor, torch.Tensor]:
-    """A model, the probabilities [N, K] of the outputs that enter and the features [N, D] of its examples."""
+    """A model, the probabilities [N, K] of its active outputs and the features [N, D] of its examples."""
     subject = model("linear", Scenario.CLASS).eval()
     with torch.no_grad():
         output = subject(examples().images)

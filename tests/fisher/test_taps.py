@@ -1,4 +1,4 @@
-"""Whole models through the taps, and through what takes their place, held to the definition."""
+"""Whole models through the taps, and through what they fall back on, against the definition."""
 
 import logging
 import warnings
@@ -32,7 +32,7 @@ Forward = Callable[..., Tensor]
 
 
 class Net(nn.Module):
-    """A backbone made of a function and the parts that it takes by name: layers, of `PARTS` or given, or parameters."""
+    """A backbone made of a function and its arguments by name: layers, from `PARTS` or given, or parameters."""
 
     def __init__(self, function: Forward, *names: str, **parts: nn.Module | tuple[int, ...]) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ def timm_attention(x: Tensor, qkv: nn.Module, project: nn.Module) -> Tensor:
 
 
 def separate_keys(x: Tensor, query: nn.Module, key: nn.Module, project: nn.Module) -> Tensor:
-    """The key's bias has no gradient but rounding."""
+    """The gradient of the key's bias is nothing but rounding."""
     x = tokens(x)
     weights = (query(x) @ key(x).transpose(1, 2)).softmax(-1)
     return project(weights @ x).mean(1)
@@ -137,12 +137,12 @@ def overwritten(x: Tensor, flat: nn.Module) -> Tensor:
 
 def bias_only() -> nn.Module:
     layer = PARTS["flat"]()
-    layer.weight.requires_grad_(False)  # else autograd itself would need what is overwritten
+    layer.weight.requires_grad_(False)  # otherwise autograd itself would need what is overwritten
     return layer
 
 
 class OwnLinear(torch.autograd.Function):
-    """As written before there was `torch.func`."""
+    """As written before `torch.func` existed."""
 
     @staticmethod
     def forward(ctx, inputs, weight):
@@ -315,28 +315,28 @@ UNCOVERED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     ),
     "a scripted part": (
         lambda: Net(lambda x, part, square: square(part(x)), part=scripted(), square=PARTS["square"]()),
-        "backbone.part.1.weight takes part in a way that has no rule",
+        "backbone.part.1.weight is used in a way that no rule covers",
     ),
     "sequence first": (
         lambda: Net(lambda x, project: project(tokens(x).transpose(0, 1)).tanh().mean(0), "project"),
-        "backbone.project.weight is used on inputs whose first axis is not the samples'",
+        "backbone.project.weight is used on inputs without the samples as first axis",
     ),
     "two tokens first, where two images are compared": (
         lambda: Net(lambda x, project: project(tokens(x)[:, :2].transpose(0, 1)).tanh().mean(0), "project"),
-        "backbone.project.weight takes part in a way that has no rule",
+        "backbone.project.weight is used in a way that no rule covers",
     ),
     "tokens and samples in one axis": (
         lambda: Net(
             lambda x, project: project(tokens(x).flatten(0, 1)).tanh().view(-1, TOKENS, FEATURES).mean(1), "project"
         ),
-        "backbone.project.weight is used on inputs whose first axis is not the samples'",
+        "backbone.project.weight is used on inputs without the samples as first axis",
     ),
     "windows": (
         lambda: Net(
             lambda x, project: project(tokens(x).reshape(-1, 4, CHANNELS)).tanh().view(-1, TOKENS, FEATURES).mean(1),
             "project",
         ),
-        "backbone.project.weight is used on inputs whose first axis is not the samples'",
+        "backbone.project.weight is used on inputs without the samples as first axis",
     ),
     "inputs changed in place afterwards": (
         lambda: Net(overwritten, flat=bias_only()),
@@ -357,14 +357,14 @@ UNCOVERED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "rows in a loop": (lambda: Net(one_by_one, "flat", rows=(3, FEATURES)), "backbone.rows is used in unbind"),
     "an operand by name": (
         lambda: Net(lambda x, flat, scale: torch.mul(hidden(x, flat), other=scale), "flat", scale=(FEATURES,)),
-        "backbone.scale takes part in a way that has no rule",
+        "backbone.scale is used in a way that no rule covers",
     ),
     "an operand by name, of little weight": (
         lambda: Net(
             lambda x, flat, scale, shift: torch.add(hidden(x, flat) * scale, other=shift, alpha=1e-4),
             "flat", scale=(FEATURES,), shift=(FEATURES,),
         ),
-        "backbone.shift takes part in a way that has no rule",
+        "backbone.shift is used in a way that no rule covers",
     ),
     "a standardised weight": (lambda: Net(standardised, "conv"), "backbone.conv.weight is used in mean"),
     "a weight used transposed elsewhere": (
@@ -391,7 +391,7 @@ UNCOVERED: dict[str, tuple[Callable[[], nn.Module], str]] = {
             lambda x, table, project: project((tokens(x) + table(torch.arange(TOKENS))).tanh().mean(1)),
             table=nn.Embedding(TOKENS, CHANNELS), project=PARTS["project"](),
         ),
-        "backbone.table.weight is looked up in a way that has no rule",
+        "backbone.table.weight is looked up in a way that no rule covers",
     ),
     "uneven padding": (
         lambda: Net(
@@ -405,7 +405,7 @@ UNCOVERED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     ),
 }  # fmt: skip
 
-# Neither has `vmap` an answer to these, or it has a wrong one.
+# `vmap` cannot compute these either, or computes them wrong.
 HARD: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "a recurrent network": (recurrent, "backbone.rnn.weight_ih_l0 is used in lstm"),
     "a linear function of one's own": (
@@ -429,12 +429,12 @@ def nothing_said():
 
 
 def error(subject: Model) -> float:
-    """How far `Probe` is from its definition, in batches of four and three; no parameter may be far from its own."""
+    """How far `Probe` is from its definition, in batches of four and three; asserts that every parameter is close."""
     estimator, data = Probe(draws=2, batch_size=4), examples(7)
     signs = estimator.noise(len(data), OUTPUTS, torch.Generator().manual_seed(estimator.seed_for(data)))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Using padding='same' with even kernel lengths")
-        warnings.filterwarnings("ignore", "The .grad attribute of a Tensor")  # of a scripted module that is copied
+        warnings.filterwarnings("ignore", "The .grad attribute of a Tensor")  # from copying a scripted module
         found, expected = estimator(subject, data), reference.probe(subject, data, signs)
     scale = max(float(values.norm()) for values in expected.values.values())
     for name, values in expected.values.items():
@@ -464,7 +464,7 @@ def test_a_model_that_the_taps_do_not_cover_is_left_to_vmap_with_a_reason(
     build, reason = UNCOVERED[name]
     assert error(model(build())) < 1e-10
     (said,) = warned(caplog)
-    assert said == f"the Fisher of this model is computed by vmap, which is slower: {reason}"
+    assert said == f"per-sample gradients of this model are computed by vmap, which is slower: {reason}"
 
 
 @pytest.mark.parametrize("name", HARD)
@@ -474,7 +474,9 @@ def test_a_model_that_neither_covers_is_left_to_a_loop_with_both_reasons(
     build, reason = HARD[name]
     assert error(model(build())) < 1e-10
     (said,) = warned(caplog)
-    assert said.startswith(f"the Fisher of this model is computed sample by sample, which is much slower: {reason}")
+    assert said.startswith(
+        f"per-sample gradients of this model are computed sample by sample, which is much slower: {reason}"
+    )
     assert "; by vmap, " in said
 
 

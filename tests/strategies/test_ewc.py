@@ -4,9 +4,9 @@ import torch
 from cl_runner.errors import ConfigError
 from cl_runner.fisher.estimators import Exact, Probe
 from cl_runner.models.efficientnet import EfficientNetLite0
-from cl_runner.models.model import Output, PretrainedView
+from cl_runner.models.model import Output, PretrainedView, trainable
 from cl_runner.strategies import EWC, Finetune
-from cl_runner.strategies.anchors import Anchor, trainable
+from cl_runner.strategies.anchors import Anchor
 from cl_runner.streams.split import Split
 from tests.toys import learn, toy_model, toy_stream, toy_trainer
 

@@ -186,4 +186,4 @@ def test_it_resumes_in_the_middle_of_a_task(scenario, fisher):
 
 def test_only_a_diagonal_will_do():
     with pytest.raises(ConfigError, match=r"fisher\.representation: expected diagonal for rwalk"):
-        RWalk(fisher=Probe(representation="kronecker"))
+        RWalk(fisher=Probe(representation="ekfac"))
