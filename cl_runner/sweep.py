@@ -62,12 +62,7 @@ class Sweep:
             write_atomically(self.root / FILE, json.dumps(content, indent=1))
 
     def outcome(self, job: Job) -> tuple[str, str]:
-        """The job's state, one of STATES, and the reason for it where there is one to give."""
-        run = RunFolder(self.root / job.folder)
-        state = run.state if run.status else "pending"
-        if state in ("pending", "done") and job.error:
-            return ("failed", job.error) if state == "pending" else (state, "")
-        return state, reason(run, state)
+        return outcome(RunFolder(self.root / job.folder), job.error)
 
     def differing(self) -> dict[str, str]:
         """By folder: the job's overrides, without those that all jobs of the sweep have."""
@@ -138,8 +133,16 @@ def place_of(folder: Path) -> str:
     return f"{number}/{len(names)}" if len(names) > 1 else ""
 
 
-def reason(run: RunFolder, state: str) -> str:
-    """In a line, why a run is in the state that it is in."""
+def outcome(run: RunFolder, error: str | None = None) -> tuple[str, str]:
+    """A job's state, one of STATES, and in a line the reason for it where there is one to give.
+
+    The run's folder decides; `error`, what went wrong outside of the run, counts while the run is still to be done.
+    """
+    state = run.state
+    return ("failed", error) if error and state == "pending" else (state, _reason(run, state))
+
+
+def _reason(run: RunFolder, state: str) -> str:
     status = run.status
     if state == "failed":
         return str(status.get("error") or "").partition("\n")[0]

@@ -13,7 +13,9 @@ from cl_runner.compose import asked, compose_jobs, in_order
 from cl_runner.errors import ConfigError
 from cl_runner.report.groups import group_runs
 from cl_runner.report.runs import read
+from cl_runner.report.status import Board
 from cl_runner.sweep import Job, Sweep, sweeps
+from tests.report import samples
 
 MLP = ["model=mlp"]
 TINY = ["trainer.epochs=1", "strategy=finetune", "model.widths=[4]", "stream.max_tasks=2"]
@@ -333,3 +335,26 @@ def test_what_a_job_said_before_it_had_a_folder_is_not_lost(tmp_path):
     (again,) = sweeps(tmp_path)
     assert again.outcome(again.jobs[0]) == ("failed", "conf: changed")
     assert Path(tmp_path / ".sweep.json.lock").exists() or os.name != "posix"
+
+
+@pytest.mark.parametrize(
+    ("status", "error", "state"),
+    [
+        (None, None, "pending"),
+        (None, "conf: changed", "failed"),
+        ({"state": "pending"}, "conf: changed", "failed"),
+        ({"state": "pending"}, None, "pending"),
+        ({"state": "running"}, "conf: changed", "killed"),
+        ({"state": "failed", "error": "it broke"}, "conf: changed", "failed"),
+    ],
+)
+def test_a_jobs_state_is_the_same_wherever_it_is_shown(tmp_path, status, error, state):
+    samples.write(tmp_path, samples.config(), name="done")  # a report wants a finished run
+    if status is not None:
+        samples.unfinished(tmp_path, "job", **status)
+    sweep = Sweep(tmp_path, "cl-runner -m", [Job(["seed=0"], "job", "01234567", error=error)])
+    sweep.write()
+    (left_out,) = read(tmp_path).left_out
+    shown = {row.name: (row.state, row.reason) for row in Board(tmp_path).rows()}
+    assert sweep.outcome(sweep.jobs[0]) == (left_out.state, left_out.why) == shown["job"]
+    assert left_out.state == state

@@ -13,7 +13,7 @@ import numpy as np
 from cl_runner.errors import ConfigError
 from cl_runner.folder import RESULTS_SCHEMA, RunFolder, groups, moved_aside
 from cl_runner.sweep import FILE as SWEEPS
-from cl_runner.sweep import reason
+from cl_runner.sweep import outcome, sweeps
 
 REPORT = "report"  # the folder that a report is written to, among the runs
 SIGNS = {"status.json", "results.json", "config.yaml"}  # a folder that holds one of them is a run's
@@ -69,9 +69,12 @@ def read(folder: Path) -> Found:
     if not folder.is_dir():
         raise ConfigError("DIR", f"expected a folder of runs, got {str(folder)!r}, which is no folder")
     names = list(run_folders(folder))
-    read_ones = [_read(folder / name) for name in names]
+    errors, left_out = _planned(folder)
+    read_ones = [_read(folder / name, errors.get(name)) for name in names]
     runs = [run for run in read_ones if isinstance(run, Run)]
-    left_out = [run for run in read_ones if isinstance(run, LeftOut)] + list(_never_begun(folder, set(names)))
+    left_out = [run for run in read_ones if isinstance(run, LeftOut)] + left_out
+    for name in [name for name in errors if name not in names]:
+        left_out.append(LeftOut(name, *outcome(RunFolder(folder / name), errors[name]), there=False))
     if not runs:
         raise ConfigError("DIR", f"expected a folder of finished runs, got {str(folder)!r}{_instead(folder, left_out)}")
     return Found(folder, runs, left_out)
@@ -86,17 +89,24 @@ def run_folders(folder: Path) -> Iterator[str]:
             yield name
 
 
-def _read(path: Path) -> Run | LeftOut:
+def _planned(folder: Path) -> tuple[dict[str, str | None], list[LeftOut]]:
+    """The jobs of the folder's sweeps, by their folders, with what a sweep says against each."""
+    try:
+        return {job.folder: job.error for sweep in sweeps(folder) for job in sweep.jobs}, []
+    except (ConfigError, KeyError, TypeError) as error:
+        return {}, [LeftOut(SWEEPS, "damaged", str(error))]
+
+
+def _read(path: Path, error: str | None) -> Run | LeftOut:
+    """`error`: what a sweep says against its job."""
     try:
         status = _load(path / "status.json") if (path / "status.json").exists() else {}
         if status.get("state") == "done" or (not status and (path / "results.json").exists()):
             return _run(path, status, _load(path / "results.json"))
-    except (OSError, ValueError) as error:
-        return LeftOut(path.name, "damaged", str(error))
-    if not status:
-        return LeftOut(path.name, "pending")
-    state = RunFolder(path).state  # the lock tells whether one "running" was killed
-    return LeftOut(path.name, state, ", ".join(filter(None, [reason(RunFolder(path), state), _progress(status)])))
+    except (OSError, ValueError) as damage:
+        return LeftOut(path.name, "damaged", str(damage))
+    state, why = outcome(RunFolder(path), error)
+    return LeftOut(path.name, state, ", ".join(filter(None, [why, _progress(status)])))
 
 
 def _load(path: Path) -> dict[str, Any]:
@@ -158,21 +168,6 @@ def _validation(results: Mapping[str, Any], scenario: str) -> np.ndarray | None:
 def _progress(status: Mapping[str, Any]) -> str:
     """How far a run is."""
     return f"{status['tasks']} of {status.get('num_tasks', '?')} tasks" if status.get("tasks") else ""
-
-
-def _never_begun(folder: Path, names: set[str]) -> Iterator[LeftOut]:
-    """Jobs of the folder's sweeps that have left no folder."""
-    try:
-        sweeps = _load(folder / SWEEPS)["sweeps"] if (folder / SWEEPS).exists() else []
-        jobs = {job["folder"] or " ".join(job["overrides"]): job for sweep in sweeps for job in sweep["jobs"]}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        yield LeftOut(SWEEPS, "damaged", str(error))
-        return
-    for name, job in jobs.items():
-        if name not in names:
-            error = str(job.get("error") or "").partition("\n")[0]
-            state = job.get("state") if job.get("state") != "done" else "pending"  # done, and removed since
-            yield LeftOut(name, state or ("failed" if error else "pending"), error, there=False)
 
 
 def _instead(folder: Path, left_out: list[LeftOut]) -> str:

@@ -19,7 +19,7 @@ from rich.text import Text
 from cl_runner.arguments import Parser
 from cl_runner.errors import ConfigError
 from cl_runner.folder import RunFolder, moved_aside
-from cl_runner.sweep import FILE, STATES, Sweep, reason, sweeps
+from cl_runner.sweep import FILE, STATES, outcome, sweeps
 
 EVERY = 2.0  # seconds between two looks
 TAIL = 1 << 16  # bytes at the journal's end among which the last task's row is looked for first
@@ -70,15 +70,16 @@ def main(argv: list[str]) -> int:
         raise ConfigError("status", f"expected a folder, got {options.folder!r}")
     board = Board(root)
     if options.watch and Console().is_terminal:
-        _watch(board)
+        rows = _watch(board)
     else:
         rows = board.rows()
         terminal = Console() if Console().is_terminal else Console(width=1000)  # a pipe has no edge to break lines at
         terminal.print(_shown(rows, terminal.width))
-    return int(any(row.state in BAD for row in board.rows()))
+    return int(any(row.state in BAD for row in rows))
 
 
-def _watch(board: "Board") -> None:
+def _watch(board: "Board") -> list[Row]:
+    """Show the board until nothing runs or waits any more, or Ctrl-C. Returns the rows as last shown."""
     console = Console()
     with Live(console=console, auto_refresh=False) as live:
         while True:
@@ -86,11 +87,11 @@ def _watch(board: "Board") -> None:
             fits = rows[: max(1, console.height - 6)]
             live.update(_shown(fits, console.width, hidden=len(rows) - len(fits)), refresh=True)
             if not any(row.state in ("running", "pending") for row in rows):
-                return
+                return rows
             try:
                 time.sleep(EVERY)
             except KeyboardInterrupt:
-                return
+                return rows
 
 
 class Board:
@@ -98,52 +99,48 @@ class Board:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self._ended: dict[Path, tuple[int, Row]] = {}  # folder -> when its status was written, what it said
+        self._ended: dict[Path, tuple[Any, Row]] = {}  # folder -> what its row was made from, the row
 
     def rows(self) -> list[Row]:
         """Every run, and every job of a sweep that has no folder yet: a folder's sweeps in their own order, then what
         is in none, by name."""
-        rows: dict[Path, Row] = {}
-        planned: dict[Path, Row] = {}
+        runs: list[Path] = []
+        differs: dict[Path, str] = {}
+        errors: dict[Path, str | None] = {}
         for path, names in _folders(self.root):
             if "status.json" in names:
-                rows[path] = self._row(path)
+                runs.append(path)
             if FILE in names:
-                for sweep in sweeps(path):  # a run is told by the keys of the sweep that made it, not of a later one
-                    for job, row in self._planned(sweep).items():
-                        planned[job] = replace(row, differs=planned.get(job, row).differs or row.differs)
-        differs = {path: row.differs for path, row in planned.items()}
-        apart = _apart({path: row.words for path, row in rows.items() if path not in planned})
-        together = {**planned, **{path: replace(row, differs=(differs | apart)[path]) for path, row in rows.items()}}
-        number = {path: place for place, path in enumerate(planned)}
-        order = sorted(together, key=lambda path: (path.parent, number.get(path, len(number)), path.name))
-        return [together[path] for path in order if not moved_aside(path)]
+                for sweep in sweeps(path):
+                    own = sweep.differing()
+                    for job in sweep.jobs:
+                        folder = path / job.folder
+                        # A run is told by the keys of the sweep that made it, not of a later one.
+                        differs[folder] = differs.get(folder) or own[job.folder]
+                        errors[folder] = job.error
+        number = {path: place for place, path in enumerate(differs)}
+        order = sorted({*runs, *differs}, key=lambda path: (path.parent, number.get(path, len(number)), path.name))
+        rows = {path: self._row(path, errors.get(path)) for path in order if not moved_aside(path)}
+        differs |= _apart({path: row.words for path, row in rows.items() if path not in differs})
+        return [replace(row, differs=differs[path]) for path, row in rows.items()]
 
-    def _planned(self, sweep: Sweep) -> dict[Path, Row]:
-        """The jobs of a sweep, as they are without a folder: not begun, or never come that far."""
-        rows, differing = {}, sweep.differing()
-        for job in sweep.jobs:
-            path = sweep.root / job.folder
-            why, differs = job.error or "", differing[job.folder]
-            state = "pending" if job.state in (None, "done") else job.state  # done, and removed since
-            rows[path] = Row(self._name(path), state, reason=why, differs=differs)
-        return rows
-
-    def _row(self, path: Path) -> Row:
-        written = (path / "status.json").stat().st_mtime_ns
-        if path in self._ended and self._ended[path][0] == written:
+    def _row(self, path: Path, error: str | None) -> Row:
+        """`error`: what its sweep says against the job, which may have left no folder."""
+        status = path / "status.json"
+        made_from = status.stat().st_mtime_ns if status.exists() else None, error
+        if path in self._ended and self._ended[path][0] == made_from:
             return self._ended[path][1]
         try:
-            row = self._read(path)
+            row = self._read(path, error)
         except ConfigError as damaged:
             return Row(self._name(path), "failed", reason=f"{Path(damaged.field).name}: {damaged.message}")
         if row.state in ("done", "failed"):
-            self._ended[path] = written, row
+            self._ended[path] = made_from, row
         return row
 
-    def _read(self, path: Path) -> Row:
+    def _read(self, path: Path, error: str | None) -> Row:
         run = RunFolder(path)
-        status, state = run.status, run.state
+        status, (state, why) = run.status, outcome(run, error)
         return Row(
             self._name(path),
             state,
@@ -152,7 +149,7 @@ class Board:
             status.get("step"),
             _accuracy(run, state),
             status.get("heartbeat") if state in ("running", "killed") else None,
-            "" if state == "running" else reason(run, state),
+            "" if state == "running" else why,
             tuple(shlex.split(status.get("command", ""))),
         )
 
