@@ -77,6 +77,8 @@ class Experiment:
     """A configuration that has been checked, and its components, built but holding neither data nor a network."""
 
     config: dict[str, Any]  # plain, validated
+    hash: str  # as it was when the experiment was checked: a file of weights may be replaced during the run
+    folder: Path
     group: str  # hash of everything but the seed
     stream: Any
     model: Any
@@ -93,14 +95,6 @@ class Experiment:
     def make_scheduler(self) -> Callable[..., Any]:
         return partial(build, self.config["scheduler"])
 
-    @property
-    def hash(self) -> str:
-        return digest(self.config)
-
-    @property
-    def folder(self) -> Path:
-        return run_folder(self.config)
-
 
 def check(cfg: DictConfig, tried: list[Any] | None = None) -> Experiment:
     """Check everything that can be known before data are loaded, unless the run is done, and build the components.
@@ -111,7 +105,14 @@ def check(cfg: DictConfig, tried: list[Any] | None = None) -> Experiment:
     """
     config = validated(cfg)
     built = {name: named(name, partial(build, config[name])) for name in COMPONENTS if name not in PROVIDED}
-    experiment = Experiment(config=config, group=_group(cfg), device=_device(config["device"]), **built)
+    experiment = Experiment(
+        config=config,
+        hash=digest(config),
+        folder=run_folder(config),
+        group=_group(cfg),
+        device=_device(config["device"]),
+        **built,
+    )
     if RunFolder(experiment.folder).done and not config["rerun"]:
         return experiment  # it is only shown: no data are needed for that, and no optimizer
     _check_optimizer(experiment)

@@ -319,6 +319,17 @@ def test_a_file_of_weights_is_hashed_by_what_is_in_it(tmp_path):
     assert hashes[0] == hashes[1] != hashes[2]
 
 
+def test_a_run_keeps_its_hash_and_folder_when_its_file_of_weights_is_replaced(tmp_path, monkeypatch):
+    for check_of_weights in ("check", "check_images"):
+        monkeypatch.setattr(mlp.MLP, check_of_weights, lambda *_: None)
+    weights = tmp_path / "a.pt"
+    weights.write_bytes(b"one")
+    experiment = checked(f"model.pretrained={weights}")
+    before = experiment.hash, experiment.folder
+    weights.unlink()
+    assert (experiment.hash, experiment.folder) == before
+
+
 def test_a_group_is_everything_but_the_seed():
     def group(*overrides):
         return checked(*overrides).group
