@@ -3,7 +3,6 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 
@@ -45,28 +44,11 @@ def paired_difference(values: Mapping[int, float | None], baseline: Mapping[int,
     return summarise([one - other for one, other in pairs if one is not None and other is not None])
 
 
-@lru_cache
-def t_quantile(freedom: int, level: float = LEVEL) -> float:
-    """t with P(|T| <= t) = level, for Student's T with `freedom` >= 1 degrees of freedom."""
-    low, high = 0.0, math.pi / 2  # of the angle atan(t / sqrt(freedom)), which has an end where t has none
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if _within(middle, freedom) < level else (low, middle)
-    return math.tan(low) * math.sqrt(freedom)
+def t_quantile(freedom: int) -> float:
+    """t with P(|T| <= t) = LEVEL, for Student's T with `freedom` >= 1 degrees of freedom."""
+    from scipy.special import stdtrit  # slow to import, and one seed has no interval
 
-
-def _within(angle: float, freedom: int) -> float:
-    """P(|T| <= sqrt(freedom) tan(angle)), a finite sum: Abramowitz & Stegun, 1964, 26.7.3 and 26.7.4."""
-    odd = freedom % 2
-    cosine = math.cos(angle)
-    term = total = cosine if odd else 1.0
-    for k in range(2 + odd, freedom, 2):
-        term *= (k - 1) / k * cosine**2
-        total += term
-    total *= math.sin(angle)
-    if not odd:
-        return total
-    return 2 / math.pi * (angle + (total if freedom > 1 else 0.0))
+    return float(stdtrit(freedom, (1 + LEVEL) / 2))
 
 
 def forgetting_matrix(accuracy: np.ndarray) -> np.ndarray:
