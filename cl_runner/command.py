@@ -9,8 +9,9 @@ from typing import Any
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
+from cl_runner import CONF
 from cl_runner.components import check_plugin
-from cl_runner.compose import CONF, GRID, VERSION_BASE, Asked, asked, compose_jobs, in_order, knows_all_keys
+from cl_runner.compose import GRID, VERSION_BASE, Asked, asked, compose_jobs, in_order, knows_all_keys
 from cl_runner.config import Experiment, check, validated, with_valid_settings
 from cl_runner.errors import ConfigError, in_a_line
 from cl_runner.identity import called

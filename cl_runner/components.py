@@ -11,10 +11,11 @@ from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any, get_args, get_origin
 
+import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from cl_runner import CONF
 from cl_runner.errors import ConfigError, did_you_mean, hint, suggestion
-from cl_runner.identity import choice
 
 # A config is not a program: only these may be named by a `_target_`, beside what `plugins` lists.
 LIBRARIES = ("torch.optim", "torchvision", "timm")
@@ -51,7 +52,7 @@ def checked_node(
     known = parameters.keys() - provided
     for key in node:
         if key != "_target_" and key not in known:
-            meant = suggestion(_within(node, key, path, parameters)) or _those_with(key, node["_target_"], kind)
+            meant = suggestion(_within(node, key, path, parameters)) or _choices_with(key, path, kind)
             refuse_unknown(path, [key], known, meant)
     missing = [
         name
@@ -134,13 +135,11 @@ def _within(node: dict[str, Any], key: str, path: str, known: Iterable[str] | No
             yield from _within(value, key, f"{path}.{name}")
 
 
-def _those_with(key: str, target: str, kind: str | None) -> str:
-    """What to say of a key that `target` does not take: which others of its kind do."""
-    if kind is None:
-        return ""
-    base, beside = imported(kind), vars(importlib.import_module(target.rpartition(".")[0])).values()
-    others = [other for other in beside if inspect.isclass(other) and issubclass(other, base) and other is not base]
-    names = dict.fromkeys(choice(other.__name__) for other in others if key in inspect.signature(other).parameters)
+def _choices_with(key: str, path: str, kind: str | None) -> str:
+    """A hint that names the choices of the node's group in conf/ that take `key`; empty if none does."""
+    group = next((name for name, its in KINDS.items() if its == kind), path.rpartition(".")[2])
+    nodes = {file.stem: yaml.safe_load(file.read_text()) for file in sorted((CONF / group).glob("*.yaml"))}
+    names = [name for name, node in nodes.items() if key in inspect.signature(imported(node["_target_"])).parameters]
     return f"{', '.join(names)} {'has' if len(names) == 1 else 'have'} it" if names else ""
 
 

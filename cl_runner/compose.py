@@ -18,11 +18,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from cl_runner import CONF
 from cl_runner.arguments import refuse_arguments
 from cl_runner.errors import EXPERIMENT_HEAD, ConfigError, did_you_mean
 
-_HERE = Path(__file__).resolve().parent
-CONF = _HERE / "conf" if (_HERE / "conf").is_dir() else _HERE.parent / "conf"
 VERSION_BASE = "1.3" if hydra.__version__ < "1.4" else None
 GRID = "hydra_plugins.cl_runner.sweepers.Grid"  # the sweeper whose jobs are known before the first starts
 _FOLDERS = "expected output_root to say where runs go: a run's folder is named by what it computes"

@@ -16,7 +16,7 @@ from typing import Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from cl_runner.compose import CONF
+from cl_runner import CONF
 from cl_runner.errors import ConfigError, did_you_mean, suggestion
 from cl_runner.ranges import Count
 

@@ -7,8 +7,9 @@ import torch
 import yaml
 from omegaconf import OmegaConf
 
+from cl_runner import CONF
 from cl_runner.components import PROVIDED, build, imported
-from cl_runner.compose import CONF, asked, choices, compose_jobs, in_order
+from cl_runner.compose import asked, choices, compose_jobs, in_order
 from cl_runner.config import check, validated
 from cl_runner.errors import ConfigError
 from cl_runner.identity import called, digest, run_folder
@@ -88,6 +89,11 @@ def test_every_choice_says_in_a_line_what_it_is(file):
         ("stratgey=ewc", "stratgey: unknown key; did you mean strategy?"),
         ("+colour=red", "colour: unknown key; known: "),
         ("strategy.temperature=1", "strategy.temperature: unknown key; bic, icarl, lwf, slca have it"),
+        ("stream.angles=[1]", "stream.angles: unknown key; rotated_mnist has it"),
+        ("fisher.budget=2", "fisher.budget: unknown key; hybrid has it"),
+        ("optimizer.momentum=0.9", "optimizer.momentum: unknown key; sgd has it"),
+        ("scheduler.final=0.1", "scheduler.final: unknown key; cosine has it"),
+        ("strategy=combined strategy.parts.ewc.rank=3", "strategy.parts.ewc.rank: unknown key; lora has it"),
         ("fisher.numsamples=3", "fisher.numsamples: unknown key; did you mean num_samples?"),
         ("strategy.strength=abc", "strategy.strength: expected float, got 'abc'"),
         ("strategy.strength=-1", "strategy.strength: expected at least 0, got -1"),

@@ -13,8 +13,8 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
+from cl_runner import CONF
 from cl_runner.components import imported
-from cl_runner.compose import CONF
 from cl_runner.launchers import Slurm, Worker, carry_out, slots
 from cl_runner.report import status
 from hydra_plugins.cl_runner.launchers import Local

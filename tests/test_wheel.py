@@ -36,7 +36,7 @@ def installed(tmp_path_factory):
 
 
 def test_it_runs_from_another_folder_with_its_own_configuration(installed, tmp_path):
-    where = call(installed / "env/bin/python", "-c", "from cl_runner.compose import CONF; print(CONF)", cwd=tmp_path)
+    where = call(installed / "env/bin/python", "-c", "from cl_runner import CONF; print(CONF)", cwd=tmp_path)
     assert Path(where.strip()).is_relative_to(installed)
     words = ["model=mlp", "model.widths=[4]", "trainer.epochs=1", "tracker=local", "device=cpu"]
     call(installed / "env/bin/cl-runner", *words, cwd=tmp_path)
