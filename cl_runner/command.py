@@ -31,7 +31,7 @@ def run(argv: list[str]) -> None:
         sys.argv[1:] = in_order(argv)
         request = asked(sys.argv[1:])
         tried: list[Any] = []
-        jobs = [_checked(words, cfg, tried, request) for words, cfg in request.jobs]
+        jobs = [_checked(number, request, tried) for number in range(len(request.jobs))]
         if request.sweep:
             _check_sweep(request, jobs)
         _say_unused(request, jobs)
@@ -48,15 +48,16 @@ def run(argv: list[str]) -> None:
     run_alone(jobs[0])
 
 
-def _checked(words: list[str], cfg: DictConfig, tried: list[Any], request: Asked) -> Experiment:
+def _checked(number: int, request: Asked, tried: list[Any]) -> Experiment:
     """Raises ConfigError, which names the job where there are several."""
+    from cl_runner.sweep import not_shared
+
     try:
-        return check(cfg, tried)
+        return check(request.jobs[number][1], tried)
     except ConfigError as error:
         if len(request.jobs) == 1:
             raise
-        common = set.intersection(*(set(others) for others, _ in request.jobs))
-        own = " ".join(word for word in words if word not in common)
+        own = " ".join(not_shared([words for words, _ in request.jobs])[number])
         raise ConfigError(error.field, f"{error.message} (in the job {own})") from None
 
 

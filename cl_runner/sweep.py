@@ -5,6 +5,7 @@ import shlex
 import sys
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -65,9 +66,9 @@ class Sweep:
         return outcome(RunFolder(self.root / job.folder), job.error)
 
     def differing(self) -> dict[str, str]:
-        """By folder: the job's overrides, without those that all jobs of the sweep have."""
-        common = set.intersection(*(set(job.overrides) for job in self.jobs)) if self.jobs else set()
-        return {job.folder: " ".join(word for word in job.overrides if word not in common) for job in self.jobs}
+        """By folder: the job's overrides, without those that all jobs of the sweep share."""
+        own = not_shared([job.overrides for job in self.jobs])
+        return {job.folder: " ".join(words) for job, words in zip(self.jobs, own, strict=True)}
 
     def close(self) -> None:
         """The sweep has ended: keep how, for jobs that never came as far as a folder."""
@@ -91,6 +92,12 @@ class Sweep:
 
     def counts(self) -> Counter[str]:
         return Counter(self.outcome(job)[0] for job in self.jobs)
+
+
+def not_shared(commands: Sequence[Sequence[str]]) -> list[list[str]]:
+    """The words of each command, without those that all of them share."""
+    shared = set.intersection(*map(set, commands)) if commands else set()
+    return [[word for word in words if word not in shared] for words in commands]
 
 
 def sweeps(root: Path) -> list[Sweep]:

@@ -19,7 +19,7 @@ from rich.text import Text
 from cl_runner.arguments import Parser
 from cl_runner.errors import ConfigError
 from cl_runner.folder import RunFolder, moved_aside
-from cl_runner.sweep import FILE, STATES, outcome, sweeps
+from cl_runner.sweep import FILE, STATES, not_shared, outcome, sweeps
 
 EVERY = 2.0  # seconds between two looks
 TAIL = 1 << 16  # bytes at the journal's end among which the last task's row is looked for first
@@ -165,12 +165,12 @@ def _folders(root: Path) -> Iterator[tuple[Path, list[str]]]:
 
 
 def _apart(words: dict[Path, tuple[str, ...]]) -> dict[Path, str]:
-    """Of every run its words, without those that all runs beside it have."""
-    beside: dict[Path, list[set[str]]] = {}
-    for path, own in words.items():
-        beside.setdefault(path.parent, []).append(set(own))
-    common = {parent: set.intersection(*all_words) for parent, all_words in beside.items()}
-    return {path: shlex.join(word for word in own if word not in common[path.parent]) for path, own in words.items()}
+    """The words of each run's command, without those that all runs beside it share."""
+    apart: dict[Path, str] = {}
+    for parent in {path.parent for path in words}:
+        beside = [path for path in words if path.parent == parent]
+        apart |= zip(beside, map(shlex.join, not_shared([words[path] for path in beside])), strict=True)
+    return apart
 
 
 def _accuracy(run: RunFolder, state: str) -> float | None:
