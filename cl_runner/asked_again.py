@@ -7,7 +7,7 @@ from cl_runner.checkpoint import FOLDER as CHECKPOINTS
 from cl_runner.clock import environment
 from cl_runner.config import Experiment
 from cl_runner.errors import ConfigError
-from cl_runner.folder import RunFolder, groups
+from cl_runner.folder import RunFolder
 from cl_runner.identity import sources
 from cl_runner.lock import FolderInUseError
 from cl_runner.trackers.console import show_results, the_console
@@ -30,9 +30,10 @@ def join(experiment: Experiment) -> None:
     """Note of a finished run that it is also one of this experiment's group: with `stream.seed=0` the run of seed 0 is
     that of `seed=0` alone, and others go with it."""
     folder = RunFolder(experiment.folder)
-    if folder.done and experiment.group not in groups(folder.status):
+    groups = folder.status.get("groups") or []
+    if folder.done and experiment.group not in groups:
         with folder.locked():
-            folder.update_status(groups=[*groups(folder.status), experiment.group])
+            folder.update_status(groups=[*groups, experiment.group])
 
 
 def refuse_halves(experiment: Experiment) -> None:

@@ -23,11 +23,6 @@ LASTING = ("id", "task", "tasks", "num_tasks", "step")  # what a status keeps wh
 DRAFT = re.compile(r"\..+\.\d+")
 
 
-def groups(status: dict[str, Any]) -> list[str]:
-    """Those that a run is one of: that of the command that made it, and of others that came to the same run."""
-    return status.get("groups") or list(filter(None, [status.get("group")]))
-
-
 class CannotWriteError(OSError):
     """The disk is full, or the folder cannot be written."""
 

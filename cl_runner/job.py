@@ -2,11 +2,9 @@
 
 import gc
 import os
-import shlex
 import shutil
 import signal
 import socket
-import sys
 import traceback
 from typing import Any
 
@@ -19,7 +17,7 @@ from cl_runner.folder import RunFolder
 from cl_runner.identity import sources
 from cl_runner.interrupt import Interrupt, Stopped
 from cl_runner.run import run
-from cl_runner.sweep import place_of
+from cl_runner.sweep import place_of, this_command
 from cl_runner.trackers.console import Console, log_file, log_to, the_console
 
 
@@ -54,10 +52,10 @@ def _carried_out(experiment: Experiment, folder: RunFolder, interrupt: Interrupt
     folder.write_config(experiment.config)
     folder.start(
         hash=experiment.hash,
-        group=experiment.group,
+        groups=[experiment.group],
         pid=os.getpid(),
         host=socket.gethostname(),
-        command=shlex.join(["cl-runner", *sys.argv[1:]]),
+        command=this_command(),
         images=experiment.stream.contents(experiment.config["data_root"]),
         code=sources(experiment.config["plugins"]),
         environment=environment(experiment.device),

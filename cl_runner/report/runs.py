@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from cl_runner.errors import ConfigError
-from cl_runner.folder import RESULTS_SCHEMA, RunFolder, groups, moved_aside
+from cl_runner.folder import RESULTS_SCHEMA, RunFolder, moved_aside
 from cl_runner.sweep import FILE as SWEEPS
 from cl_runner.sweep import outcome, sweeps
 
@@ -131,7 +131,7 @@ def _run(path: Path, status: dict[str, Any], results: dict[str, Any]) -> Run:
         return Run(
             folder=path.name,
             config={**config, "seed": int(config["seed"])},
-            groups=tuple(groups(status)),
+            groups=tuple(status.get("groups") or ()),
             finished=status.get("finished") or 0.0,
             beside=json.dumps([status.get("images"), status.get("code")], sort_keys=True),
             metrics=dict(_metrics(results)),
