@@ -69,7 +69,7 @@ class NullTracker:
         return ""
 
 
-class Many:
+class Many(NullTracker):
     """Several trackers, each told in turn."""
 
     def __init__(self, trackers: Sequence[Tracker]) -> None:
@@ -95,6 +95,3 @@ class Many:
         with ExitStack() as stack:  # one that raises must not keep the others open
             for tracker in reversed(self.trackers):
                 stack.callback(tracker.close, failed, preempted)
-
-    def line(self) -> str:
-        return "\n".join(filter(None, (tracker.line() for tracker in self.trackers)))

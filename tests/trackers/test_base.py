@@ -20,9 +20,6 @@ class Diary(NullTracker):
         if self.breaks:
             raise OSError("disk full")
 
-    def line(self) -> str:
-        return self.name if self.breaks else ""
-
 
 def test_many_trackers_are_told_in_turn() -> None:
     told: list[str] = []
@@ -41,10 +38,6 @@ def test_many_trackers_hear_that_the_run_was_preempted() -> None:
     told: list[str] = []
     Many([Diary(told, "a"), Diary(told, "b")]).close(preempted=True)
     assert told == ["a close False True", "b close False True"]
-
-
-def test_the_line_of_many_is_the_lines_of_those_that_have_one() -> None:
-    assert Many([Diary([], "a"), Diary([], "b", breaks=True), NullTracker()]).line() == "b"
 
 
 def test_the_null_tracker_leaves_no_trace(tmp_path: Path) -> None:
