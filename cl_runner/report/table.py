@@ -12,9 +12,9 @@ from rich.text import Text
 from cl_runner.errors import ConfigError, hint
 from cl_runner.report.groups import ABSENT, Group, Groups, Value, is_number, shown
 from cl_runner.report.statistics import Summary, paired_difference
+from cl_runner.trackers.names import is_share
 
 DEFAULT_METRICS = ("average_accuracy", "average_forgetting", "drift_agreement", "drift_kl", "seconds")
-PERCENT = ("accuracy", "forgetting", "transfer", "agreement")
 SPREADS = {  # what may stand beside a mean, and how
     "std": " ± standard deviation over seeds",
     "sem": " ± standard error",
@@ -115,7 +115,7 @@ def scale_of(metric: str, summaries: Sequence[Summary]) -> Scale:
     if metric.startswith("peak_memory"):
         return Scale(1e-6, "MB", 0)
     means = [abs(summary.mean) for summary in summaries if summary.n]
-    if any(word in metric for word in PERCENT):
+    if is_share(metric):
         visible = not any(1e-9 < summary.std < 5e-4 for summary in summaries)  # below: rounding
         return Scale(100, "%", 1 if visible else 2)
     largest = max(means, default=0.0)

@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cl_runner.trackers.base import NullTracker, RunInfo
+from cl_runner.trackers.names import is_share
 
 log = logging.getLogger("cl_runner")
 
@@ -231,8 +232,6 @@ def _metrics(metrics: dict[str, float | None], scenarios: list[str]) -> Table:
 
 
 def _value(name: str, value: float | None) -> str:
-    """In percent what is a share of right answers, or a difference of two."""
-    is_share = name.endswith(("accuracy", "forgetting", "transfer", "agreement"))
     if value is None:
         return "–"
-    return f"{percent(value)} %" if is_share else f"{value:.4g}"
+    return f"{percent(value)} %" if is_share(name) else f"{value:.4g}"

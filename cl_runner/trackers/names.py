@@ -1,4 +1,4 @@
-"""What people call a run."""
+"""Names for people: of runs, and of the metrics that are shown in percent."""
 
 import shlex
 from collections import Counter
@@ -12,6 +12,7 @@ from cl_runner.identity import CONDUCT, parts
 
 LEFT_OUT = {"seed", "plugins", "hydra", *CONDUCT}  # not what a run is
 IN_THE_NAME = {"strategy", "stream"}  # the choices; their values are for the name to say
+SHARES = ("accuracy", "forgetting", "transfer", "agreement")  # how a metric's name ends, before any /scenario
 
 
 def run_name(config: dict[str, Any], overrides: Sequence[str]) -> str:
@@ -20,6 +21,11 @@ def run_name(config: dict[str, Any], overrides: Sequence[str]) -> str:
     chosen = dict(override.split("=", 1) for override in overrides if "=" in override)
     strategy, stream = chosen.get("strategy", strategy), chosen.get("stream", stream)
     return " · ".join([" ".join([strategy, *_said(overrides)]), stream, f"s{config['seed']}"])
+
+
+def is_share(metric: str) -> bool:
+    """Whether a metric is a share of right answers, or a difference of two, and so is shown in percent."""
+    return metric.partition("/")[0].endswith(SHARES)
 
 
 def overrides_of(run: Path) -> list[str]:
