@@ -10,14 +10,13 @@ from typing import Any, Literal
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection, PolyCollection
-from matplotlib.colors import Colormap, LinearSegmentedColormap
 from matplotlib.figure import Figure
 
 from cl_runner.report.groups import ABSENT, Group, Groups, Value, is_number, ordering, short_names, shown
 from cl_runner.report.statistics import over_tasks, summarise
 from cl_runner.report.table import SPREADS, Scale
-from cl_runner.trackers.colours import ACCURACY, FAINT, FORGETTING, INK, LINES
-from cl_runner.trackers.drawing import blank, readable_on, shortened
+from cl_runner.trackers.colours import FAINT, INK, LINES
+from cl_runner.trackers.drawing import ACCURACY, FORGETTING, ColourScale, blank, readable_on, shortened
 
 HEAD = 0.5  # inches above the matrices
 MOST_MATRICES = 48  # groups in one picture; the page has all
@@ -37,13 +36,7 @@ class Kind:
 
     name: str
     of: Callable[[Group], np.ndarray]
-    colours: Colormap
-    limits: tuple[float, float]
-
-    def colours_of(self, values: np.ndarray) -> np.ndarray:
-        """[N] -> [N, 3], of 0 to 1."""
-        low, high = self.limits
-        return self.colours((values - low) / (high - low))[:, :3]
+    scale: ColourScale
 
 
 @dataclass(frozen=True)
@@ -59,13 +52,12 @@ class Box:
 def draw(groups: Groups, curves: Sequence[str], spread: str = "std") -> list[Picture]:
     """Every picture of a report: matrices, accuracy and forgetting over tasks, a curve for each of the keys `curves`.
 
-    spread: of bands and bars: std, sem or interval.
-    Raises ConfigError where a key of `curves` does not differ among the groups.
+    spread: of bands and bars: std, sem or interval. curves: keys of the groups.
     """
     pictures = [("matrices", matrices(groups)), ("accuracy", accuracy_over_tasks(groups, spread))]
     if any(np.isfinite(group.mean_forgetting).any() for group in groups):
         pictures.append(("forgetting", forgetting_over_tasks(groups, spread)))
-    return pictures + [_curve_picture(groups, groups.key(key, "--curve"), spread) for key in curves]
+    return pictures + [_curve_picture(groups, key, spread) for key in curves]
 
 
 def matrices(groups: Groups) -> Figure:
@@ -81,8 +73,8 @@ def matrices(groups: Groups) -> Figure:
     what = f"column: on task · row: after learning task · means over seeds{left_out}"
     _text(axes, margin, HEAD / 2, what, 8, FAINT)
     kinds = (
-        Kind("accuracy", lambda group: group.mean_accuracy, _map(ACCURACY), (0.0, 1.0)),
-        Kind("forgetting", lambda group: group.mean_forgetting, _map(FORGETTING), (-1.0, 1.0)),
+        Kind("accuracy", lambda group: group.mean_accuracy, ACCURACY),
+        Kind("forgetting", lambda group: group.mean_forgetting, FORGETTING),
     )
     for index, group in enumerate(pictured):
         row, column = divmod(index, columns)
@@ -245,7 +237,7 @@ def _heat(axes: Axes, box: Box, kind: Kind, matrix: np.ndarray, numbered: bool) 
         _text(axes, box.left + box.width / 2, box.top + box.height / 2, "undefined", 8, FAINT, "center")
         return
     rows, columns = np.nonzero(np.isfinite(matrix))
-    colours = kind.colours_of(matrix[rows, columns])
+    colours = kind.scale.colour(matrix[rows, columns])
     width, height = box.width / size, box.height / size
     _cells(axes, box.left + width * columns, box.top + height * rows, width, height, colours, seam=0.012)
     if not numbered or size > 10:
@@ -267,15 +259,12 @@ def _cells(
 def _scale(axes: Axes, kind: Kind, left: float) -> None:
     """A bar of colours at the top, its ends named."""
     steps = np.linspace(0, 0.7, 64, endpoint=False)
-    colours = kind.colours_of(np.linspace(*kind.limits, len(steps)))
+    limits = kind.scale.low, kind.scale.high
+    colours = kind.scale.colour(np.linspace(*limits, len(steps)))
     _cells(axes, left + steps, np.full_like(steps, HEAD / 2 - 0.045), 0.7 / len(steps), 0.09, colours)
-    low, high = (f"{100 * limit:.0f}".replace("-", "−") for limit in kind.limits)
+    low, high = (f"{100 * limit:.0f}".replace("-", "−") for limit in limits)
     _text(axes, left - 0.06, HEAD / 2, f"{kind.name}, %   {low}", 7, FAINT, "right")
     _text(axes, left + 0.76, HEAD / 2, high, 7, FAINT)
-
-
-def _map(colours: list[str]) -> Colormap:
-    return LinearSegmentedColormap.from_list("", colours)
 
 
 def _style(number: int) -> dict[str, Any]:

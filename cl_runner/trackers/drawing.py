@@ -7,13 +7,30 @@ from io import BytesIO
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
+from cl_runner.trackers import colours
 from cl_runner.trackers.colours import INK
 
 DPI = 160
 INK_LUMINANCE = 0.028
 KINDS = {"png": "Software", "pdf": "CreationDate", "svg": "Date"}  # and what differs from one drawing to the next
+
+
+class ColourScale:
+    """What a matrix's colours mean: the same in every picture."""
+
+    def __init__(self, colours: Sequence[str], low: float, high: float) -> None:
+        self.colours, self.low, self.high = LinearSegmentedColormap.from_list("", colours), low, high
+
+    def colour(self, values: float | np.ndarray) -> np.ndarray:
+        """[...] -> [..., 4]: red, green, blue and alpha, of 0 to 1."""
+        return np.asarray(self.colours((values - self.low) / (self.high - self.low)))
+
+
+ACCURACY = ColourScale(colours.ACCURACY, 0.0, 1.0)
+FORGETTING = ColourScale(colours.FORGETTING, -1.0, 1.0)
 
 
 def blank(width: float, height: float) -> Figure:

@@ -5,39 +5,22 @@ Scales and size are fixed, so that pictures of different runs, and of different 
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import Colormap, LinearSegmentedColormap
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from cl_runner.metrics import forgetting_matrix, from_rows
-from cl_runner.trackers import colours
 from cl_runner.trackers.colours import FAINT, INK
-from cl_runner.trackers.drawing import DPI, blank, readable_on, shortened
+from cl_runner.trackers.drawing import ACCURACY, DPI, FORGETTING, ColourScale, blank, readable_on, shortened
 
 SIZE = (1600, 800)  # pixels, width x height
 TILE = (800, 800)  # of one matrix alone
 MAX_NUMBERED = 20  # tasks: beyond that a number no longer fits its cell
-
-
-@dataclass(frozen=True)
-class Scale:
-    """What a colour means: the same in every picture."""
-
-    title: str
-    colours: Colormap
-    limits: tuple[float, float]
-
-
-ACCURACY = Scale("accuracy", LinearSegmentedColormap.from_list("accuracy", colours.ACCURACY), (0.0, 1.0))
-FORGETTING = Scale(
-    "forgetting since the best", LinearSegmentedColormap.from_list("forgetting", colours.FORGETTING), (-1.0, 1.0)
-)
+TITLES = {ACCURACY: "accuracy", FORGETTING: "forgetting since the best"}
 
 
 def accuracy_figure(rows: Sequence[Sequence[float | None]], name: str, metrics: Mapping[str, float | None]) -> Figure:
@@ -62,7 +45,7 @@ def tiles(
     return _tile(accuracy, ACCURACY, name, metrics), _tile(forgetting_matrix(accuracy), FORGETTING, name, metrics)
 
 
-def _tile(matrix: Tensor, scale: Scale, name: str, metrics: Mapping[str, float | None]) -> Figure:
+def _tile(matrix: Tensor, scale: ColourScale, name: str, metrics: Mapping[str, float | None]) -> Figure:
     figure = blank(TILE[0] / DPI, TILE[1] / DPI)
     said = shortened(name, 77)
     _write(figure, 0.1, 0.955, said, size=min(11.0, 540 / len(said)))  # as large as fits, down to 7
@@ -88,13 +71,12 @@ def to_pixels(figure: Figure) -> np.ndarray:
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
-def _panel(figure: Figure, place: tuple[float, float], matrix: Tensor, scale: Scale) -> None:
+def _panel(figure: Figure, place: tuple[float, float], matrix: Tensor, scale: ColourScale) -> None:
     """`place`: left side and width, as parts of the figure's."""
     left, width = place
     axes = figure.add_axes((left, 0.11, width, 0.72))
-    axes.set_title(scale.title, fontsize=9, color=INK, loc="left", pad=7)
-    low, high = scale.limits
-    image = axes.imshow(matrix.numpy(), cmap=scale.colours, vmin=low, vmax=high, aspect="auto")
+    axes.set_title(TITLES[scale], fontsize=9, color=INK, loc="left", pad=7)
+    image = axes.imshow(matrix.numpy(), cmap=scale.colours, vmin=scale.low, vmax=scale.high, aspect="auto")
     _label(axes, len(matrix))
     if not matrix.isfinite().any():
         axes.text(0.5, 0.5, "undefined", color=FAINT, fontsize=9, ha="center", va="center", transform=axes.transAxes)
@@ -102,7 +84,7 @@ def _panel(figure: Figure, place: tuple[float, float], matrix: Tensor, scale: Sc
         _number(axes, matrix, scale)
     bar_width = 14.4 / (figure.get_figwidth() * DPI)
     bar = figure.colorbar(image, cax=figure.add_axes((left + width + bar_width, 0.11, bar_width, 0.72)))
-    ticks = np.linspace(low, high, 5).tolist()
+    ticks = np.linspace(scale.low, scale.high, 5).tolist()
     bar.set_ticks(ticks, labels=[f"{_percent(tick, 0)} %" for tick in ticks])
     bar.ax.tick_params(length=0, labelsize=7, labelcolor=FAINT)
     bar.ax.spines[:].set_visible(False)
@@ -121,14 +103,13 @@ def _label(axes: Axes, tasks: int) -> None:
     axes.spines[:].set_visible(False)
 
 
-def _number(axes: Axes, matrix: Tensor, scale: Scale) -> None:
+def _number(axes: Axes, matrix: Tensor, scale: ColourScale) -> None:
     """Each measured cell's value in percent, dark on light and light on dark."""
     digits = 1 if len(matrix) <= 10 else 0
     size = min(11.0, 95 / len(matrix)) if digits else 110 / len(matrix)
-    low, high = scale.limits
     for row, column in torch.argwhere(matrix.isfinite()).tolist():
         value = matrix[row, column].item()
-        colour = readable_on(scale.colours((value - low) / (high - low)))
+        colour = readable_on(scale.colour(value))
         axes.text(column, row, _percent(value, digits), color=colour, fontsize=size, ha="center", va="center")
 
 
