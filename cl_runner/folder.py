@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 import yaml
 
 from cl_runner.errors import ConfigError
-from cl_runner.lock import Lock
+from cl_runner.lock import LOCK, Lock
 
 log = logging.getLogger("cl_runner")
 
@@ -108,15 +108,19 @@ class RunFolder:
         """The resolved configuration, as YAML."""
         write_atomically(self.path / "config.yaml", yaml.safe_dump(config, sort_keys=False))
 
-    def move_aside(self) -> Path:
+    def move_aside(self) -> Path | None:
         """Rename the folder, contents and all, to the first free `<name>.<n>`.
 
-        Raises FolderInUseError.
+        Returns the new path, or None where there is nothing to keep. Raises FolderInUseError.
         """
-        number = 1
-        while (target := self.path.with_name(f"{self.path.name}.{number}")).exists():
-            number += 1
+        if not self.path.exists():
+            return None
         with self.locked():
+            if all(path.name == LOCK for path in self.path.iterdir()):  # another process moved it just now
+                return None
+            number = 1
+            while (target := self.path.with_name(f"{self.path.name}.{number}")).exists():
+                number += 1
             self.path.rename(target)
             Lock(target).path.unlink()
         return target
