@@ -1,5 +1,7 @@
 """What becomes of a run that is asked for again: shown, moved aside, or refused where it cannot go on."""
 
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -62,14 +64,12 @@ def other_images(experiment: Experiment) -> list[str]:
 
 def other_code(experiment: Experiment) -> list[str]:
     """What to say where a plugin's code is another now than it was when the run began."""
-    then = RunFolder(experiment.folder).status.get("code") or {}
-    changed = [name for name, code in sources(experiment.config["plugins"]).items() if then.get(name, code) != code]
-    return [f"other code of {', '.join(changed)} than is there now"] if changed else []
+    return _other_code(RunFolder(experiment.folder), experiment.config["plugins"])
 
 
 def is_made_again(experiment: Experiment) -> bool:
     """Whether rerun=true says so, or a plugin whose fault may have ended the run has been changed since."""
-    return experiment.config["rerun"] or bool(_failed_with(experiment))
+    return experiment.config["rerun"] or bool(_failed_with(RunFolder(experiment.folder), experiment.config["plugins"]))
 
 
 def move_aside(experiment: Experiment) -> None:
@@ -77,21 +77,34 @@ def move_aside(experiment: Experiment) -> None:
 
     Raises FolderInUseError where rerun=true says so and another process is at it.
     """
-    folder, mended = RunFolder(experiment.folder), _failed_with(experiment)
-    if folder.path.exists() and is_made_again(experiment):
-        try:
-            kept = folder.move_aside()
-        except FolderInUseError:
-            if experiment.config["rerun"]:
-                raise
-            return  # another command has begun it anew
-        why = f"; it failed with {mended[0]}" if mended else ""
+    if experiment.config["rerun"]:
+        _keep_earlier(RunFolder(experiment.folder))
+    else:
+        move_aside_if_mended(experiment.folder, experiment.config["plugins"])
+
+
+def move_aside_if_mended(path: Path, plugins: Sequence[str]) -> None:
+    """Make room for a run that failed, where a plugin whose fault it may have been has been changed since."""
+    folder = RunFolder(path)
+    if mended := _failed_with(folder, plugins):
+        with suppress(FolderInUseError):  # another command has begun it anew
+            _keep_earlier(folder, f"; it failed with {mended[0]}")
+
+
+def _keep_earlier(folder: RunFolder, why: str = "") -> None:
+    if kept := folder.move_aside():
         print(f"the earlier run is kept in {kept}{why}")
 
 
-def _failed_with(experiment: Experiment) -> list[str]:
+def _failed_with(folder: RunFolder, plugins: Sequence[str]) -> list[str]:
     """Other code of a plugin than is there now, where the run failed with it."""
-    return other_code(experiment) if RunFolder(experiment.folder).state == "failed" else []
+    return _other_code(folder, plugins) if folder.state == "failed" else []
+
+
+def _other_code(folder: RunFolder, plugins: Sequence[str]) -> list[str]:
+    then = folder.status.get("code") or {}
+    changed = [name for name, code in sources(plugins).items() if then.get(name, code) != code]
+    return [f"other code of {', '.join(changed)} than is there now"] if changed else []
 
 
 def show(experiment: Experiment) -> None:

@@ -123,3 +123,15 @@ def test_a_run_that_failed_starts_over_once_its_plugin_is_mended(sweep, cl_runne
     assert kept in said
     assert (first / "results.json").exists()
     assert json.loads((first.with_name(f"{first.name}.1") / "status.json").read_text())["state"] == "failed"
+
+
+def test_a_trial_that_failed_starts_over_once_its_plugin_is_mended(cl_runner, tmp_path, mine):
+    pytest.importorskip("optuna")
+    search = ["-m", "hydra/sweeper=optuna", "stream.validation=0.2", "trainer.epochs=choice(1)", *WORDS]
+    (tmp_path / "broken").touch()
+    assert cl_runner(*search, "hydra.sweeper.trials=1")[0] == 1
+    (tmp_path / "broken").unlink()
+    mine.write_text(MINE + "\n")
+    status, said = cl_runner(*search, "hydra.sweeper.trials=2")
+    assert status == 0, said
+    assert "it failed with other code of my_own_methods" in said

@@ -106,6 +106,8 @@ class Optuna(Planned):
         self.trials, self.at_once, self.sampler, self.seed = trials, at_once, sampler, seed
 
     def sweep(self, arguments: list[str]) -> None:
+        from cl_runner.asked_again import move_aside_if_mended
+
         words = [f"{key}={value}" for key, value in self.params.items()] + arguments
         overrides = OverridesParser.create(config_loader=self.loader).parse_overrides(words)
         by_key = {override.get_key_element(): override for override in overrides}
@@ -122,6 +124,8 @@ class Optuna(Planned):
         while batch or len(study.trials) < self.trials:
             batch = batch or [study.ask(space) for _ in range(min(self.at_once, self.trials - len(study.trials)))]
             jobs |= {trial.number: job(trial) for trial in batch}
+            for trial in batch:  # a grid's jobs are known, and seen to, before the sweep begins
+                move_aside_if_mended(self.plan.root / jobs[trial.number].folder, self.config.plugins)
             self.launch([jobs[trial.number] for trial in batch])
             for trial in batch:
                 self._tell(study, trial.number, jobs[trial.number])
