@@ -55,6 +55,12 @@ def cl_runner(tmp_path, monkeypatch, capsys):
 
 
 @pytest.fixture
+def no_picture(monkeypatch):
+    """Draw no accuracy.png: that takes longer than the rest of a small run."""
+    monkeypatch.setattr("cl_runner.trackers.local.draw_accuracy", lambda *_: None)
+
+
+@pytest.fixture
 def the_run(tmp_path):
     """The one run's folder below `outputs`."""
 

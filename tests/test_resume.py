@@ -11,6 +11,8 @@ from cl_runner.config import check
 from cl_runner.folder import RunFolder
 from cl_runner.run import run
 
+pytestmark = pytest.mark.usefixtures("no_picture")
+
 STRATEGIES = sorted(choices()["strategy"])
 SMALL = ["trainer.epochs=1", "tracker=local", "device=cpu"]
 MLP = ["model=mlp", "model.widths=[12]", "model.dropout=0.1"]
@@ -94,12 +96,6 @@ def assert_equal_runs(whole, resumed):
     one, other = load_file(path / "model.safetensors"), load_file(other_path / "model.safetensors")
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
-
-
-@pytest.fixture(autouse=True)
-def _no_picture(monkeypatch):
-    """It takes longer than all else that these runs do."""
-    monkeypatch.setattr("cl_runner.trackers.local.draw_accuracy", lambda *_: None)
 
 
 @pytest.fixture(scope="module")
