@@ -18,7 +18,7 @@ import matplotlib
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
 
-from cl_runner.identity import called
+from cl_runner.identity import display_name
 from cl_runner.published import published
 
 EXPERIMENT = "vandeven_fisher_mnist"
@@ -65,9 +65,9 @@ def measured(folder: Path) -> dict[str, Curve]:
     for path in sorted(folder.glob("*/results.json")):
         results = json.loads(path.read_text())
         strategy = results["config"]["strategy"]
-        if called("strategy", strategy) != "ewc":
+        if display_name("strategy", strategy) != "ewc":
             continue
-        estimator = called("fisher", strategy["fisher"])
+        estimator = display_name("fisher", strategy["fisher"])
         key = estimator, strategy["strength"], results["config"]["seed"]
         if key in met:
             raise SystemExit(f"expected one run for each seed, got a second of {' '.join(map(str, key))}: {path}")

@@ -1,12 +1,9 @@
-"""Seconds and peak memory by phase, and what the numbers were made with."""
+"""Seconds and peak memory by phase."""
 
-import platform
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
-from typing import Any
 
 import torch
 
@@ -55,19 +52,3 @@ class Clock:
 
         scale = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
-
-
-def environment(device: torch.device) -> dict[str, Any]:
-    """What the numbers were made with."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    return {
-        "cl_runner": version("cl_runner"),
-        "torch": torch.__version__,
-        "torchvision": version("torchvision"),
-        "timm": version("timm"),
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "device": str(device),
-        "device_name": name,
-        "threads": torch.get_num_threads(),
-    }

@@ -11,10 +11,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from cl_runner import CONF
 from cl_runner.components import check_plugin
-from cl_runner.compose import GRID, VERSION_BASE, Asked, asked, compose_jobs, in_order, knows_all_keys
+from cl_runner.compose import GRID, VERSION_BASE, Request, compose_jobs, in_order, knows_all_keys, parse
 from cl_runner.config import Experiment, check, validated, with_valid_settings
 from cl_runner.errors import ConfigError, in_a_line
-from cl_runner.identity import called
+from cl_runner.identity import display_name
 
 PLUGINS = "hydra_plugins.cl_runner"  # the launchers and sweepers of this project
 OPTUNA = f"{PLUGINS}.sweepers.Optuna"
@@ -25,11 +25,12 @@ def run(argv: list[str]) -> None:
 
     Raises ConfigError, as all of the following do.
     """
-    from cl_runner.trackers.console import log_to, the_console
+    from cl_runner.logs import log_to
+    from cl_runner.trackers.console import the_console
 
     with log_to(the_console()):  # data may have to be downloaded and decoded
         sys.argv[1:] = in_order(argv)
-        request = asked(sys.argv[1:])
+        request = parse(sys.argv[1:])
         tried: list[Any] = []
         jobs = [_checked(number, request, tried) for number in range(len(request.jobs))]
         if request.sweep:
@@ -48,7 +49,7 @@ def run(argv: list[str]) -> None:
     run_alone(jobs[0])
 
 
-def _checked(number: int, request: Asked, tried: list[Any]) -> Experiment:
+def _checked(number: int, request: Request, tried: list[Any]) -> Experiment:
     """Raises ConfigError, which names the job where there are several."""
     from cl_runner.sweep import not_shared
 
@@ -79,7 +80,7 @@ def try_composing(argv: list[str]) -> None:
 
 def run_alone(experiment: Experiment) -> None:
     """Carry out one experiment; show it, where it is done."""
-    from cl_runner.asked_again import shown_if_done
+    from cl_runner.rerun import shown_if_done
 
     make_room(experiment)
     if shown_if_done(experiment):  # Hydra would write into its folder
@@ -98,20 +99,20 @@ def make_room(experiment: Experiment) -> None:
 
     Raises FolderInUseError: Hydra would write into its folder.
     """
-    from cl_runner.asked_again import move_aside
     from cl_runner.folder import RunFolder
     from cl_runner.lock import FolderInUseError
+    from cl_runner.rerun import move_aside
 
     if holder := RunFolder(experiment.folder).held:
         raise FolderInUseError(experiment.folder, holder)
     move_aside(experiment)
 
 
-def run_sweep(request: Asked, experiments: list[Experiment]) -> int:
+def run_sweep(request: Request, experiments: list[Experiment]) -> int:
     """Have those jobs carried out that are not done, and say what has become of all. Returns the exit status."""
-    from cl_runner.asked_again import is_made_again, join, move_aside, other_code, other_images, refuse_halves
     from cl_runner.folder import RunFolder
     from cl_runner.interrupt import same_command
+    from cl_runner.rerun import is_made_again, join, move_aside, other_code, other_images, refuse_halves
     from cl_runner.sweep import Job, Sweep, of_this_command, this_command
 
     sys.argv[1:] = request.argv
@@ -162,7 +163,8 @@ def run_submitted(argv: list[str], folder: Path) -> None:
     Raises what the run raises, and ConfigError where the job is not what it was then.
     """
     from cl_runner.folder import RunFolder
-    from cl_runner.trackers.console import log_to, the_console
+    from cl_runner.logs import log_to
+    from cl_runner.trackers.console import the_console
 
     with log_to(the_console()):
         sys.argv[1:] = in_order(argv)
@@ -201,7 +203,7 @@ def _hydra_run() -> None:
         raise error
 
 
-def _check_sweep(request: Asked, jobs: list[Experiment]) -> None:
+def _check_sweep(request: Request, jobs: list[Experiment]) -> None:
     """What only a sweep has: who asks for the jobs, who launches them, and what they are selected by."""
     sweeper = request.hydra.sweeper._target_
     if sweeper not in (GRID, OPTUNA):
@@ -216,7 +218,7 @@ def _check_sweep(request: Asked, jobs: list[Experiment]) -> None:
         )
 
 
-def _say_unused(request: Asked, jobs: list[Experiment]) -> None:
+def _say_unused(request: Request, jobs: list[Experiment]) -> None:
     """A memory or a Fisher that was chosen, and that no strategy takes."""
     for name in ("memory", "fisher"):
         given = any(word.lstrip("+").startswith((f"{name}=", f"{name}.")) for word in request.argv)
@@ -228,7 +230,7 @@ def _say_unused(request: Asked, jobs: list[Experiment]) -> None:
 def _say_random(jobs: list[Experiment]) -> None:
     """Random features where a method, or `model.freeze`, would keep what a pretrained backbone brings."""
     fresh = [job for job in jobs if not job.config["model"].get("pretrained")]
-    names = [called("strategy", job.config["strategy"]) for job in fresh if job.strategy.for_pretrained]
+    names = [display_name("strategy", job.config["strategy"]) for job in fresh if job.strategy.for_pretrained]
     names += ["model.freeze" for job in fresh if "*" in (job.config["model"].get("freeze") or ())]
     if names:
         what = f"random weights, where a pretrained backbone is meant for {', '.join(dict.fromkeys(names))}"

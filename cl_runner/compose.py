@@ -71,7 +71,7 @@ def _at_home(word: str) -> str:
 
 
 @dataclass(frozen=True)
-class Asked:
+class Request:
     """What a command line asks for: one configuration, or with -m those of a sweep.
 
     jobs: of each configuration the overrides that ask for it alone, and the configuration itself. Where the sweeper is
@@ -91,10 +91,10 @@ def compose_jobs(argv: list[str]) -> list[DictConfig]:
 
     Raises ConfigError for what Hydra itself would refuse.
     """
-    return [cfg for _, cfg in asked(argv).jobs]
+    return [cfg for _, cfg in parse(argv).jobs]
 
 
-def asked(argv: list[str]) -> Asked:
+def parse(argv: list[str]) -> Request:
     """What a command line (`in_order`) asks for.
 
     Raises ConfigError for what Hydra itself would refuse.
@@ -105,8 +105,8 @@ def asked(argv: list[str]) -> Asked:
         words = _Words(search)
         given = words.parsed(arguments.overrides)
         if not arguments.multirun:
-            return _asked_of_a_run(words, given, argv)
-        return _asked_of_a_sweep(words, given, argv)
+            return _single_run(words, given, argv)
+        return _sweep(words, given, argv)
 
 
 def knows_all_keys(argv: list[str]) -> bool:
@@ -124,7 +124,7 @@ def _search_path(config_dir: str | None) -> list[str]:
     return [f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"] if config_dir else []
 
 
-def _asked_of_a_run(words: "_Words", given: list[Override], argv: list[str]) -> Asked:
+def _single_run(words: "_Words", given: list[Override], argv: list[str]) -> Request:
     for override in given:
         if override.is_sweep_override():
             key = override.get_key_element()
@@ -135,10 +135,10 @@ def _asked_of_a_run(words: "_Words", given: list[Override], argv: list[str]) -> 
     overrides = [_word(override) for override in given]
     cfg = words.composed(overrides, with_hydra=True)
     own = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
-    return Asked([(overrides, own)], cfg.hydra, words.for_hydra(argv, overrides), sweep=False)
+    return Request([(overrides, own)], cfg.hydra, words.for_hydra(argv, overrides), sweep=False)
 
 
-def _asked_of_a_sweep(words: "_Words", given: list[Override], argv: list[str]) -> Asked:
+def _sweep(words: "_Words", given: list[Override], argv: list[str]) -> Request:
     for override in given:
         if override.is_sweep_override() and (override.is_hydra_override() or override.key_or_group in NOT_SWEPT):
             raise ConfigError(override.key_or_group, "expected one value: it is the same for all jobs of a sweep")
@@ -153,7 +153,7 @@ def _asked_of_a_sweep(words: "_Words", given: list[Override], argv: list[str]) -
     else:
         jobs = _one_at_a_time([list(_values(override, ends=True)) for override in keys.values()])
     composed = [(list(job), words.of_a_sweep(job)) for job in jobs]
-    return Asked(composed, master.hydra, words.for_hydra(argv, single), sweep=True)
+    return Request(composed, master.hydra, words.for_hydra(argv, single), sweep=True)
 
 
 def _refuse_grids_in_a_grid(words: "_Words", given: list[Override], single: list[str]) -> None:

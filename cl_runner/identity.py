@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 # Where and how a run is carried out and watched, not what it computes.
-CONDUCT = ("device", "data_root", "output_root", "rerun", "tracker", "trainer.log_every", "trainer.checkpoint_every")
-CONDUCT += ("trainer.checkpoint_seconds", "trainer.keep_checkpoint", "stream.download", "stream.max_device_gb")
-NOT_HASHED = (*CONDUCT, "fisher", "memory")  # these two count in the strategy that takes them
+EXECUTION = ("device", "data_root", "output_root", "rerun", "tracker", "trainer.log_every", "trainer.checkpoint_every")
+EXECUTION += ("trainer.checkpoint_seconds", "trainer.keep_checkpoint", "stream.download", "stream.max_device_gb")
+NOT_HASHED = (*EXECUTION, "fisher", "memory")  # these two count in the strategy that takes them
 ORDERED = (("strategy", "parts"), ("model", "key_map"))  # mappings whose order is part of what they say
 ANY_SEED = 2**31 - 1  # stands for the seed where runs that differ in nothing else are one group
 
@@ -36,11 +36,11 @@ def label(config: dict[str, Any]) -> str:
 
 def parts(config: dict[str, Any]) -> tuple[str, str, str]:
     """Strategy, stream and model, e.g. ("ewc", "split_cifar100", "resnet18")."""
-    strategy, stream, model = (called(key, config[key]) for key in ("strategy", "stream", "model"))
+    strategy, stream, model = (display_name(key, config[key]) for key in ("strategy", "stream", "model"))
     return strategy, stream, model
 
 
-def called(key: str, component: dict[str, Any]) -> str:
+def display_name(key: str, component: dict[str, Any]) -> str:
     """What a component of the configuration goes by: as its choice in conf/ is called (a preset, as `online_ewc`, as
     its class's is), or by its own name."""
     kind, name = choice(component["_target_"].rpartition(".")[2]), str(component.get("name") or "")
@@ -55,7 +55,7 @@ def choice(class_name: str) -> str:
 
 def digest(config: dict[str, Any]) -> str:
     """Eight hex digits of what a run computes."""
-    plain = counted(config)
+    plain = hashed_part(config)
     for parent, key in ORDERED:
         if isinstance(plain[parent].get(key), dict):
             plain[parent][key] = [*plain[parent][key].items()]
@@ -65,7 +65,7 @@ def digest(config: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:8]
 
 
-def counted(config: dict[str, Any]) -> dict[str, Any]:
+def hashed_part(config: dict[str, Any]) -> dict[str, Any]:
     """A copy of a configuration, as far as it changes the numbers; it need not be whole."""
     plain = json.loads(json.dumps(config))
     for path in (*NOT_HASHED, "trainer.epochs" if plain.get("trainer", {}).get("iterations") else "trainer.iterations"):
@@ -74,7 +74,7 @@ def counted(config: dict[str, Any]) -> dict[str, Any]:
     return plain
 
 
-def sources(plugins: Sequence[str]) -> dict[str, str]:
+def plugin_digests(plugins: Sequence[str]) -> dict[str, str]:
     """plugin -> eight hex digits of its source: no part of a run's hash, since most of what changes in a package of
     methods changes nothing of the others."""
     found = {}

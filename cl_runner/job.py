@@ -8,17 +8,18 @@ import socket
 import traceback
 from typing import Any
 
-from cl_runner.asked_again import shown_if_done
 from cl_runner.checkpoint import FOLDER as CHECKPOINTS
-from cl_runner.clock import environment
 from cl_runner.config import Experiment
+from cl_runner.environment import environment
 from cl_runner.errors import ConfigError
 from cl_runner.folder import RunFolder
-from cl_runner.identity import sources
+from cl_runner.identity import plugin_digests
 from cl_runner.interrupt import Interrupt, Stopped
+from cl_runner.logs import log_file, log_to
+from cl_runner.rerun import shown_if_done
 from cl_runner.run import run
 from cl_runner.sweep import place_of, this_command
-from cl_runner.trackers.console import Console, log_file, log_to, the_console
+from cl_runner.trackers.console import Console, the_console
 
 
 def carry_out(experiment: Experiment) -> float | None:
@@ -57,7 +58,7 @@ def _carried_out(experiment: Experiment, folder: RunFolder, interrupt: Interrupt
         host=socket.gethostname(),
         command=this_command(),
         images=experiment.stream.contents(experiment.config["data_root"]),
-        code=sources(experiment.config["plugins"]),
+        code=plugin_digests(experiment.config["plugins"]),
         environment=environment(experiment.device),
     )
     console = the_console()

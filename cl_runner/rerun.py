@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from cl_runner.checkpoint import FOLDER as CHECKPOINTS
-from cl_runner.clock import environment
 from cl_runner.config import Experiment
+from cl_runner.environment import environment
 from cl_runner.errors import ConfigError
 from cl_runner.folder import RunFolder
-from cl_runner.identity import sources
+from cl_runner.identity import plugin_digests
 from cl_runner.lock import FolderInUseError
 from cl_runner.trackers.console import show_results, the_console
 
@@ -103,7 +103,7 @@ def _failed_with(folder: RunFolder, plugins: Sequence[str]) -> list[str]:
 
 def _other_code(folder: RunFolder, plugins: Sequence[str]) -> list[str]:
     then = folder.status.get("code") or {}
-    changed = [name for name, code in sources(plugins).items() if then.get(name, code) != code]
+    changed = [name for name, code in plugin_digests(plugins).items() if then.get(name, code) != code]
     return [f"other code of {', '.join(changed)} than is there now"] if changed else []
 
 

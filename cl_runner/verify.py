@@ -18,7 +18,7 @@ from cl_runner.arguments import Parser
 from cl_runner.compose import compose_jobs, in_order
 from cl_runner.errors import ConfigError, in_a_line
 from cl_runner.folder import RunFolder, write_atomically
-from cl_runner.identity import CONDUCT, run_folder
+from cl_runner.identity import EXECUTION, run_folder
 from cl_runner.published import TIERS, Measured, Row, chosen, published
 
 WIDTH = 110  # columns, at least: a row on a line
@@ -135,8 +135,8 @@ def _key(override: str) -> str:
 def _changes(overrides: Sequence[str], rows: Sequence[Row]) -> list[str]:
     """Those of the overrides that make another protocol of what was published."""
 
-    def of_conduct(key: str) -> bool:
-        return any(key == path or key.startswith(f"{path}.") for path in CONDUCT)
+    def of_execution(key: str) -> bool:
+        return any(key == path or key.startswith(f"{path}.") for path in EXECUTION)
 
     def users_to_bring(key: str) -> bool:
         """A file of weights, wherever it lies."""
@@ -145,14 +145,14 @@ def _changes(overrides: Sequence[str], rows: Sequence[Row]) -> list[str]:
         configurations = (cfg for row in rows for cfg in compose_jobs(row.command(seed=0)))
         return key == "model.pretrained" and all(file_of(cfg.model.pretrained) for cfg in configurations)
 
-    return [word for word in overrides if not of_conduct(_key(word)) and not users_to_bring(_key(word))]
+    return [word for word in overrides if not of_execution(_key(word)) and not users_to_bring(_key(word))]
 
 
 def _values(row: Row, arguments: argparse.Namespace, failed: list[str]) -> Iterator[float]:
     """A value a seed, in percent; a run that fails is named in `failed` and has none."""
-    from cl_runner.asked_again import move_aside
     from cl_runner.config import check, validated
     from cl_runner.job import carry_out
+    from cl_runner.rerun import move_aside
 
     for seed in row.seeds:
         cfg = _configuration(row, seed, arguments)

@@ -9,10 +9,10 @@ from omegaconf import OmegaConf
 
 from cl_runner import CONF
 from cl_runner.components import PROVIDED, build, imported
-from cl_runner.compose import asked, choices, compose_jobs, in_order
+from cl_runner.compose import choices, compose_jobs, in_order, parse
 from cl_runner.config import check, validated
 from cl_runner.errors import ConfigError
-from cl_runner.identity import called, digest, run_folder
+from cl_runner.identity import digest, display_name, run_folder
 from cl_runner.models import mlp
 
 MLP = ["model=mlp"]
@@ -56,7 +56,7 @@ def test_a_component_goes_by_what_its_choice_is_called(group):
     for file in (file for file in COMPONENT_FILES if file.parent.name == group):
         node = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
         node.pop("name", None)  # torchvision's and timm's models go by their own
-        assert called(group, node) == PRESETS.get(file.stem, file.stem)
+        assert display_name(group, node) == PRESETS.get(file.stem, file.stem)
 
 
 @pytest.mark.parametrize(
@@ -262,7 +262,7 @@ def test_a_multirun_is_the_product_of_its_sweeps():
     ],
 )
 def test_a_job_of_a_sweep_is_what_its_words_alone_ask_for(words):
-    jobs = asked(["-m", *MLP, *words]).jobs
+    jobs = parse(["-m", *MLP, *words]).jobs
     assert len(jobs) > 1
     for own, cfg in jobs:
         assert [OmegaConf.to_yaml(cfg)] == [OmegaConf.to_yaml(alone) for alone in compose_jobs(own)]

@@ -12,14 +12,16 @@ from pathlib import Path
 
 import pytest
 
-from cl_runner.asked_again import move_aside
 from cl_runner.checkpoint import load
 from cl_runner.folder import CannotWriteError, RunFolder
 from cl_runner.interrupt import Stopped
 from cl_runner.job import carry_out
 from cl_runner.lock import FolderInUseError
+from cl_runner.rerun import move_aside
 from cl_runner.trackers.base import NullTracker
 from tests.test_resume import OFTEN, assert_equal_runs, experiment, without_timing
+
+pytestmark = pytest.mark.usefixtures("no_picture")
 
 ROOT = Path(__file__).parent.parent
 CLI = [sys.executable, "-m", "cl_runner", "model=mlp", "model.widths=[12]", "tracker=local", "device=cpu"]
@@ -27,9 +29,7 @@ STOPPING = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP)
 
 
 @pytest.fixture(autouse=True)
-def _as_it_was(monkeypatch):
-    """Signals' handlers and, since it takes longer than all else that these runs do, no picture."""
-    monkeypatch.setattr("cl_runner.trackers.local.draw_accuracy", lambda *_: None)
+def _handlers_as_they_were():
     before = {number: signal.getsignal(number) for number in STOPPING}
     yield
     for number, handler in before.items():
@@ -81,9 +81,7 @@ def contents(folder):
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """A run that nothing happened to: its results, and its folder."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("cl_runner.trackers.local.draw_accuracy", lambda *_: None)
-        return finished(experiment(tmp_path_factory.mktemp("whole"), "strategy=finetune", *OFTEN))
+    return finished(experiment(tmp_path_factory.mktemp("whole"), "strategy=finetune", *OFTEN))
 
 
 @pytest.mark.parametrize("number", STOPPING, ids=lambda number: number.name)

@@ -19,11 +19,7 @@ from cl_runner.job import carry_out
 from tests.test_job import at_step, send
 from tests.test_resume import experiment
 
-
-@pytest.fixture(autouse=True)
-def _no_picture(monkeypatch):
-    """It takes longer than all else that these runs do."""
-    monkeypatch.setattr("cl_runner.trackers.local.draw_accuracy", lambda *_: None)
+pytestmark = pytest.mark.usefixtures("no_picture")
 
 
 def test_a_finished_run_becomes_one_of_the_group_of_whoever_asks_for_it_again(tmp_path):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from cl_runner.command import run_submitted
-from cl_runner.compose import asked, compose_jobs, in_order
+from cl_runner.compose import compose_jobs, in_order, parse
 from cl_runner.errors import ConfigError
 from cl_runner.report.groups import group_runs
 from cl_runner.report.runs import read
@@ -282,7 +282,7 @@ def test_hydra_runs_the_grid_that_was_checked(cl_runner, tmp_path, with_grid):
 )
 def test_what_makes_no_sweep_is_refused(words, message):
     with pytest.raises(ConfigError) as error:
-        asked(in_order([*MLP, *words]))
+        parse(in_order([*MLP, *words]))
     assert str(error.value).startswith(message)
 
 

@@ -10,7 +10,7 @@ from typing import Any, TypeGuard
 import numpy as np
 
 from cl_runner.errors import ConfigError, did_you_mean
-from cl_runner.identity import called, counted
+from cl_runner.identity import display_name, hashed_part
 from cl_runner.report.runs import LeftOut, Run
 from cl_runner.report.statistics import Summary, forgetting_matrix, mean_of_matrices, summarise
 
@@ -274,7 +274,7 @@ def _above(key: str) -> list[str]:
 
 def _settings(runs: Sequence[Run]) -> list[Settings]:
     """Of every run: what changes its numbers, with a mark where a value follows the seed."""
-    settings = [dict(_flat(counted(run.config))) for run in runs]
+    settings = [dict(_flat(hashed_part(run.config))) for run in runs]
     for own in settings:
         own.pop("seed", None)
     follows = {key: True for own in settings for key, value in own.items() if type(value) is int}
@@ -307,7 +307,7 @@ def _flat(node: dict[str, Any], path: str = "") -> Iterator[tuple[str, Value]]:
         name = f"{path}.{key}" if path else key
         if isinstance(value, dict):
             if "_target_" in value:
-                yield name, called(name, value)
+                yield name, display_name(name, value)
             yield from _flat(value, name)
         elif key != "_target_":
             yield name, value if isinstance(value, str | int | float | bool | None) else json.dumps(value)

@@ -2,14 +2,12 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console as Terminal
-from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.style import Style
 from rich.table import Table
@@ -31,43 +29,6 @@ def the_console() -> Terminal:
     """The process's terminal, to be shared by tables, bars and log records."""
     console = Terminal()
     return console if console.is_terminal else Terminal(width=PIPE_WIDTH)
-
-
-@contextmanager
-def log_to(console: Terminal) -> Iterator[None]:
-    """Show what the project logs, from INFO up, without breaking the bars on the same console."""
-    handler = RichHandler(logging.INFO, console, show_path=False, omit_repeated_times=False, log_time_format="%H:%M:%S")
-    with _handled_by(handler):
-        yield
-
-
-class _LogFile(logging.FileHandler):
-    """Says nothing of a disk that is full: the run itself meets it, and says so in a line."""
-
-    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
-        ...
-
-
-@contextmanager
-def log_file(folder: Path) -> Iterator[None]:
-    """Append everything the project logs to `run.log`."""
-    handler = _LogFile(folder / "run.log", encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    with _handled_by(handler):
-        yield
-
-
-@contextmanager
-def _handled_by(handler: logging.Handler) -> Iterator[None]:
-    level = log.level
-    log.addHandler(handler)
-    log.setLevel(logging.DEBUG)  # each handler has a level of its own
-    try:
-        yield
-    finally:
-        log.removeHandler(handler)
-        log.setLevel(level)
-        handler.close()
 
 
 class Console(NullTracker):

@@ -8,9 +8,9 @@ from typing import Any
 
 import yaml
 
-from cl_runner.identity import CONDUCT, parts
+from cl_runner.identity import EXECUTION, parts
 
-LEFT_OUT = {"seed", "plugins", "hydra", *CONDUCT}  # not what a run is
+LEFT_OUT = {"seed", "plugins", "hydra", *EXECUTION}  # not what a run is
 IN_THE_NAME = {"strategy", "stream"}  # the choices; their values are for the name to say
 SHARES = ("accuracy", "forgetting", "transfer", "agreement")  # how a metric's name ends, before any /scenario
 

@@ -106,7 +106,7 @@ class Optuna(Planned):
         self.trials, self.at_once, self.sampler, self.seed = trials, at_once, sampler, seed
 
     def sweep(self, arguments: list[str]) -> None:
-        from cl_runner.asked_again import move_aside_if_mended
+        from cl_runner.rerun import move_aside_if_mended
 
         words = [f"{key}={value}" for key, value in self.params.items()] + arguments
         overrides = OverridesParser.create(config_loader=self.loader).parse_overrides(words)
