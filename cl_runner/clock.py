@@ -9,7 +9,7 @@ import torch
 
 
 class Clock:
-    """Seconds and peak memory by phase; of phases within phases, the inner one's count as its own alone."""
+    """Seconds and peak memory by phase; time in a nested phase counts for the inner phase alone."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -28,7 +28,7 @@ class Clock:
             self._enter(outer)
 
     def _enter(self, phase: str | None) -> None:
-        """Give the phase that ends here, or pauses, what is its own."""
+        """Book the time so far to the phase that ends or pauses here."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         now = time.perf_counter()
@@ -45,7 +45,7 @@ class Clock:
             self.peak_memory[phase] = max(self.peak_memory.get(phase, 0), value)
 
     def _peak(self) -> int:
-        """Bytes: on CUDA what tensors took at most in the phase, elsewhere what the process took so far."""
+        """Bytes: on CUDA the most that tensors took in this phase, elsewhere the most that the process has taken."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
         import resource  # not on every platform

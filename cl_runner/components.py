@@ -1,6 +1,6 @@
-"""From a node of the configuration to a component: held to what its `_target_` takes, then built.
+"""Check a node of the configuration against its `_target_`'s signature, then build the component.
 
-The only place that builds a `_target_`.
+This is the only place that builds a `_target_`.
 """
 
 import importlib
@@ -17,11 +17,11 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from cl_runner import CONF
 from cl_runner.errors import ConfigError, did_you_mean, hint, suggestion
 
-# A config is not a program: only these may be named by a `_target_`, beside what `plugins` lists.
+# A config is not a program: a `_target_` may name only these, and what `plugins` lists.
 LIBRARIES = ("torch.optim", "torchvision", "timm")
 ALLOWED = ("cl_runner", *LIBRARIES)
 
-# What each component must be. The scheduler is any callable that takes what a run provides.
+# The base class of each component. The scheduler is any callable that takes what a run provides.
 KINDS = {
     "stream": "cl_runner.streams.recipe.Recipe",
     "model": "cl_runner.models.architecture.Architecture",
@@ -32,7 +32,7 @@ KINDS = {
     "trainer": "cl_runner.trainer.Trainer",
     "tracker": "cl_runner.trackers.base.NullTracker",
 }
-PROVIDED = {"optimizer": {"params"}, "scheduler": {"optimizer", "steps"}}  # arguments that come when a run builds them
+PROVIDED = {"optimizer": {"params"}, "scheduler": {"optimizer", "steps"}}  # arguments that a run passes in
 
 _STRICT = ConfigDict(strict=True, arbitrary_types_allowed=True, allow_inf_nan=False)
 
@@ -40,8 +40,10 @@ _STRICT = ConfigDict(strict=True, arbitrary_types_allowed=True, allow_inf_nan=Fa
 def checked_node(
     path: str, node: dict[str, Any], allowed: Iterable[str], provided: set[str], kind: str | None = None
 ) -> dict[str, Any]:
-    """The node with its values validated against its target's signature; `kind`: what it must be, if its name does
-    not say so."""
+    """The node with its values validated against its target's signature.
+
+    kind: the base class that the target must have, if the node's name does not tell. Raises ConfigError.
+    """
     if "_target_" not in node:
         raise ConfigError(f"{path}._target_", "expected the name of a class or function, got nothing")
     target = imported(node["_target_"], path, tuple(allowed))
@@ -78,8 +80,10 @@ def checked_node(
 
 
 def build(node: dict[str, Any], **provided: Any) -> Any:
-    """Call a checked node's `_target_` with its arguments, nodes among them (and in mappings of them) built first;
-    `provided` ones count before the node's."""
+    """Call a checked node's `_target_` with its arguments; nested nodes, also in mappings, are built first.
+
+    `provided` arguments take precedence over the node's.
+    """
 
     def built(value: Any) -> Any:
         if not isinstance(value, dict):
@@ -91,7 +95,7 @@ def build(node: dict[str, Any], **provided: Any) -> Any:
 
 
 def check_plugin(path: str, node: dict[str, Any], package: str) -> None:
-    """Hold a launcher's or sweeper's values to its arguments, and hear what it would refuse itself.
+    """Check a launcher's or sweeper's values against its signature, and build it once for its own checks.
 
     Raises ConfigError.
     """
@@ -114,7 +118,7 @@ def imported(target: Any, path: str = "_target_", allowed: tuple[str, ...] | Non
         found = getattr(importlib.import_module(module_name), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(f"{path}._target_", f"expected something importable, got {target!r} ({error})") from None
-    # A permitted module's own imports are not permitted with it.
+    # What a permitted module imports is not permitted with it.
     if not callable(found) or not permitted(getattr(found, "__module__", "") or ""):
         raise ConfigError(
             f"{path}._target_", f"expected a class or function of {', '.join(allowed or ())}, got {target!r}"
@@ -127,7 +131,7 @@ def _is_in(name: str, packages: Iterable[str]) -> bool:
 
 
 def _within(node: dict[str, Any], key: str, path: str, known: Iterable[str] | None = None) -> Iterator[str]:
-    """Where a key of that name stands deeper in the node: below those of its keys that are `known`; None: all are."""
+    """Paths below the node that end in `key`, searched below the `known` keys only (None: all)."""
     for name, value in node.items():
         if isinstance(value, dict) and (known is None or name in known):
             if key in value:
@@ -144,7 +148,7 @@ def _choices_with(key: str, path: str, kind: str | None) -> str:
 
 
 def refuse_unknown(path: str, given: Iterable[str], known: Iterable[str], meant: str = "") -> None:
-    """`meant`: what to say beside it, where that is not for the names alone to tell."""
+    """Raise ConfigError for a key that is not known. `meant`: a better hint than the names alone give."""
     for key in given:
         if key not in known:
             field = f"{path}.{key}" if path else key
@@ -152,8 +156,8 @@ def refuse_unknown(path: str, given: Iterable[str], known: Iterable[str], meant:
 
 
 def one_line(path: str, value: Any, error: ValidationError) -> ConfigError:
-    """One line for pydantic's list of what is wrong with `value`: where, what was expected (of every branch of a
-    union), and what came."""
+    """One line for pydantic's errors about `value`: the field, what was expected (by any branch of a union), and what
+    was given."""
     problems = error.errors()
     place, kind = problems[0]["loc"], problems[0]["type"]
     field = ".".join([*filter(None, [path]), *_on_the_way(value, place)])
@@ -166,7 +170,7 @@ def one_line(path: str, value: Any, error: ValidationError) -> ConfigError:
 
 
 def _on_the_way(value: Any, place: Iterable[int | str]) -> Iterator[str]:
-    """The keys and indices on the way to a place in `value`; pydantic names the branches of unions among them."""
+    """The keys and indices that lead to a place in `value`, without the union branches that pydantic mixes in."""
     for part in place:
         if isinstance(value, dict) if isinstance(part, str) else isinstance(value, list):
             try:
@@ -199,8 +203,8 @@ def _expected(message: str) -> str:
 
 @contextmanager
 def naming(field: str, values: Mapping[str, Any] = MappingProxyType({})):
-    """What a component says against its arguments becomes an error that names it, and of its `values` the one in
-    question, where that can be told ("Invalid learning rate: -1.0", torch says)."""
+    """Turn a component's complaint about its arguments into a ConfigError that names it, and of its `values` the one
+    in question, where the message shows it (torch: "Invalid learning rate: -1.0")."""
     try:
         yield
     except (ValueError, TypeError, AssertionError, RuntimeError) as error:
@@ -223,14 +227,14 @@ def _checked_value(path: str, value: Any, hint: Any, allowed: Iterable[str]) -> 
         return _checked_nodes(path, value, allowed, kind)
     try:
         adapter = TypeAdapter(hint, config=_STRICT)
-        # As JSON a list may stand for a tuple and a string for an enum, and nothing else is converted.
+        # In JSON mode a list may stand for a tuple and a string for an enum; nothing else is converted.
         return adapter.dump_python(adapter.validate_json(json.dumps(value)), mode="json", warnings=False)
     except ValidationError as error:
         raise one_line(path, value, error) from None
 
 
 def _checked_nodes(path: str, nodes: Any, allowed: Iterable[str], kind: str) -> dict[str, Any]:
-    """Components of one kind by names of their own."""
+    """A mapping of names to components of one kind, checked."""
     if not isinstance(nodes, dict):
         raise ConfigError(path, f"expected components by name, got {nodes!r}")
     for name, node in nodes.items():
@@ -244,6 +248,6 @@ def _checked_nodes(path: str, nodes: Any, allowed: Iterable[str], kind: str) -> 
 
 
 def _kind_of(hint: Any) -> str | None:
-    """The entry of KINDS that a type is."""
+    """The entry of KINDS that a type annotation names, if any."""
     name = f"{getattr(hint, '__module__', '')}.{getattr(hint, '__qualname__', '')}"
     return name if name in KINDS.values() else None

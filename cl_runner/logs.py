@@ -20,7 +20,7 @@ def log_to(console: Console) -> Iterator[None]:
 
 
 class _LogFile(logging.FileHandler):
-    """Says nothing of a disk that is full: the run itself meets it, and says so in a line."""
+    """A file handler that ignores a full disk: the run itself will hit it and report it in one line."""
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
         ...
@@ -28,7 +28,7 @@ class _LogFile(logging.FileHandler):
 
 @contextmanager
 def log_file(folder: Path) -> Iterator[None]:
-    """Append everything the project logs to `run.log`."""
+    """Append everything that the project logs to `run.log`."""
     handler = _LogFile(folder / "run.log", encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     with _handled_by(handler):

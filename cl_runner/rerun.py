@@ -1,4 +1,4 @@
-"""What becomes of a run that is asked for again: shown, moved aside, or refused where it cannot go on."""
+"""A run that is asked for again: show it, move it aside, or refuse it if it cannot resume."""
 
 from collections.abc import Sequence
 from contextlib import suppress
@@ -16,7 +16,7 @@ from cl_runner.trackers.console import show_results, the_console
 
 
 def shown_if_done(experiment: Experiment) -> bool:
-    """Whether the run is done; then it is shown.
+    """Show the run if it is done. Returns whether it is.
 
     Raises ConfigError as `refuse_halves` does.
     """
@@ -29,8 +29,10 @@ def shown_if_done(experiment: Experiment) -> bool:
 
 
 def join(experiment: Experiment) -> None:
-    """Note of a finished run that it is also one of this experiment's group: with `stream.seed=0` the run of seed 0 is
-    that of `seed=0` alone, and others go with it."""
+    """Add a finished run to this experiment's group.
+
+    A run can be in several: with `stream.seed=0` the run of seed 0 is the same as without it, and the others are not.
+    """
     folder = RunFolder(experiment.folder)
     groups = folder.status.get("groups") or []
     if folder.done and experiment.group not in groups:
@@ -39,10 +41,10 @@ def join(experiment: Experiment) -> None:
 
 
 def refuse_halves(experiment: Experiment) -> None:
-    """A run that goes on with other images or other code would be half the work of the one, half of the other.
+    """Refuse to resume a run with other images or other code: half of its work would be the one's, half the other's.
 
-    Raises ConfigError where a run that is not done was begun on other images than are there now, or saved with other
-    code of a plugin.
+    Raises ConfigError if an unfinished run was begun on other images than are there now, or saved with other code of a
+    plugin.
     """
     folder = RunFolder(experiment.folder)
     if folder.done:
@@ -55,7 +57,7 @@ def refuse_halves(experiment: Experiment) -> None:
 
 
 def other_images(experiment: Experiment) -> list[str]:
-    """What to say where the folder of images, which is no part of a run's hash, holds others than when it began."""
+    """A phrase for a folder of images (no part of a run's hash) that has changed since the run began, or nothing."""
     then = RunFolder(experiment.folder).status.get("images")
     now = experiment.stream.contents(experiment.config["data_root"]) if then else None
     place = Path(experiment.config["data_root"]) / experiment.config["stream"]["name"]
@@ -63,19 +65,19 @@ def other_images(experiment: Experiment) -> list[str]:
 
 
 def other_code(experiment: Experiment) -> list[str]:
-    """What to say where a plugin's code is another now than it was when the run began."""
+    """A phrase for plugins whose code has changed since the run began, or nothing."""
     return _other_code(RunFolder(experiment.folder), experiment.config["plugins"])
 
 
 def is_made_again(experiment: Experiment) -> bool:
-    """Whether rerun=true says so, or a plugin whose fault may have ended the run has been changed since."""
+    """Whether the run is to start over: with rerun=true, or if it failed and a plugin has been changed since."""
     return experiment.config["rerun"] or bool(_failed_with(RunFolder(experiment.folder), experiment.config["plugins"]))
 
 
 def move_aside(experiment: Experiment) -> None:
-    """Make room for a run that is to be made again.
+    """Move a run aside that is to start over.
 
-    Raises FolderInUseError where rerun=true says so and another process is at it.
+    Raises FolderInUseError with rerun=true if another process is running it.
     """
     if experiment.config["rerun"]:
         _keep_earlier(RunFolder(experiment.folder))
@@ -84,7 +86,7 @@ def move_aside(experiment: Experiment) -> None:
 
 
 def move_aside_if_mended(path: Path, plugins: Sequence[str]) -> None:
-    """Make room for a run that failed, where a plugin whose fault it may have been has been changed since."""
+    """Move a run aside that failed, if a plugin, whose fault it may have been, has been changed since."""
     folder = RunFolder(path)
     if mended := _failed_with(folder, plugins):
         with suppress(FolderInUseError):  # another command has begun it anew
@@ -97,7 +99,7 @@ def _keep_earlier(folder: RunFolder, why: str = "") -> None:
 
 
 def _failed_with(folder: RunFolder, plugins: Sequence[str]) -> list[str]:
-    """Other code of a plugin than is there now, where the run failed with it."""
+    """As `other_code`, for a run that failed; else nothing."""
     return _other_code(folder, plugins) if folder.state == "failed" else []
 
 
@@ -108,7 +110,7 @@ def _other_code(folder: RunFolder, plugins: Sequence[str]) -> list[str]:
 
 
 def show(experiment: Experiment) -> None:
-    """Show a finished run as it was shown when it ended."""
+    """Show a finished run as it was shown when it ended, with warnings of what has changed since."""
     folder, now = RunFolder(experiment.folder), environment(experiment.device)
     results: dict[str, Any] = folder.results
     then = results["environment"]

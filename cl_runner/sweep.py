@@ -1,4 +1,4 @@
-"""A sweep: which jobs it consists of, and what has become of each. `sweep.json` in its output_root says so."""
+"""A sweep: its jobs and their states. `sweep.json` in its output_root records it."""
 
 import json
 import shlex
@@ -16,27 +16,27 @@ from cl_runner.errors import ConfigError
 from cl_runner.folder import RunFolder, read_json, write_atomically
 
 FILE = "sweep.json"
-LOGS = ".jobs"  # in output_root: what jobs in processes of their own print, a folder a job
+LOGS = ".jobs"  # in output_root: the output of jobs in processes of their own, one folder per job
 SCHEMA = 1
 STATES = ("done", "running", "pending", "failed", "killed")
 
 
 @dataclass
 class Job:
-    """One configuration of a sweep: the overrides that ask for it alone, and where its run lies below output_root."""
+    """One configuration of a sweep: the overrides that select it, and its run's folder below output_root."""
 
     overrides: list[str]
     folder: str
     hash: str
-    state: str | None = None  # as it was when the sweep last ended
-    error: str | None = None  # what went wrong outside of its run: that one says itself what went wrong inside
+    state: str | None = None  # when the sweep last ended
+    error: str | None = None  # what went wrong outside of its run; the run's status says what went wrong inside
 
 
 @dataclass
 class Sweep:
-    """The jobs of one command. The run's folders are the truth about what has become of them.
+    """The jobs of one command. Their runs' folders are the truth about their states.
 
-    grows: it is a search, which comes to know its jobs as it goes.
+    grows: whether it is a search, which adds jobs as it goes.
     """
 
     root: Path
@@ -47,7 +47,7 @@ class Sweep:
     grows: bool = False
 
     def write(self) -> None:
-        """Put the sweep into `sweep.json`, in place of what the same command has left there before."""
+        """Write the sweep to `sweep.json`, in place of an earlier entry of the same command."""
         self.root.mkdir(parents=True, exist_ok=True)
         entry = {
             "command": self.command,
@@ -58,7 +58,7 @@ class Sweep:
         }
         with FileLock(self.root / f".{FILE}.lock"):
             entries = {other["command"]: other for other in _entries(self.root)}
-            entries[self.command] = entry  # where it stood: the first sweep of a run is the one that made it
+            entries[self.command] = entry  # in its old place: the first sweep with a run is the one that made it
             content = {"schema": SCHEMA, "sweeps": list(entries.values())}
             write_atomically(self.root / FILE, json.dumps(content, indent=1))
 
@@ -71,14 +71,14 @@ class Sweep:
         return {job.folder: " ".join(words) for job, words in zip(self.jobs, own, strict=True)}
 
     def close(self) -> None:
-        """The sweep has ended: keep how, for jobs that never came as far as a folder."""
+        """Record that the sweep has ended, and the states of its jobs."""
         for job in self.jobs:
             job.state = self.outcome(job)[0]
         self.finished = time.time()
         self.write()
 
     def summary(self, done_before: int) -> list[str]:
-        """What has become of the jobs: counts, then in a line every one that is not done, and why."""
+        """Lines for people: how many jobs are in each state, then each job that is not done, with the reason."""
         counts, differing = self.counts(), self.differing()
         parts = [f"{counts[state]} {state}" for state in STATES if counts[state]]
         if done_before:
@@ -116,7 +116,7 @@ def sweeps(root: Path) -> list[Sweep]:
 
 
 def this_command() -> str:
-    """The command line of this process, as it can be given again."""
+    """The command line of this process, quoted for a shell."""
     return shlex.join(["cl-runner", *sys.argv[1:]])
 
 
@@ -126,11 +126,11 @@ def of_this_command(root: Path) -> Sweep:
 
 
 def place_of(folder: Path) -> str:
-    """Which job of this command's sweep a run is: `3/16`, or of a search `3`; nothing where it is none of several."""
+    """A run's number among the jobs of this command's sweep: `3/16`, or `3` in a search; empty if it is alone."""
     try:
         entry = next((entry for entry in _entries(folder.parent) if entry["command"] == this_command()), {"jobs": []})
         names = [job["folder"] for job in entry["jobs"]]
-    except (ConfigError, KeyError, TypeError):  # a plan that is damaged is no matter to its runs
+    except (ConfigError, KeyError, TypeError):  # a damaged plan must not stop its runs
         return ""
     if folder.name not in names:
         return ""
@@ -141,9 +141,9 @@ def place_of(folder: Path) -> str:
 
 
 def outcome(run: RunFolder, error: str | None = None) -> tuple[str, str]:
-    """A job's state, one of STATES, and in a line the reason for it where there is one to give.
+    """A job's state, one of STATES, and a line with the reason for it, if there is one.
 
-    The run's folder decides; `error`, what went wrong outside of the run, counts while the run is still to be done.
+    The run's folder decides; `error`, what went wrong outside of the run, counts only while the run is pending.
     """
     state = run.state
     return ("failed", error) if error and state == "pending" else (state, _reason(run, state))
