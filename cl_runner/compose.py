@@ -45,7 +45,7 @@ def in_order(argv: list[str]) -> list[str]:
     arguments.overrides = [_at_home(word) for word in arguments.overrides]
     for word in arguments.overrides:
         if "=" not in word and not word.startswith("~"):
-            raise ConfigError("command line", f"expected KEY=VALUE, or a command before all else, got {word!r}")
+            raise ConfigError("command line", f"expected KEY=VALUE, or a command as the first word, got {word!r}")
     for option in ("config_name", "config_path", "experimental_rerun"):
         if getattr(arguments, option, None):
             raise ConfigError(

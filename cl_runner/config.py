@@ -187,7 +187,9 @@ def _found(plugins: list[str]) -> list[str]:
         sys.path.append(here)
     for name in plugins:
         if importlib.util.find_spec(name.partition(".")[0]) is None:
-            raise ConfigError("plugins", f"expected packages that can be imported, or lie here, got {name!r}")
+            raise ConfigError(
+                "plugins", f"expected packages that are installed or in the working directory, got {name!r}"
+            )
     return plugins
 
 

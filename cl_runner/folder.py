@@ -149,9 +149,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except ValueError:
         content = None
     if not isinstance(content, dict):
-        raise ConfigError(
-            str(path), "expected JSON, and is damaged; without it the same command goes on or runs it again"
-        )
+        raise ConfigError(str(path), "expected JSON, got a damaged file; delete it and give the same command again")
     return content
 
 

@@ -398,7 +398,9 @@ def test_a_plugin_may_lie_where_the_command_is_given(tmp_path, monkeypatch):
 
 
 def test_a_plugin_that_is_nowhere_is_refused():
-    with pytest.raises(ConfigError, match="plugins: expected packages that can be imported, or lie here, got 'nowh"):
+    with pytest.raises(
+        ConfigError, match="plugins: expected packages that are installed or in the working directory, got 'nowh"
+    ):
         checked("plugins=[nowhere_]")
 
 
