@@ -44,7 +44,7 @@ def run(argv: list[str]) -> None:
         except OSError as error:  # the plan could not be written: a full disk
             sys.exit(_say_failed(error))
     if request.hydra.sweeper.get("params"):
-        print("this experiment holds a grid, which -m would run; without it only the one configuration is run")
+        print("this experiment holds a grid: -m runs every job, and without it only one configuration is run")
     sys.argv[1:] = request.argv
     run_alone(jobs[0])
 
