@@ -13,7 +13,7 @@ from cl_runner.lock import FolderInUseError, Lock
 
 @pytest.fixture
 def full_disk(monkeypatch):
-    """No file can be brought to the disk any more."""
+    """Make every fsync fail, as on a full disk."""
 
     def fsync(descriptor):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -37,7 +37,7 @@ def _handlers_as_they_were():
 
 
 def at_step(experiment, step, action):
-    """Have something happen in this process's so-manieth step."""
+    """Call `action` in this process's `step`-th step."""
     strategy, left = experiment.strategy, [step]
     after_step = strategy.after_step
 
@@ -52,7 +52,7 @@ def at_step(experiment, step, action):
 
 
 def in_task(experiment, index, action):
-    """Have something happen while a task is being consolidated."""
+    """Call `action` while a task is being consolidated."""
     strategy = experiment.strategy
     after_task = strategy.after_task
 
@@ -80,7 +80,7 @@ def contents(folder):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A run that nothing happened to: its results, and its folder."""
+    """An undisturbed run: its results and its folder."""
     return finished(experiment(tmp_path_factory.mktemp("whole"), "strategy=finetune", *OFTEN))
 
 
@@ -250,7 +250,7 @@ def test_a_journal_that_cannot_be_written_ends_a_run_with_a_line(tmp_path, whole
 
 
 def _fill(journal):
-    """Let the open descriptor of the journal lead to a device that is always full."""
+    """Redirect the journal's open descriptor to a device that is always full."""
     (descriptor,) = [
         int(link.name)
         for link in Path("/proc/self/fd").iterdir()

@@ -1,4 +1,4 @@
-"""What a run is held to when it is asked for again: the groups it is in, its images, the code of its plugins."""
+"""Runs that are asked for again: their groups, their images, the code of their plugins."""
 
 import json
 import re
@@ -80,7 +80,7 @@ WORDS = ("strategy=finetune", "strategy._target_=my_own_methods.Mine", "plugins=
 
 @pytest.fixture
 def mine(tmp_path, monkeypatch):
-    """The file of a method of one's own; it fails or is stopped in the second task as long as a file says so."""
+    """The file of a method, which fails or is stopped in its second task while `broken` or `stopped` exists."""
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "my_own_methods", raising=False)
     code = tmp_path / "my_own_methods.py"

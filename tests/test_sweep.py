@@ -29,14 +29,14 @@ with RunFolder(sys.argv[1]).locked():
     sys.stdin.read()
 """
 
-# A method that does as files in the working directory bid.
+# A method controlled by files in the working directory.
 FRAGILE = """
 import signal
 from pathlib import Path
 from cl_runner.strategies import Finetune
 
 class Fragile(Finetune):
-    '''Fine-tuning that breaks where a file says so.'''
+    '''Fine-tuning that fails while `break.<width>` exists.'''
 
     def __init__(self, *, width: int = 0) -> None:
         self.width = width
@@ -56,7 +56,7 @@ FRAGILE_JOBS = ["--config-dir", "conf", "-m", "strategy=fragile", "plugins=[frag
 
 @pytest.fixture
 def fragile(cl_runner, tmp_path, monkeypatch):
-    """A sweep over a strategy that breaks where it is told to: overrides -> (exit status, what it printed)."""
+    """A sweep over a strategy that fails on demand: overrides -> (exit status, what it printed)."""
     (tmp_path / "conf" / "strategy").mkdir(parents=True)
     (tmp_path / "conf" / "strategy" / "fragile.yaml").write_text("_target_: fragile.Fragile\nwidth: 0\n")
     (tmp_path / "fragile.py").write_text(FRAGILE)

@@ -1,4 +1,4 @@
-"""What a user gets who has no checkout."""
+"""The wheel, as users without a checkout get it."""
 
 import json
 import os
@@ -29,7 +29,7 @@ def installed(tmp_path_factory):
     venv.create(folder / "env")
     python = folder / "env" / "bin" / "python"
     (site,) = (folder / "env" / "lib").glob("python*/site-packages")
-    # pip is the parent environment's; a .pth that is found through a .pth is not read, so the checkout stays out.
+    # pip is the parent environment's. A .pth found through a .pth is not read, so the checkout stays out.
     call(sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index", wheel, cwd=folder)
     (site / "borrowed.pth").write_text(sysconfig.get_path("purelib"))
     return folder

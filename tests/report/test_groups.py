@@ -1,4 +1,4 @@
-"""Which runs make a row, and which keys name it."""
+"""Which runs form a row, and which keys name it."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Pictures: that each shows what it says."""
+"""The content of pictures."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Which folders are runs, and what becomes of those that are not done."""
+"""Which folders are runs, and how unfinished ones are reported."""
 
 import numpy as np
 import pytest

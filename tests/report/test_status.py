@@ -12,7 +12,7 @@ from cl_runner.sweep import Job, Sweep
 
 @pytest.fixture
 def run(tmp_path):
-    """Make a run's folder: name, what its status says, its journal's last task row's metrics, its results' metrics."""
+    """Make a run's folder: its name, its status, the metrics of its journal's last task row and of its results."""
 
     def make(name, journal=None, results=None, **status):
         folder = tmp_path / name

@@ -7,7 +7,7 @@ from tests.trackers.samples import journal_rows, results, run_info, tell
 
 
 class Diary(NullTracker):
-    """Remembers what it was told."""
+    """Records what it is told."""
 
     def __init__(self, told: list[str], name: str, breaks: bool = False) -> None:
         self.told, self.name, self.breaks = told, name, breaks
