@@ -1,24 +1,24 @@
-"""The diagonal Fisher: is it right, and what does it cost.
+"""Check that the diagonal Fisher is correct, and measure what it costs.
 
     python benchmarks/fisher.py correctness [--models mlp vit_tiny ...]
     python benchmarks/fisher.py sizes [--models ...]
     python benchmarks/fisher.py speed [--models ...] [--classes 10 100] [--rounds 3] [--rows exact loop ...]
 
-correctness: every estimator on every network against a float64 loop; the same with other sizes of batch; and whether
-the model is left as it was. sizes: the sizes of batch alone.
+correctness: compare every estimator on every network with a float64 loop, compare batch sizes, and check that the model
+is left unchanged. sizes: compare batch sizes only.
 
-speed: the time, of the processor where one thread does all, of every estimator and of what else does the same
-(`pip install -e '.[bench]'`; what is not installed is shown to fail) in U, an ordinary forward and backward of the same
-model and batch with every parameter training, in eval mode. U and a row take turns, in one process; a round is many
-turns of what is soon done, and their median ratio; the table has the median of the rounds, and their least and
-greatest. Memory is the most that a call on one batch holds beyond what was held before, over the same of a step. Errors
-are relative, of the whole diagonal in float32 against float64 on a few samples; `random`: of the mean of a few calls
-against `exact`, so that it is noise for the most part. Of several --classes the first gets all rows, the others `exact`
-alone. --rows takes parts of names (`estimates: by`). A row that would take longer than --limit seconds a batch is
-measured on fewer samples, marked ≈, and has no memory.
+speed: the time of every estimator, and of other packages that compute the same (`pip install -e '.[bench]'`; those not
+installed show up as failed), in units of U: a forward and backward pass of the same model and batch in eval mode, with
+gradients for every parameter. With one thread it is processor time. U and a row alternate in one process; a round is
+the median ratio of many such turns (fewer if they are slow), and the table shows the rounds' median, minimum and
+maximum. Memory is the peak of a call on one batch beyond what was allocated before it, relative to that of U. Errors
+are relative, of the whole diagonal in float32 against float64 on a few samples; `random` ones are of the mean of a few
+calls against `exact`, so mostly noise. With several --classes the first gets all rows, the others only `exact`.
+--rows takes parts of names (`estimates: by`). A row that would take longer than --limit seconds per batch is measured
+on fewer samples, marked ≈, and has no memory.
 
-Weights are fresh and pixels random: nothing is downloaded.
-Tables go to the standard output; --write puts them into RESULTS.md, between the comments that enclose them there.
+Weights are fresh and pixels random, so nothing is downloaded.
+Tables are printed; --write puts them into RESULTS.md, between the comments that mark their place there.
 """
 
 import argparse
@@ -42,16 +42,16 @@ from nets import SUBJECTS, TIMED, Subject, unsettle
 from cl_runner.models.model import Model
 
 RESULTS = Path(__file__).parent / "RESULTS.md"
-OUTPUTS, SAMPLES, BATCH = 7, 5, 2  # of the correctness tables: the last batch is a single sample
+OUTPUTS, SAMPLES, BATCH = 7, 5, 2  # for the correctness tables; the last batch is a single sample
 SIZES, MANY = (1, 7, 64), 500  # of batches
-CHEAP = ("mlp", "bias_free", "partly_frozen", "vit_torchvision")  # those that see a batch of `MANY`
-EVERY = ("mlp", "partly_frozen")  # those whose batches differ in size for every estimator, not for `probe` alone
+CHEAP = ("mlp", "bias_free", "partly_frozen", "vit_torchvision")  # networks that get a batch of `MANY`
+EVERY = ("mlp", "partly_frozen")  # networks on which every estimator, not only `probe`, gets different batch sizes
 
 
 def main() -> None:
     arguments = _arguments()
     torch.set_num_threads(arguments.threads)
-    warnings.simplefilter("ignore")  # the peers', of other versions of Python and PyTorch
+    warnings.simplefilter("ignore")  # of the peers, about versions of Python and PyTorch
     said = _Said()
     logging.getLogger("cl_runner").addHandler(said)
     device = torch.device(arguments.device)
@@ -89,7 +89,7 @@ def _arguments() -> argparse.Namespace:
 
 
 def correctness(names: list[str], device: torch.device) -> list[str]:
-    """Two tables: every estimator against its definition, and Fishers of different sizes of batch."""
+    """Two tables: every estimator against its definition, and Fishers at different batch sizes."""
     heads = [f"{name} (mean of {CALLS}, to exact)" if name in UNDEFINED else name for name in ESTIMATORS]
     lines = [
         f"Relative error of the diagonal to float64 loops; {SAMPLES} samples in batches of {BATCH}, {OUTPUTS} outputs. "
@@ -104,7 +104,7 @@ def correctness(names: list[str], device: torch.device) -> list[str]:
 
 
 def sizes(names: list[str], device: torch.device) -> list[str]:
-    """A table: Fishers of different sizes of batch."""
+    """A table: Fishers at different batch sizes."""
     lines = ["Largest relative difference between the Fishers of different sizes of batch:", ""]
     lines += ["| model | estimator | sizes | samples | float32 | float64 |", "|---|---|---|---|---|---|"]
     for name in names:
@@ -154,7 +154,7 @@ def _unsettled(subject: Subject, device: torch.device) -> Model:
 
 
 def _state(model: Model) -> list[Any]:
-    """Everything that a call could leave behind."""
+    """Everything that a call could change."""
     values = [value.clone() for value in model.state_dict().values()]
     gradients = [parameter.grad is None for parameter in model.parameters()]
     trainable = [parameter.requires_grad for parameter in model.parameters()]
@@ -169,7 +169,7 @@ def _same(before: list[Any], after: list[Any]) -> bool:
 
 
 class _Said(logging.Handler):
-    """What the estimators have logged since it was last asked: which path they took."""
+    """Collects what the estimators log since it was last read: which path they took."""
 
     def __init__(self) -> None:
         super().__init__(logging.INFO)
@@ -184,7 +184,7 @@ class _Said(logging.Handler):
 
 
 def _show(name: str, lines: list[str], said: _Said, write: bool) -> None:
-    """Print a section, and put it into RESULTS.md if asked to: in the place of the last of that name, or at the end."""
+    """Print a section and, if asked to, write it to RESULTS.md, in place of the one with that name or at the end."""
     lines += [f"\nLogged: {message}" for message in said.taken()]
     text = f"<!-- {name} -->\n" + "\n".join(lines) + f"\n<!-- end of {name} -->\n"
     print(text, flush=True)

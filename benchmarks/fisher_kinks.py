@@ -1,11 +1,11 @@
-"""Why the size of the batch moves a Fisher in float32: units at the kink of a ReLU or ReLU6.
+"""Show why the batch size changes a Fisher in float32: units at the kink of a ReLU or ReLU6.
 
     python benchmarks/fisher_kinks.py [--models resnet18_imagenet efficientnet_lite0 ...]
 
-A batch of another size is summed in another order, and rounds otherwise. That moves a unit's input by some 1e-7, and
-where it lies that close to a kink, its slope from 0 to 1: a jump of the gradient, whatever the precision. Counted here:
-units with another slope in a batch of 64 than alone, of 65 samples; and how far the two Fishers are apart, of all
-samples and of those without such a unit. Weights are fresh and pixels random, as in `fisher.py`.
+A batch of another size is summed in another order and rounded differently. That moves a unit's input by some 1e-7; if
+it is that close to a kink, its slope changes from 0 to 1, and the gradient jumps, whatever the precision. This counts,
+over 65 samples, the units whose slope differs between a batch of 64 and a single sample, and how far the two Fishers
+are apart, over all samples and over those without such a unit. Weights are fresh and pixels random, as in `fisher.py`.
 """
 
 import argparse
@@ -49,7 +49,7 @@ def _cells(subject: Subject) -> list[str]:
 
 
 def slopes(model: Model, examples: Examples, size: int) -> Tensor:
-    """[N, units] bool: of every ReLU and ReLU6 in the model."""
+    """[N, units] bool: the slope of every ReLU and ReLU6 in the model."""
     seen: list[Tensor] = []
 
     def look(module: nn.Module, inputs: tuple[Tensor]) -> None:
@@ -69,7 +69,7 @@ def slopes(model: Model, examples: Examples, size: int) -> Tensor:
 
 
 def difference(model: Model, examples: Examples, chosen: Tensor) -> float:
-    """Between the Fishers of the two sizes of batch, by one random vector a sample: zero for those not `chosen` [N]."""
+    """Difference between the Fishers at both batch sizes, by one random vector per sample; only `chosen` [N] count."""
     vectors = torch.randn(len(examples), 1, OUTPUTS, generator=torch.Generator().manual_seed(0)) * chosen[:, None, None]
 
     def fisher(size: int) -> Diagonal:

@@ -1,12 +1,12 @@
-"""What else computes a diagonal Fisher in PyTorch, each as its own documentation would have it used.
+"""Other packages that compute a diagonal Fisher in PyTorch, each used as its documentation says.
 
-A peer is prepared once for a network, outside all timing, and then takes preprocessed images and labels [B] to the sum
-over the samples of the diagonal, by the network's own names. Its network is a copy in eval mode of the one measured,
-with in-place activations made out-of-place: several of these libraries cannot do without. What a library leaves out is
-left out of its answer, and what it refuses it raises.
+A peer is prepared once for a network, outside all timing. It then maps preprocessed images and labels [B] to the
+diagonal, summed over the samples, by the network's parameter names. Its network is a copy in eval mode of the measured
+one, without in-place activations, which several of these libraries cannot handle. Parameters that a library omits are
+missing from its result, and what it refuses it raises.
 """
 
-# Its packages are those of the extra `bench`, which nothing else needs.
+# The packages are in the extra `bench`, which nothing else needs.
 # pyright: reportMissingImports=false
 
 import copy
@@ -33,19 +33,19 @@ Call = Callable[[], Estimate]  # prepares, and may raise
 Estimates = Literal["empirical", "sampled", "products", "exact"]
 
 DRAWS = 32  # whose mean is compared with `exact`
-PRODUCTS = 10  # with the matrix, of curvlinops' estimate
-# The largest parameter's share of the gradients that vmap holds, in bytes. More page faults cost more than they save:
-# a ResNet-18 is twice as fast with one sample at a time as with eight.
+PRODUCTS = 10  # with the matrix, for curvlinops' estimate
+# The largest parameter's share of the gradients that vmap holds, in bytes. Beyond it page faults cost more than vmap
+# saves: a ResNet-18 is twice as fast with one sample at a time as with eight.
 BLOCK = 16_000_000
 
 
 @dataclass(frozen=True)
 class Peer:
-    """Another way to an estimate.
+    """Another way to compute an estimate.
 
-    package: the distribution it comes from; None: plain PyTorch. prepare: how its library is told of a network; where
-    there are several ways, the later ones are for networks that the earlier ones cannot do. draws: calls whose mean is
-    compared with `exact`, of a peer that draws at random.
+    package: the distribution it comes from; None: plain PyTorch. prepare: ways to set its library up for a network, the
+    later ones for networks that the earlier ones cannot handle. draws: for a random peer, the number of calls whose
+    mean is compared with `exact`.
     """
 
     name: str
@@ -64,7 +64,7 @@ class Peer:
             return f"{self.package}: {self.name}"
 
     def ways(self, model: Model, batch_size: int) -> Iterator[Call]:
-        """Every way for `model`, in its own layout of images and weights, then in NCHW."""
+        """Every way to run on `model`, first in its own memory layout, then in NCHW."""
         for prepare in self.prepare:
             yield lambda prepare=prepare: _bound(prepare, model, batch_size, contiguous=False)
             yield lambda prepare=prepare: _bound(prepare, model, batch_size, contiguous=True)
@@ -92,7 +92,7 @@ def _bound(prepare: Callable[[nn.Module], Sums], model: Model, batch_size: int, 
 
 
 def loop(network: nn.Module) -> Sums:
-    """One sample at a time, as van de Ven's and Mammoth's code has it."""
+    """One sample at a time, as in van de Ven's and Mammoth's code."""
 
     def sums(images: Tensor, labels: Tensor) -> Parameters:
         total = {name: torch.zeros_like(values) for name, values in network.named_parameters()}
@@ -108,7 +108,7 @@ def loop(network: nn.Module) -> Sums:
 
 
 def loop_over_classes(network: nn.Module) -> Sums:
-    """One sample and one class at a time: E_c (∂ log p_c)², as van de Ven's code has it for `exact`."""
+    """One sample and one class at a time: E_c (∂ log p_c)², as van de Ven's code does for `exact`."""
 
     def sums(images: Tensor, labels: Tensor) -> Parameters:
         parameters = {name: values for name, values in network.named_parameters() if values.requires_grad}
@@ -126,7 +126,7 @@ def loop_over_classes(network: nn.Module) -> Sums:
 
 
 def functional(network: nn.Module) -> Sums:
-    """`vmap(grad(...))` over as many samples at a time as is fastest."""
+    """`vmap(grad(...))` over the fastest number of samples at a time."""
     parameters = {name: values.detach() for name, values in network.named_parameters() if values.requires_grad}
     chunk = _chunk(parameters)
 
@@ -146,7 +146,7 @@ def functional(network: nn.Module) -> Sums:
 
 
 def functional_over_classes(network: nn.Module) -> Sums:
-    """One forward a sample, `vmap` over its classes' backwards."""
+    """One forward pass per sample, and `vmap` over its classes' backward passes."""
     parameters = {name: values.detach() for name, values in network.named_parameters() if values.requires_grad}
     chunk = _chunk(parameters)
 
@@ -172,9 +172,9 @@ def _chunk(parameters: Parameters) -> int:
 
 
 def backpack(extension: str, saved: str) -> tuple[Callable[[nn.Module], Sums], ...]:
-    """An extension of BackPACK, which leaves its answer in an attribute `saved` of the parameters.
+    """An extension of BackPACK, which leaves its result in an attribute `saved` of the parameters.
 
-    Second, with the network traced into layers that BackPACK knows: what it offers for residual sums.
+    The second way traces the network into layers that BackPACK knows, as it offers for residual sums.
     """
 
     def prepare(network: nn.Module, convert: bool) -> Sums:
@@ -197,7 +197,7 @@ def backpack(extension: str, saved: str) -> tuple[Callable[[nn.Module], Sums], .
 
 
 def opacus(network: nn.Module) -> Sums:
-    """opacus' per-sample gradients, squared; it knows no BatchNorm, whose parameters are therefore frozen."""
+    """opacus' per-sample gradients, squared; it does not support BatchNorm, whose parameters are therefore frozen."""
     from opacus import GradSampleModule
 
     network.train()  # its hooks do nothing in eval mode
@@ -218,7 +218,7 @@ def opacus(network: nn.Module) -> Sums:
 
 
 def _taken(network: nn.Module, attribute: str) -> Parameters:
-    """What a library has left in an attribute of the parameters, taken away from there."""
+    """What a library has left in an attribute of the parameters; the attribute is removed."""
     taken = {}
     for name, parameter in network.named_parameters():
         if getattr(parameter, attribute, None) is not None:
@@ -228,7 +228,7 @@ def _taken(network: nn.Module, attribute: str) -> Parameters:
 
 
 def nngeometry(estimates: Estimates) -> Callable[[nn.Module], Sums]:
-    """nngeometry's `PMatDiag` of what the loss function's outputs [B, n] give as Jacobians."""
+    """nngeometry's `PMatDiag`, from the Jacobians of a loss function's outputs [B, n]."""
 
     def prepare(network: nn.Module) -> Sums:
         from nngeometry.backend import TorchHooksJacobianBackend
@@ -264,7 +264,7 @@ def nngeometry(estimates: Estimates) -> Callable[[nn.Module], Sums]:
 
 
 def curvlinops(network: nn.Module) -> Sums:
-    """Hutchinson's estimate of the Gauss-Newton matrix's diagonal, v∘Gv: the released version has no other."""
+    """Hutchinson's estimate v∘Gv of the Gauss-Newton diagonal, the only one in the released version."""
     from curvlinops import GGNLinearOperator, hutchinson_diag
 
     parameters = dict(network.named_parameters())

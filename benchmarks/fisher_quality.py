@@ -1,13 +1,13 @@
-"""How far each Fisher estimator is from `exact` on trained nets, and what it costs: a table a net, and a picture.
+"""Measure each Fisher estimator's error against `exact` on trained nets, and its cost: one table per net, one picture.
 
     python benchmarks/fisher_quality.py --data-root ROOT [--nets mnist cifar_half cifar_all]
         [--picture benchmarks/fisher_quality.png]
 
-Each net is trained here, on images of ROOT (laid out as for a run), with a fixed seed until it answers enough of them
-right; the Fisher is over some of those same images. The error is |found - exact| / |exact| of the whole diagonal, the
-mean ± standard deviation over three seeds of the draws, where an estimator draws. It may say itself how large its error
-is (`Report.relative_error`). Passes are backward passes a sample; seconds are the processor's, one thread, of one call
-over one of `exact`, as other work on the machine lengthens them less than the clock's.
+Each net is trained here with a fixed seed, on images in ROOT (laid out as for a run), until it is accurate enough on
+them; the Fisher is over some of the same images. The error is |found - exact| / |exact| of the whole diagonal: mean ±
+standard deviation over three seeds if an estimator draws samples. An estimator may report its own error
+(`Report.relative_error`). Passes are backward passes per sample; seconds are processor time on one thread, which other
+load affects less than wall-clock time, of a call relative to one of `exact`.
 """
 
 import argparse
@@ -36,7 +36,7 @@ from cl_runner.streams.split import Split
 
 SEEDS = (0, 1, 2)
 EPOCHS, RATE = 40, 1e-3  # at most; Adam's
-TOP, BOTTOM = 4.0, 1e-3  # of the picture
+TOP, BOTTOM = 4.0, 1e-3  # of the picture's error axis
 
 # Row -> family (the colour) and estimator.
 ROWS: dict[str, tuple[str, Estimator]] = {
@@ -56,7 +56,7 @@ LARGE = ("empirical", "argmax")  # markers that others may hide
 
 @dataclass(frozen=True)
 class Net:
-    """What is trained, on how many images, up to which share of them answered right; and how many the Fisher is of."""
+    """A network to train: the number of images, the accuracy to reach, and the number of images for the Fisher."""
 
     title: str
     data: str
@@ -76,7 +76,7 @@ NETS = {
 
 @dataclass(frozen=True)
 class Row:
-    """What the seeds of one estimator gave."""
+    """The results of one estimator over seeds."""
 
     name: str
     family: str
@@ -84,12 +84,12 @@ class Row:
     errors: list[float]
     reported: list[float]
     share: float
-    seconds: float  # of the processor
+    seconds: float  # processor time
 
 
 @dataclass(frozen=True)
 class Table:
-    """A trained net's rows, and what `exact` took."""
+    """A trained net's rows, and the cost of `exact`."""
 
     net: Net
     accuracy: float
@@ -132,12 +132,12 @@ def measured(net: Net, data_root: str) -> Table:
 
 
 def some(examples: Examples, size: int) -> Examples:
-    """In random order, so that the first of them are a sample too."""
+    """Random examples in random order, so that the first of them are a random sample too."""
     return examples[torch.randperm(len(examples), generator=torch.Generator().manual_seed(0))[:size]]
 
 
 def trained(net: Net, stream: Stream, examples: Examples) -> tuple[Model, float, float]:
-    """The model, its accuracy and its mean loss on `examples`; exits where it does not learn them."""
+    """The model, its accuracy and its mean loss on `examples`; exits if it does not learn them."""
     generator = torch.Generator().manual_seed(0)
     model = net.architecture.build(stream)
     model.reveal(stream.tasks[0])
@@ -209,12 +209,12 @@ def spread(values: list[float]) -> str:
 
 
 def short(value: float) -> str:
-    """Two significant digits at least."""
+    """A number with at least two significant digits."""
     return f"{value:#.2g}" if value < 10 else f"{value:,.0f}"
 
 
 def draw(tables: list[Table], path: Path) -> None:
-    """What errs by more than `TOP` is drawn there, with its error beside it; a line that leaves below goes on there."""
+    """Draw errors over passes. Those above `TOP` are drawn there, with their value; lines are cut off at `BOTTOM`."""
     shape = {"figsize": (4.1 * len(tables), 4.4), "layout": "constrained"}
     figure, panels = plt.subplots(1, len(tables), sharex=True, sharey=True, squeeze=False, **shape)
     for axes, table in zip(panels[0], tables, strict=True):

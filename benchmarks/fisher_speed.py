@@ -1,4 +1,4 @@
-"""How long each way to a diagonal Fisher takes: in U, one ordinary forward and backward of the same model and batch."""
+"""Time each way to compute a diagonal Fisher, in units of a forward and backward pass of the same model and batch."""
 
 import statistics
 import sys
@@ -23,31 +23,31 @@ from cl_runner.streams.base import Examples
 
 OURS = "cl_runner"
 SKIPPED = ("argmax", "reversed")  # the same work as `empirical`
-RIGHT, NEAR = 1e-3, 0.5  # errors below which no further way of a peer is tried; the second where draws are random
-SOON = 0.8  # seconds of a row in a round, at least
-SHOWN = 100  # characters of an error
+RIGHT, NEAR = 1e-3, 0.5  # errors below which no further way of a peer is tried; the second is for random draws
+SOON = 0.8  # seconds per row and round, at least
+SHOWN = 100  # characters of an error message
 
 
 @dataclass(frozen=True)
 class Settings:
     device: torch.device
     rounds: int
-    batches: int  # a call, at most
-    limit: float  # seconds a call, about
-    rows: list[str]  # a part of the name of each one wanted; none: all
+    batches: int  # per call, at most
+    limit: float  # seconds per call, roughly
+    rows: list[str]  # parts of the names of those to measure; empty: all
 
 
 @dataclass
 class Row:
-    """One way to an estimate of something, and what has been found out about it."""
+    """One way to compute an estimate, and what has been measured of it."""
 
     title: str
     estimates: str
-    draws: int  # calls whose mean is held to `exact`; 0: held to its own definition
+    draws: int  # calls whose mean is compared with `exact`; 0: compared with its own definition
     ways: Iterator[Call]
     error: str = "-"
-    size: int = 0  # samples a call
-    ratios: list[float] = field(default_factory=list)  # to U, one a round
+    size: int = 0  # samples per call
+    ratios: list[float] = field(default_factory=list)  # to U, one per round
     memory: int | None = None
 
     @property
@@ -56,7 +56,7 @@ class Row:
 
 
 def measured(subject: Subject, num_classes: int, settings: Settings, only_exact: bool) -> list[str]:
-    """The lines of a table: every wanted row on `subject`."""
+    """The lines of a table: every selected row on `subject`."""
     model = subject.build(num_classes, settings.device)
     unsettle(model)
     model.eval()
@@ -67,7 +67,7 @@ def measured(subject: Subject, num_classes: int, settings: Settings, only_exact:
 
     truths = Truths(model, examples[: 4 if num_classes <= 10 else 2])
     step = Step(model, examples[: subject.batch_size], settings.device)
-    for row in rows:  # one after the other, since each holds a copy of the network and whatever its library keeps
+    for row in rows:  # one by one, since each holds a copy of the network and whatever its library keeps
         _say(f"{subject.title}, {num_classes} outputs: {row.name}")
         estimate = _right_way(row, truths)
         if estimate is not None and _plan(row, estimate, examples, subject.batch_size, settings):
@@ -80,7 +80,7 @@ def measured(subject: Subject, num_classes: int, settings: Settings, only_exact:
 
 
 def _rows(model: Model, batch_size: int) -> Iterator[Row]:
-    """Grouped by what they estimate, ours first."""
+    """All rows, grouped by what they estimate, ours first."""
     kinds = dict.fromkeys([*ESTIMATORS, *(peer.estimates for peer in PEERS)])
     for kind in kinds:
         if kind in ESTIMATORS and kind not in SKIPPED:
@@ -95,7 +95,7 @@ def _ours(kind: str, model: Model, batch_size: int) -> Row:
     random = kind not in ("exact", "empirical", "batched")
 
     def prepare() -> Estimate:
-        # Another seed a call, as a peer draws from the global generator.
+        # Another seed for each call, since a peer draws from the global generator.
         seeds = iter(range(1_000_000))
         return lambda examples: replace(estimator, seed=next(seeds))(model, examples)
 
@@ -108,7 +108,7 @@ def _theirs(peer: Peer, model: Model, batch_size: int) -> Row:
 
 
 class Step:
-    """The unit: forward and backward of a batch, all parameters training, in eval mode."""
+    """The unit: a forward and backward pass of a batch in eval mode, with gradients for all parameters."""
 
     def __init__(self, model: Model, batch: Examples, device: torch.device) -> None:
         self._model, self._batch, self._device = model, batch, device
@@ -119,7 +119,7 @@ class Step:
         self._model.zero_grad(set_to_none=True)
 
     def seconds(self) -> float:
-        """Of one sample, the mean of as many steps as take a while."""
+        """Seconds per sample: the mean over enough steps to take a while."""
 
         def several() -> None:
             for _ in range(times):
@@ -136,7 +136,7 @@ class Step:
 
 
 class Truths:
-    """What the definitions give on a few samples, each computed when it is first asked for."""
+    """The values of the definitions on a few samples, computed on first use."""
 
     def __init__(self, model: Model, examples: Examples) -> None:
         self._model, self.examples = model, examples
@@ -151,7 +151,7 @@ class Truths:
 
 
 def _right_way(row: Row, truths: Truths) -> Estimate | None:
-    """The first way that is right, else the least wrong; none, where all fail. Notes the error."""
+    """The first way that is correct, else the one with the least error, or None if all fail. Records the error."""
     truth, chosen, least = truths.of(row), None, float("inf")
     for way in row.ways:
         try:
@@ -160,7 +160,7 @@ def _right_way(row: Row, truths: Truths) -> Estimate | None:
             found = estimate(truths.examples)
             if row.draws > 1 and error(found, truth) < float("inf"):
                 found = mean_of(row.draws, lambda _, estimate=estimate: estimate(truths.examples))
-        except Exception as problem:  # whatever a library raises is what the table is to say
+        except Exception as problem:  # whatever a library raises goes into the table
             if chosen is None:
                 row.error = f"fails: {_line(problem)}"
             continue
@@ -180,7 +180,7 @@ def _described(wrong: float, draws: int, missing: int) -> str:
 
 
 def seconds(call: Callable[[], object], device: torch.device) -> float:
-    """Of the processor where one thread does all: what else the machine is busy with then counts for less."""
+    """Processor time if there is one thread, since other load affects it less; else wall-clock time."""
     if device.type != "cpu" or torch.get_num_threads() > 1:
         return wall_seconds(call, device)
     start = time.process_time()
@@ -189,7 +189,7 @@ def seconds(call: Callable[[], object], device: torch.device) -> float:
 
 
 def _plan(row: Row, estimate: Estimate, examples: Examples, batch_size: int, settings: Settings) -> bool:
-    """Choose how many samples a call takes, from a quarter of a batch; measure the memory of one of a whole batch."""
+    """Choose the samples per call by timing a quarter of a batch; measure the memory of a call on a whole batch."""
     part = max(1, batch_size // 4)
     try:
         guess = seconds(partial(estimate, examples[:part]), settings.device) * batch_size / part
@@ -198,14 +198,14 @@ def _plan(row: Row, estimate: Estimate, examples: Examples, batch_size: int, set
         else:
             row.size = batch_size * min(settings.batches, max(1, int(settings.limit / guess)))
             row.memory = peak_bytes(partial(estimate, examples[:batch_size]), settings.device)
-    except Exception as problem:  # most likely of memory
+    except Exception as problem:  # most likely out of memory
         row.error = f"fails with a batch: {_line(problem)}"
         return False
     return True
 
 
 def _time(row: Row, call: Callable[[], object], step: Step, device: torch.device) -> None:
-    """A round: the median ratio of as many turns as take a while, each between two measurements of the unit."""
+    """A round: the median ratio over enough turns to take a while, each between two measurements of the unit."""
     ratios, spent, before = [], 0.0, step.seconds()
     while spent < SOON:
         taken, after = seconds(call, device), step.seconds()

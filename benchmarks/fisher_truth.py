@@ -1,4 +1,4 @@
-"""The estimators that are measured, and what each should have given: float64 loops."""
+"""The estimators to measure, and float64 loops that compute what each should give."""
 
 import copy
 from collections.abc import Callable
@@ -25,12 +25,12 @@ ESTIMATORS: dict[str, type[Any]] = {
     "reversed": Reversed,
     "batched": Batched,
 }
-UNDEFINED = ("hybrid",)  # plans by the logits, which float64 moves; unbiased, so held to `exact`
-CALLS = 20  # whose mean is, as one is noise for the most part
+UNDEFINED = ("hybrid",)  # plans by the logits, which differ in float64; unbiased, so compared with `exact`
+CALLS = 20  # whose mean is compared, since one is mostly noise
 
 
 def with_draws(estimator: Any, draws: int) -> Any:
-    """The estimator with so many draws, if it draws."""
+    """The estimator with this number of draws, if it draws."""
     return replace(estimator, draws=draws) if "draws" in {field.name for field in fields(estimator)} else estimator
 
 
@@ -43,7 +43,7 @@ def mean_of(calls: int, call: Callable[[int], Diagonal]) -> Diagonal:
 
 
 def defined(name: str, estimator: Any, model: Model, examples: Examples) -> Diagonal:
-    """What the float64 loop says `estimator` gives, for the same noise."""
+    """What `estimator` should give by its definition: a float64 loop with the same noise."""
     if name in UNDEFINED:
         return reference.exact(model, examples)
     definition: Callable[..., Diagonal] = getattr(reference, name)
@@ -62,7 +62,7 @@ def in_float64(model: Model) -> Model:
 
 
 def error(found: Diagonal, expected: Diagonal) -> float:
-    """|found - expected| / |expected| over all of `found`'s parameters together; infinite for other shapes."""
+    """|found - expected| / |expected| over all of `found`'s parameters together; infinite if shapes differ."""
     difference = size = 0.0
     for name, values in found.values.items():
         wanted = expected.values[name].double()

@@ -1,7 +1,7 @@
-"""Lines of code a method: ours beside the file of the same method in Avalanche and in Mammoth.
+"""Count lines of code per method: our file beside those of the same method in Avalanche and in Mammoth.
 
-A line counts if something other than a comment or a docstring stands on it. What a file imports is not counted, of
-nobody: neither our bases (`Taught`, `Importance`, ...) nor theirs.
+A line counts if it holds anything other than a comment or a docstring. What a file imports is not counted: neither our
+base classes (`Taught`, `Importance`, ...) nor theirs.
 
     pip download --no-deps avalanche-lib && unzip avalanche_lib-*.whl -d peers
     git clone https://github.com/aimagelab/mammoth peers/mammoth
@@ -42,7 +42,7 @@ PEERS = {  # ours -> Avalanche's below training/, Mammoth's below models/
 
 
 def lines_of_code(source: str) -> int:
-    """How many lines of Python hold code."""
+    """The number of lines that hold code."""
     found = set()
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type not in SILENT:

@@ -1,4 +1,4 @@
-"""What a measurement is taken on and with: time, peak memory, and a line that says where."""
+"""Helpers for measurements: limit and measure memory, and describe the machine."""
 
 import ctypes
 import gc
@@ -12,11 +12,11 @@ from pathlib import Path
 import torch
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-USABLE = 0.7  # of the memory that is free at the start
+USABLE = 0.7  # fraction of the memory that is free at the start
 
 
 def described(device: torch.device) -> str:
-    """Hardware, versions and commit, in a line."""
+    """Hardware, versions and commit, in one line."""
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True
     ).stdout.strip()
@@ -35,7 +35,7 @@ def _processor() -> str:
 
 
 def limit_memory() -> None:
-    """Let an allocation that the machine has no room for fail, rather than have the process killed; Linux only."""
+    """Let allocations that exceed the free memory fail, instead of getting the process killed; Linux only."""
     if not STATUS.exists():
         return
     import resource
@@ -59,10 +59,10 @@ def _wait(device: torch.device) -> None:
 
 
 def peak_bytes(call: Callable[[], object], device: torch.device) -> int | None:
-    """What `call` holds at most beyond what was held before it; None where that cannot be told.
+    """The most memory that `call` allocates beyond what was allocated before it, or None if that cannot be measured.
 
-    On the CPU the highest resident size of the process. The memory that earlier work has freed goes back to the kernel
-    first, or the call would be served from it unseen.
+    On the CPU, by the process's peak resident size. Memory that earlier work has freed is first returned to the kernel;
+    the call would otherwise reuse it unnoticed.
     """
     gc.collect()
     if device.type == "cuda":
@@ -75,7 +75,7 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int | None:
     if trim is None:
         return None
     trim(0)
-    CLEAR.write_text("5")  # the peak starts anew: proc(5)
+    CLEAR.write_text("5")  # resets the peak: proc(5)
     before = _kilobytes(STATUS, "VmRSS")
     call()
     return max(0, _kilobytes(STATUS, "VmHWM") - before) * 1024

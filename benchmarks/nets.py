@@ -1,4 +1,4 @@
-"""The networks that `fisher.py` measures on, with random images and fresh weights: nothing is downloaded."""
+"""The networks that `fisher.py` measures, with random images and fresh weights, so nothing is downloaded."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from cl_runner.streams.base import Examples, Scenario, Shape, Stream, Task
 
 @dataclass(frozen=True, kw_only=True)
 class Made(Architecture):
-    """A network that takes options which no configuration has."""
+    """A network with options that no configuration offers."""
 
     make: Callable[[], Net]
 
@@ -36,7 +36,7 @@ def vit_tiny() -> Net:
 
 
 def small_torchvision_vit() -> Net:
-    """vit_b_16's class: its attention is nn.MultiheadAttention."""
+    """A small net of vit_b_16's class, whose attention is nn.MultiheadAttention."""
     from torchvision.models import VisionTransformer
 
     net = VisionTransformer(image_size=32, patch_size=8, num_layers=2, num_heads=2, hidden_dim=32, mlp_dim=64)
@@ -50,7 +50,7 @@ def without_biases() -> Net:
 
 @dataclass(frozen=True)
 class Subject:
-    """A network to measure on, and the images and the batch to measure it with."""
+    """A network to measure, with its image and batch sizes."""
 
     title: str
     architecture: Architecture
@@ -58,7 +58,7 @@ class Subject:
     batch_size: int = 32
 
     def build(self, num_classes: int, device: torch.device) -> Model:
-        """In train mode, every output visible."""
+        """The model in train mode, with every output revealed."""
         stream = self._stream(num_classes)
         model = self.architecture.build(stream)
         model.reveal(stream.tasks[0])
@@ -86,7 +86,7 @@ def fresh_torchvision(name: str) -> Architecture:
     return torchvision_models.TorchVision(name=name, pretrained=False)
 
 
-# Of Tiny ImageNet's size where a network would shrink 32 pixels to one.
+# Of Tiny ImageNet's size for networks that would shrink 32 pixels to one.
 DIGIT, SMALL, LARGE = (1, 28, 28), (3, 32, 32), (3, 64, 64)
 
 SUBJECTS = {
@@ -110,9 +110,9 @@ TIMED = ("mlp", "resnet18", "vit_tiny", "mobilenet_v2", "efficientnet_lite0")
 
 
 def unsettle(model: Model) -> None:
-    """Move every vector of parameters and every running statistic away from the zeros and ones it starts from.
+    """Move every parameter vector and running statistic away from its initial zeros and ones.
 
-    Layer scales of 1e-6, zeroed last norms and centred statistics would hide a layer that is wrong.
+    Layer scales of 1e-6, zero-initialised norms and centred statistics would hide errors in a layer.
     """
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():

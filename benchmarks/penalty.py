@@ -1,12 +1,12 @@
-"""What EWC's penalty adds to a training step, one thread.
+"""Measure what EWC's penalty adds to a training step, on one thread.
 
     python benchmarks/penalty.py [mlp] [resnet18] [--rounds 15]
 
 mlp: 784-400-400-10, batch 128, Adam. resnet18: width 64, 3x3 stem, images of 3x32x32, batch 32, SGD. Pixels, Fishers
-and anchors are random: the work is the same, and nothing is downloaded. A step is the runner's own: Finetune, which
-adds no penalty, beside EWC that holds 1 and 10 tasks, and beside a term a task differentiated by plain autograd. Each
-round times all of them, in turn; the figures are medians, and the overhead is that of the rounds' ratios. Times are the
-processor's, which other work on the machine lengthens less than the clock's.
+and anchors are random: the work is the same, and nothing is downloaded. The runner's own step is timed with Finetune,
+which has no penalty, with EWC after 1 and 10 tasks, and with one term per task differentiated by plain autograd. Each
+round times all of them in turn; the figures are medians, and the overhead is the median of the rounds' ratios. Times
+are processor time, which other load on the machine affects less than wall-clock time.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from cl_runner.trainer import Trainer, Work
 
 
 class Autograd(EWC):
-    """The twin: a term a task, differentiated by plain autograd."""
+    """The same penalty as one term per task, differentiated by plain autograd."""
 
     def hold(self, terms: list[tuple[Diagonal, Anchor]]) -> None:
         self.terms = terms
@@ -47,7 +47,7 @@ class Autograd(EWC):
 
 
 class Merged(EWC):
-    """EWC as it is, given what it holds."""
+    """EWC itself, with given Fishers and anchors."""
 
     def hold(self, terms: list[tuple[Diagonal, Anchor]]) -> None:
         for fisher, anchor in terms:
@@ -74,7 +74,7 @@ def step_of(
     tasks: int,
     kind: type,
 ) -> Callable[[], object]:
-    """One training step of the runner with a strategy of this kind that holds so many tasks."""
+    """One training step of the runner with a strategy of this kind after this many tasks."""
     stream = stream_of(shape, 10, batch_size)
     (task,) = stream.tasks
     model: Model = architecture.build(stream)
@@ -85,12 +85,12 @@ def step_of(
     trainer = Trainer(iterations=1, batch_size=batch_size)
     trainer.start(Work(model, strategy, optimizer, constant, lambda row: None, Position()))
     model.reveal(task)
-    trainer.learn(task, task.train)  # makes the optimizer; warm, too
+    trainer.learn(task, task.train)  # makes the optimizer, and warms up
     return partial(trainer.step, task.train)
 
 
 def seconds(step: Callable[[], object], steps: int) -> float:
-    step()  # the caches and the allocator are as the others left them
+    step()  # untimed: warms the caches and the allocator after the others
     start = time.process_time()
     for _ in range(steps):
         step()
@@ -98,7 +98,7 @@ def seconds(step: Callable[[], object], steps: int) -> float:
 
 
 WORKS = {
-    # name: architecture, image shape, batch size, optimizer, steps a round, goal
+    # name: architecture, image shape, batch size, optimizer, steps per round, goal
     "mlp": (MLP(widths=[400, 400]), (1, 28, 28), 128, partial(torch.optim.Adam, lr=1e-4), 20, "<= 25 %"),
     "resnet18": (ResNet18(), (3, 32, 32), 32, partial(torch.optim.SGD, lr=1e-4), 1, "<= 5 %"),
 }

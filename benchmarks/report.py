@@ -1,9 +1,10 @@
-"""How long `cl-runner report` takes over many runs, made up here.
+"""Measure how long `cl-runner report` takes over many made-up runs.
 
     python benchmarks/report.py [--runs 2000] [--tasks 10] [--keep FOLDER]
 
-Folders hold the text that a finished run leaves (status.json, results.json, config.yaml, a journal of a few rows), in
-groups of five seeds: strategies, strengths, learning rates. The report runs in a process of its own, imports and all.
+Folders hold the text files that a finished run leaves (status.json, results.json, config.yaml, a journal of a few
+rows), in groups of five seeds: strategies, strengths, learning rates. The report runs in a process of its own, and
+its imports are timed too.
 """
 
 import argparse
@@ -44,7 +45,7 @@ def main() -> None:
 
 
 def make_runs(folder: Path, runs: int, tasks: int) -> None:
-    """As many runs as asked for: every strategy at one learning rate after another."""
+    """Make `runs` runs: every strategy at one learning rate after another."""
     folder.mkdir(parents=True, exist_ok=True)
     random = np.random.default_rng(0)
     methods = [("finetune", None), *((name, strength) for name in list(STRATEGIES)[1:] for strength in STRENGTHS)]
@@ -79,7 +80,7 @@ def make_config(strategy: str, strength: float | None, lr: float, seed: int, tas
 
 
 def write_run(path: Path, config: dict[str, Any], strategy: str, random: np.random.Generator) -> None:
-    """The files of a finished run: accuracies that fall with every task, the less the better the strategy keeps."""
+    """Write a finished run's files, with accuracies that fall with every task, less for strategies that keep more."""
     tasks = config["stream"]["num_tasks"]
     strength = config["strategy"].get("strength", 0.0)
     kept = STRATEGIES[strategy] * np.exp(-((np.log10(max(strength, 1e-9)) - 2) ** 2) / 18)
@@ -114,7 +115,7 @@ def write_run(path: Path, config: dict[str, Any], strategy: str, random: np.rand
 
 
 def lower(matrix: np.ndarray) -> list[list[float | None]]:
-    """As results.json has it: null for tasks not learned yet."""
+    """The rows as in results.json, with null for tasks not learned yet."""
     return [[value if j <= i else None for j, value in enumerate(row)] for i, row in enumerate(matrix.tolist())]
 
 

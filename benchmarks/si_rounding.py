@@ -1,10 +1,10 @@
-"""How far one rounding error moves synaptic intelligence: the runner beside a bare loop of the published algorithm.
+"""Measure how far a rounding error moves synaptic intelligence: the runner beside a bare loop of the algorithm.
 
     python benchmarks/si_rounding.py --data-root DATA [--iterations 2000] [--nudges 3]
 
 Class-incremental Split MNIST as in `experiment=vandeven_split_mnist_class strategy=si`, on one class order. Runner and
-loop start from the same weights and learn the same batches; then the loop starts from weights that differ from those
-by one part in a million. Accuracies (%) after the last task, their mean first. One thread.
+loop start from the same weights and learn the same batches; then the loop starts from weights that differ by one part
+in a million. Prints accuracies (%) after the last task, their mean first. One thread.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from cl_runner.models.model import Model
 from cl_runner.randomness import of_task, seed_all
 from cl_runner.streams.base import Stream
 
-# An order of the authors' own: they permute the labels, numpy's permutation of seed 3, so this is its inverse.
+# One of the authors' orders: they permute the labels by numpy's permutation of seed 3, so this is its inverse.
 ORDER = [7, 2, 3, 8, 1, 0, 5, 6, 9, 4]
 SEED = 3
 NUDGE = 1e-6  # of a weight, relative
@@ -53,8 +53,8 @@ def the_experiment(asked: argparse.Namespace, folder: str) -> Experiment:
 
 
 def loop(experiment: Experiment, nudge: int | None) -> list[float]:
-    """The published algorithm, its penalty by autograd: accuracy on each task at the end. Nothing of the strategy or
-    the trainer is in it, only the stream, the model and the order of the batches."""
+    """The published algorithm with its penalty by autograd: accuracy on each task at the end. It uses nothing of the
+    strategy or the trainer, only the stream, the model and the order of the batches."""
     settings, trainer = experiment.config["strategy"], experiment.config["trainer"]
     seed_all(SEED)
     stream: Stream = experiment.stream.load(experiment.config["data_root"], experiment.device)

@@ -1,12 +1,12 @@
-"""The runner beside a bare in-memory loop on the same work, one thread.
+"""Compare the runner with a bare in-memory loop on the same work, on one thread.
 
     python benchmarks/stream.py [mlp] [resnet] [--rounds 3] [--peer PYTHON]
 
 mlp: Permuted-MNIST-like images, MLP 784-256-256-10, batch 128, SGD. resnet: slim ResNet-18 (20 channels) on
 CIFAR-like images, batch 32, SGD. Pixels are random: the work is the same, and nothing is downloaded. The runner is
-`cl_runner.trainer.Trainer` as a run uses it, journal and all; the bare loop is what one would write with the tensors at
-hand (NCHW). Each round times both, in turn; the ratio is of the medians. `--peer` names a Python that has Avalanche
-installed and times its Naive strategy on the MLP work too (needs no more than `pip install avalanche-lib` there).
+`cl_runner.trainer.Trainer` as a run uses it, including the journal; the bare loop is what one would write by hand
+(NCHW). Each round times both in turn; the ratio is that of the medians. `--peer` names a Python that has Avalanche
+installed, and times its Naive strategy on the MLP work too (it needs no more than `pip install avalanche-lib` there).
 """
 
 import argparse
@@ -61,7 +61,7 @@ def runner_seconds(architecture, stream: Stream, batch_size: int, folder: Path) 
 
 
 def bare_seconds(architecture, stream: Stream, batch_size: int) -> float:
-    """The same epoch as anyone would write it with the tensors at hand."""
+    """The same epoch as one would write it by hand for tensors in memory."""
     model = architecture.build(stream)
     network = nn.Sequential(model.backbone, model.head).to(memory_format=torch.contiguous_format).train()
     optimizer = torch.optim.SGD(network.parameters(), lr=0.01)
@@ -97,7 +97,7 @@ size = {size}
 pixels = np.random.RandomState(0).randint(256, size=(size, 28, 28)).astype(np.uint8)
 labels = np.random.RandomState(1).randint(10, size=size).tolist()
 
-class Set(torch.utils.data.Dataset):  # as torchvision's MNIST hands images out
+class Set(torch.utils.data.Dataset):  # returns images as torchvision's MNIST does
     def __len__(self): return size
     def __getitem__(self, index): return Image.fromarray(pixels[index], mode="L"), labels[index]
 
@@ -117,7 +117,7 @@ for experience in benchmark.train_stream:
 
 
 def avalanche_seconds(python: str, size: int) -> float:
-    """One epoch of Avalanche's Naive strategy over PIL images with ToTensor, as its MNIST benchmarks do it."""
+    """One epoch of Avalanche's Naive strategy over PIL images with ToTensor, as in its MNIST benchmarks."""
     done = subprocess.run([python, "-c", AVALANCHE.format(size=size)], capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"the peer failed:\n{done.stderr[-2000:]}")

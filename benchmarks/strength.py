@@ -1,9 +1,9 @@
-"""EWC's accuracy over its strength, a curve a Fisher estimator, beside the published one: a table and a picture.
+"""Plot EWC's accuracy over its strength for each Fisher estimator, beside the published curve, and print a table.
 
     python benchmarks/strength.py OUTPUTS [--picture benchmarks/strength.png]
 
 OUTPUTS holds runs of `experiment=vandeven_fisher_mnist`, whose file has the published values and their source;
-`cl-runner verify` says which of them are met.
+`cl-runner verify` shows which of them are reproduced.
 """
 
 import argparse
@@ -18,20 +18,20 @@ import matplotlib
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
 
-from cl_runner.identity import called
+from cl_runner.identity import display_name
 from cl_runner.published import published
 
 EXPERIMENT = "vandeven_fisher_mnist"
-# Points of the published curves that are no rows of the experiment, read off the plot to 0.2: % by strength.
+# Points of the published curves without a row in the experiment, read off the plot to within 0.2: % by strength.
 READ_OFF = {
     "exact": {1e2: 91.7, 1e3: 96.8},
     "empirical": {1e3: 85.2, 1e5: 91.9, 1e7: 97.9, 1e8: 99.1},
     "batched": {1e7: 91.2, 1e9: 97.9, 1e10: 99.0},
 }
-# Okabe & Ito's, which the colour-blind tell apart too.
+# Okabe & Ito's palette, which is safe for the colour-blind.
 COLOURS = {"exact": "#000000", "probe": "#D55E00", "sampled": "#009E73", "empirical": "#0072B2", "batched": "#CC79A7"}
 
-Curve = dict[float, list[float]]  # strength -> accuracy in % of every seed
+Curve = dict[float, list[float]]  # strength -> accuracy in %, one per seed
 
 
 def main() -> None:
@@ -49,7 +49,7 @@ def main() -> None:
 
 
 def published_curves() -> dict[str, dict[float, float]]:
-    """estimator -> strength -> accuracy in %: of the rows that choose nothing else, and what was read off the plot."""
+    """estimator -> strength -> accuracy in %: from the rows that set nothing else, and read off the plot."""
     curves = defaultdict(dict, {name: dict(points) for name, points in READ_OFF.items()})
     for row in published():
         chosen = dict(word.split("=", 1) for word in row.overrides)
@@ -65,9 +65,9 @@ def measured(folder: Path) -> dict[str, Curve]:
     for path in sorted(folder.glob("*/results.json")):
         results = json.loads(path.read_text())
         strategy = results["config"]["strategy"]
-        if called("strategy", strategy) != "ewc":
+        if display_name("strategy", strategy) != "ewc":
             continue
-        estimator = called("fisher", strategy["fisher"])
+        estimator = display_name("fisher", strategy["fisher"])
         key = estimator, strategy["strength"], results["config"]["seed"]
         if key in met:
             raise SystemExit(f"expected one run for each seed, got a second of {' '.join(map(str, key))}: {path}")
@@ -78,7 +78,7 @@ def measured(folder: Path) -> dict[str, Curve]:
 
 
 def print_table(curves: dict[str, Curve], theirs: dict[str, dict[float, float]]) -> None:
-    """Mean ± standard error; what was published, where it was, in brackets."""
+    """Print mean ± standard error, with the published value, if any, in brackets."""
     strengths = sorted({strength for curve in curves.values() for strength in curve})
     print("| Fisher | " + " | ".join(f"{strength:.0e}" for strength in strengths) + " | best |")
     print("|---" * (len(strengths) + 2) + "|")

@@ -1,4 +1,4 @@
-"""The command line: who answers it."""
+"""The entry point: dispatches the command line."""
 
 import sys
 from importlib import import_module
@@ -7,10 +7,10 @@ from cl_runner import __version__
 from cl_runner.errors import ConfigError, hint
 from cl_runner.unread import read_or_not
 
-# These only print something about the configuration: Hydra answers them, and torch is never imported.
+# These only print something about the configuration: Hydra handles them, and torch is never imported.
 ASKS_HYDRA = {"--help", "-h", "--hydra-help", "--cfg", "-c", "--info", "-i", "--shell-completion", "-sc"}
 
-# Commands of their own: main(argv) -> exit status, and parser(). Torch is imported only where something is to be run.
+# Subcommands: modules with main(argv) -> exit status, and parser(). Only those that run something import torch.
 COMMANDS = {
     "list": "cl_runner.listing",
     "status": "cl_runner.report.status",
@@ -22,7 +22,7 @@ COMMANDS = {
 
 
 def main() -> None:
-    """What the `cl-runner` script runs.
+    """Run the `cl-runner` script.
 
     Exit status: 0 done, 1 a run failed, 2 the configuration cannot work, 128 + n stopped by signal n.
     """
@@ -35,9 +35,9 @@ def main() -> None:
         except OSError as error:
             if error.filename is None:
                 raise
-            print(f"cl-runner: {error.filename}: {error.strerror}", file=sys.stderr)  # no right to read it, say
+            print(f"cl-runner: {error.filename}: {error.strerror}", file=sys.stderr)  # no permission to read it, say
             sys.exit(2)
-        except KeyboardInterrupt as stopped:  # a run says where it goes on, and which signal it was
+        except KeyboardInterrupt as stopped:  # a run says where it resumes, and which signal it was
             print(f"cl-runner: {str(stopped) or 'stopped'}", file=sys.stderr)
             sys.exit(getattr(stopped, "status", 130))
 
@@ -61,15 +61,15 @@ def _answer(argv: list[str]) -> None:
             run(argv)
             return
         if "--hydra-help" in words:
-            sys.argv[1:] = ["--hydra-help"]  # beside a choice of a strategy, Hydra's help is a traceback
+            sys.argv[1:] = ["--hydra-help"]  # with overrides beside it, Hydra's help is a traceback
         elif words & {"--cfg", "-c"}:
             try_composing(argv)
         else:
-            given = in_order(argv)  # what is no option and no override is refused in a line, not with Hydra's usage
+            given = in_order(argv)  # refuses stray words in one line, without Hydra's usage
             if "--multirun" in given:
                 raise ConfigError("command line", "expected no -m (--multirun) where one configuration is shown")
             if words & {"--help", "-h"}:
-                compose_jobs(given)  # of a choice that is not there Hydra says so in several lines
+                compose_jobs(given)  # refuses an unknown choice in one line, where Hydra prints several
         hydra_main()
 
 

@@ -1,4 +1,4 @@
-"""How the commands beside the runner (`status`, `report`, `sync`, ...) read their words."""
+"""Argument parsing for the subcommands (`status`, `report`, `sync`, ...)."""
 
 import argparse
 from typing import NoReturn
@@ -7,7 +7,7 @@ from cl_runner.errors import ConfigError, did_you_mean
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong as everything else here does: in one line, without the usage."""
+    """An argument parser whose errors are ConfigErrors: one line, without the usage."""
 
     def error(self, message: str) -> NoReturn:
         """Raises ConfigError."""
@@ -15,10 +15,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def refuse_arguments(parser: argparse.ArgumentParser, field: str, message: str) -> NoReturn:
-    """What a parser has to say, and the option that may be meant.
-
-    Raises ConfigError.
-    """
+    """Raise a parser's error message as a ConfigError, with the option that may have been meant."""
     options = [word.partition("=")[0] for word in message.split() if word.startswith("--")]
     if message.startswith("the following arguments are required"):
         message = f"{message}; {parser.format_usage().strip()}"

@@ -1,7 +1,7 @@
-"""What a run needs to go on: saved in one motion, and refused where it is damaged or another run's.
+"""Checkpoints: written atomically, and refused if damaged or if they belong to another run.
 
-Two are kept, the last and the one before it. A file is a line that says what it is, the checksum of what follows, a
-line that says whose it is, and what `torch.save` writes.
+Two are kept, the last and the one before it. A file consists of a magic line, the checksum of everything after it, a
+line of JSON with the hash and device of the run, and what `torch.save` writes.
 """
 
 import io
@@ -30,11 +30,11 @@ CHUNK = 1 << 20  # bytes
 
 
 class Pace:
-    """When a run is to be saved: `due` at a number of steps, which the clock or a signal can bring forward to now."""
+    """When to save next: `due` is a number of steps, which the clock or a signal can bring forward to now."""
 
     def __init__(self, every: int | None = None, seconds: float | None = None) -> None:
         self.every, self.seconds = every, seconds
-        self.cost = 0.0  # seconds that the last saving took
+        self.cost = 0.0  # seconds that the last save took
         self.saved(steps=0)
 
     def saved(self, steps: int) -> None:
@@ -50,18 +50,18 @@ class Pace:
 
     @property
     def worth_it(self) -> bool:
-        """Whether all that was done since the last time took ten times as long as saving it would."""
+        """Whether the work since the last save took ten times as long as saving it would."""
         return time.monotonic() - self._since > 10 * self.cost
 
 
 class UnusableError(Exception):
-    """A checkpoint that cannot be gone on from; the message says why."""
+    """A checkpoint that no run can resume from; the message says why."""
 
 
 def save(folder: Path, config_hash: str, device: torch.device, state: dict[str, Any]) -> None:
     """Write `state` (tensors, numbers, strings and containers of them) to `folder`; the last one becomes the previous.
 
-    Raises CannotWriteError, TypeError for what could not be read again, and leaves both as they were.
+    Raises CannotWriteError, or TypeError for what could not be loaded again; both files are then left as they were.
     """
     place = folder / FOLDER
     with writing(place):
@@ -73,7 +73,7 @@ def save(folder: Path, config_hash: str, device: torch.device, state: dict[str, 
         start = file.tell()
         try:
             torch.save(state, cast(IO[bytes], rest))
-        except RuntimeError as error:  # what PyTorch makes of a disk that is full
+        except RuntimeError as error:  # how PyTorch reports a full disk
             raise rest.failure or error from None
         file.seek(start)
         _check_readable(file)
@@ -82,7 +82,7 @@ def save(folder: Path, config_hash: str, device: torch.device, state: dict[str, 
 
 
 def load(folder: Path, config_hash: str, device: torch.device) -> dict[str, Any] | None:
-    """The last state saved in `folder` that this configuration can go on from; None where there is none."""
+    """The last usable state saved in `folder` for this configuration, or None."""
     there = [path for name in (LAST, PREVIOUS) if (path := folder / FOLDER / name).exists()]
     for path in there:
         try:
@@ -90,7 +90,7 @@ def load(folder: Path, config_hash: str, device: torch.device) -> dict[str, Any]
         except UnusableError as error:
             log.warning("%s %s", path, error)
     if there:
-        log.warning("no other checkpoint is there: starting from the beginning")
+        log.warning("no other checkpoint: starting from the beginning")
     return None
 
 
@@ -107,7 +107,7 @@ def _read(path: Path, config_hash: str, device: torch.device) -> dict[str, Any]:
         label = json.loads(file.readline())
         if label["config_hash"] != config_hash:
             raise UnusableError("belongs to another configuration")
-        # What was on the CPU beside an accelerator stays there: memories, and counters that must not wait for a device.
+        # What an accelerator's run kept on the CPU stays there: memories, and counters that must not wait for a device.
         stays = None if label["device"] == "cpu" else "cpu"
 
         def place(storage: Any, where: str) -> Any:
@@ -117,7 +117,7 @@ def _read(path: Path, config_hash: str, device: torch.device) -> dict[str, Any]:
 
 
 def _check_readable(file: BinaryIO) -> None:
-    """Say now what would come out when the run is to go on: a checkpoint is data, and builds no class unasked."""
+    """Raise TypeError now for what `torch.load` would refuse when the run resumes: weights_only builds no classes."""
     if unknown := get_unsafe_globals_in_checkpoint(file):
         raise TypeError(
             f"a checkpoint cannot hold {', '.join(sorted(unknown))}: of what a strategy names in `saved`, "
@@ -126,12 +126,12 @@ def _check_readable(file: BinaryIO) -> None:
 
 
 def _checksum(crc: int) -> bytes:
-    """As long for one as for another."""
+    """The checksum's line, always of the same length."""
     return f"{crc:08x}\n".encode()
 
 
 class _Summed(io.BufferedIOBase):
-    """Passes on what it is given, and keeps its checksum: a large model is never in memory a second time."""
+    """Writes through to a file and keeps the checksum, so that a large model is never in memory twice."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file, self.crc = file, 0
@@ -147,7 +147,7 @@ class _Summed(io.BufferedIOBase):
 
 
 def model_state(model: Model) -> dict[str, Any]:
-    """Weights and buffers, which parameters learn, and which modules are in train mode."""
+    """Weights and buffers, which parameters require gradients, and which modules are in train mode."""
     return {
         "values": model.state_dict(),
         "learning": [name for name, parameter in model.named_parameters() if parameter.requires_grad],

@@ -1,18 +1,15 @@
-"""Seconds and peak memory by phase, and what the numbers were made with."""
+"""Seconds and peak memory by phase."""
 
-import platform
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
-from typing import Any
 
 import torch
 
 
 class Clock:
-    """Seconds and peak memory by phase; of phases within phases, the inner one's count as its own alone."""
+    """Seconds and peak memory by phase; time in a nested phase counts for the inner phase alone."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -31,7 +28,7 @@ class Clock:
             self._enter(outer)
 
     def _enter(self, phase: str | None) -> None:
-        """Give the phase that ends here, or pauses, what is its own."""
+        """Book the time so far to the phase that ends or pauses here."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         now = time.perf_counter()
@@ -48,26 +45,10 @@ class Clock:
             self.peak_memory[phase] = max(self.peak_memory.get(phase, 0), value)
 
     def _peak(self) -> int:
-        """Bytes: on CUDA what tensors took at most in the phase, elsewhere what the process took so far."""
+        """Bytes: on CUDA the most that tensors took in this phase, elsewhere the most that the process has taken."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
         import resource  # not on every platform
 
         scale = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
-
-
-def environment(device: torch.device) -> dict[str, Any]:
-    """What the numbers were made with."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    return {
-        "cl_runner": version("cl_runner"),
-        "torch": torch.__version__,
-        "torchvision": version("torchvision"),
-        "timm": version("timm"),
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "device": str(device),
-        "device_name": name,
-        "threads": torch.get_num_threads(),
-    }

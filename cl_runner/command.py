@@ -1,4 +1,4 @@
-"""What a command line of overrides asks for, carried out: one run, or the jobs of a sweep."""
+"""Carry out a command line of overrides: one run, or the jobs of a sweep."""
 
 import os
 import sys
@@ -9,82 +9,82 @@ from typing import Any
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
+from cl_runner import CONF
 from cl_runner.components import check_plugin
-from cl_runner.compose import CONF, GRID, VERSION_BASE, Asked, asked, compose_jobs, in_order, knows_all_keys
+from cl_runner.compose import GRID, VERSION_BASE, Request, compose_jobs, in_order, knows_all_keys, parse
 from cl_runner.config import Experiment, check, validated, with_valid_settings
 from cl_runner.errors import ConfigError, in_a_line
-from cl_runner.identity import called
+from cl_runner.identity import display_name
 
 PLUGINS = "hydra_plugins.cl_runner"  # the launchers and sweepers of this project
 OPTUNA = f"{PLUGINS}.sweepers.Optuna"
 
 
 def run(argv: list[str]) -> None:
-    """Check everything that the command line asks for, then have it carried out.
+    """Check everything that the command line asks for, then carry it out.
 
-    Raises ConfigError, as all of the following do.
+    Raises ConfigError, as do the functions below.
     """
-    from cl_runner.trackers.console import log_to, the_console
+    from cl_runner.logs import log_to
+    from cl_runner.trackers.console import the_console
 
     with log_to(the_console()):  # data may have to be downloaded and decoded
         sys.argv[1:] = in_order(argv)
-        request = asked(sys.argv[1:])
+        request = parse(sys.argv[1:])
         tried: list[Any] = []
-        jobs = [_checked(words, cfg, tried, request) for words, cfg in request.jobs]
+        jobs = [_checked(number, request, tried) for number in range(len(request.jobs))]
         if request.sweep:
             _check_sweep(request, jobs)
         _say_unused(request, jobs)
         _say_random(jobs)
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come back here; they are said once, in one line
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come back here, to be printed once, in one line
     if request.sweep:
         try:
             sys.exit(run_sweep(request, jobs))
-        except OSError as error:  # of the plan: a disk that is full
+        except OSError as error:  # the plan could not be written: a full disk
             sys.exit(_say_failed(error))
     if request.hydra.sweeper.get("params"):
-        print("this experiment holds a grid, of which -m runs every job; now it is the one configuration alone")
+        print("this experiment holds a grid: -m runs every job, and without it only one configuration is run")
     sys.argv[1:] = request.argv
     run_alone(jobs[0])
 
 
-def _checked(words: list[str], cfg: DictConfig, tried: list[Any], request: Asked) -> Experiment:
+def _checked(number: int, request: Request, tried: list[Any]) -> Experiment:
     """Raises ConfigError, which names the job where there are several."""
+    from cl_runner.sweep import not_shared
+
     try:
-        return check(cfg, tried)
+        return check(request.jobs[number][1], tried)
     except ConfigError as error:
         if len(request.jobs) == 1:
             raise
-        common = set.intersection(*(set(others) for others, _ in request.jobs))
-        own = " ".join(word for word in words if word not in common)
+        own = " ".join(not_shared([words for words, _ in request.jobs])[number])
         raise ConfigError(error.field, f"{error.message} (in the job {own})") from None
 
 
 def try_composing(argv: list[str]) -> None:
-    """Say why there is no such configuration to show.
-
-    Raises ConfigError.
-    """
+    """Raise ConfigError if `--cfg` has no valid configuration to show."""
     words = in_order(argv)
     first, *others = compose_jobs(words)
     if others or "--multirun" in words:
         raise ConfigError("command line", "--cfg shows one configuration, not those of a sweep")
-    if OmegaConf.missing_keys(first):  # those are for the user to see
+    if OmegaConf.missing_keys(first):  # the user is to see them
         return
     with_valid_settings(first)
-    if not knows_all_keys(words):  # which one, only the components can tell, and they take seconds to import
+    if not knows_all_keys(words):  # only the components know which, and they take seconds to import
         validated(first)
 
 
 def run_alone(experiment: Experiment) -> None:
-    """Carry out one experiment; show it, where it is done."""
-    from cl_runner.asked_again import shown_if_done
+    """Carry out one experiment, or show its results if it is done."""
+    from cl_runner.rerun import shown_if_done
 
     make_room(experiment)
     if shown_if_done(experiment):  # Hydra would write into its folder
         return
     try:
         _hydra_run()
-    except ConfigError:  # what only building can tell: weights that cannot be fetched, say
+    except ConfigError:  # what only building reveals: weights that cannot be fetched, say
         raise
     except Exception as error:
         log = experiment.folder / "run.log"
@@ -94,22 +94,22 @@ def run_alone(experiment: Experiment) -> None:
 def make_room(experiment: Experiment) -> None:
     """Move aside what is to be run again.
 
-    Raises FolderInUseError: Hydra would write into its folder.
+    Raises FolderInUseError if another process is running it: Hydra would write into its folder.
     """
-    from cl_runner.asked_again import move_aside
     from cl_runner.folder import RunFolder
     from cl_runner.lock import FolderInUseError
+    from cl_runner.rerun import move_aside
 
     if holder := RunFolder(experiment.folder).held:
         raise FolderInUseError(experiment.folder, holder)
     move_aside(experiment)
 
 
-def run_sweep(request: Asked, experiments: list[Experiment]) -> int:
-    """Have those jobs carried out that are not done, and say what has become of all. Returns the exit status."""
-    from cl_runner.asked_again import is_made_again, join, move_aside, other_code, other_images, refuse_halves
+def run_sweep(request: Request, experiments: list[Experiment]) -> int:
+    """Carry out the jobs that are not done, and summarise them all. Returns the exit status."""
     from cl_runner.folder import RunFolder
     from cl_runner.interrupt import same_command
+    from cl_runner.rerun import is_made_again, join, move_aside, other_code, other_images, refuse_halves
     from cl_runner.sweep import Job, Sweep, of_this_command, this_command
 
     sys.argv[1:] = request.argv
@@ -121,7 +121,7 @@ def run_sweep(request: Asked, experiments: list[Experiment]) -> int:
         for _, experiment in once.values():
             if not is_made_again(experiment):
                 refuse_halves(experiment)
-        for folder, (words, experiment) in once.items():  # only now that none is refused
+        for folder, (words, experiment) in once.items():  # only now that no job has been refused
             move_aside(experiment)
             sweep.jobs.append(Job(words, folder.name, experiment.hash))
         done = [each for _, each in once.values() if RunFolder(each.folder).done]
@@ -129,7 +129,7 @@ def run_sweep(request: Asked, experiments: list[Experiment]) -> int:
             print(f"{len(old)} of {len(sweep.jobs)} jobs were done with other images or code than are there now")
         if same := len(request.jobs) - len(sweep.jobs):
             print(f"{same} of {len(request.jobs)} jobs compute what another one computes: they are run once")
-    for experiment in experiments:  # those too that compute what another one computes
+    for experiment in experiments:  # also those that compute what another one computes
         join(experiment)
     sweep.write()
     done_before = sweep.counts()["done"]
@@ -139,7 +139,7 @@ def run_sweep(request: Asked, experiments: list[Experiment]) -> int:
             hydra_main()
     except KeyboardInterrupt as error:
         stopped = error
-    except Exception as error:  # of the launcher itself: a job's own is in the plan
+    except Exception as error:  # from the launcher itself: a job's own error is in the plan
         _say_failed(error)
     for experiment in experiments:
         join(experiment)
@@ -155,12 +155,13 @@ def run_sweep(request: Asked, experiments: list[Experiment]) -> int:
 
 
 def run_submitted(argv: list[str], folder: Path) -> None:
-    """Carry out, in a process of its own, one job of a sweep that was checked when it was submitted.
+    """Carry out one job of a sweep in a process of its own; it was checked when it was submitted.
 
-    Raises what the run raises, and ConfigError where the job is not what it was then.
+    Raises what the run raises, and ConfigError if the job has changed since.
     """
     from cl_runner.folder import RunFolder
-    from cl_runner.trackers.console import log_to, the_console
+    from cl_runner.logs import log_to
+    from cl_runner.trackers.console import the_console
 
     with log_to(the_console()):
         sys.argv[1:] = in_order(argv)
@@ -175,14 +176,14 @@ def run_submitted(argv: list[str], folder: Path) -> None:
 
 @hydra.main(config_path=str(CONF), config_name="config", version_base=VERSION_BASE)
 def hydra_main(cfg: DictConfig) -> None:
-    """One job."""
+    """Run one job, as Hydra calls it."""
     from cl_runner.job import carry_out
 
     carry_out(check(cfg))
 
 
 def _hydra_run() -> None:
-    """Have Hydra carry out the one job. Raises what the run raises: Hydra would print a line of its own before."""
+    """Have Hydra run the one job. Raises what the run raises, without the line that Hydra would print first."""
     failed: list[Exception] = []
 
     @hydra.main(config_path=str(CONF), config_name="config", version_base=VERSION_BASE)
@@ -199,8 +200,8 @@ def _hydra_run() -> None:
         raise error
 
 
-def _check_sweep(request: Asked, jobs: list[Experiment]) -> None:
-    """What only a sweep has: who asks for the jobs, who launches them, and what they are selected by."""
+def _check_sweep(request: Request, jobs: list[Experiment]) -> None:
+    """Check what only a sweep has: its sweeper, its launcher, and the validation data that a search selects by."""
     sweeper = request.hydra.sweeper._target_
     if sweeper not in (GRID, OPTUNA):
         raise ConfigError("hydra/sweeper", f"expected grid or optuna, got {sweeper}")
@@ -214,8 +215,8 @@ def _check_sweep(request: Asked, jobs: list[Experiment]) -> None:
         )
 
 
-def _say_unused(request: Asked, jobs: list[Experiment]) -> None:
-    """A memory or a Fisher that was chosen, and that no strategy takes."""
+def _say_unused(request: Request, jobs: list[Experiment]) -> None:
+    """Warn of a memory or a Fisher that was chosen but that no strategy uses."""
     for name in ("memory", "fisher"):
         given = any(word.lstrip("+").startswith((f"{name}=", f"{name}.")) for word in request.argv)
         if given and not any(_takes(job.config["strategy"], name) for job in jobs):
@@ -224,9 +225,9 @@ def _say_unused(request: Asked, jobs: list[Experiment]) -> None:
 
 
 def _say_random(jobs: list[Experiment]) -> None:
-    """Random features where a method, or `model.freeze`, would keep what a pretrained backbone brings."""
+    """Warn of random weights where a method, or `model.freeze`, builds on a pretrained backbone."""
     fresh = [job for job in jobs if not job.config["model"].get("pretrained")]
-    names = [called("strategy", job.config["strategy"]) for job in fresh if job.strategy.for_pretrained]
+    names = [display_name("strategy", job.config["strategy"]) for job in fresh if job.strategy.for_pretrained]
     names += ["model.freeze" for job in fresh if "*" in (job.config["model"].get("freeze") or ())]
     if names:
         what = f"random weights, where a pretrained backbone is meant for {', '.join(dict.fromkeys(names))}"
@@ -234,20 +235,20 @@ def _say_random(jobs: list[Experiment]) -> None:
 
 
 def _takes(strategy: dict[str, Any], name: str) -> bool:
-    """Whether the strategy, or one that it is made of, has a component of that name."""
+    """Whether the strategy, or one of its parts, has a component of that name."""
     parts = {key: value for key, value in strategy.items() if isinstance(value, dict)}
     return name in parts or any(_takes(part, name) for part in parts.values())
 
 
 def _say_failed(error: Exception, where: str = "") -> int:
-    """In a line. Returns the exit status."""
+    """Print an error in one line. Returns the exit status."""
     print(f"cl-runner: {in_a_line(error)}{where}", file=sys.stderr)
     return 1
 
 
 def _place(error: Exception) -> str:
-    """Where it came up in code that is not installed: a user's own, for whom a line says more than a type."""
-    if isinstance(error, OSError):  # of a disk
+    """Where an error was raised in code that is not installed (a user's own): the line says more than the type."""
+    if isinstance(error, OSError):  # a disk's fault, not the code's
         return ""
     frames = traceback.extract_tb(error.__traceback__)
     files = {frame.filename for frame in frames if "site-packages" not in frame.filename} - {__file__}

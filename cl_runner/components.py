@@ -1,6 +1,6 @@
-"""From a node of the configuration to a component: held to what its `_target_` takes, then built.
+"""Check a node of the configuration against its `_target_`'s signature, then build the component.
 
-The only place that builds a `_target_`.
+This is the only place that builds a `_target_`.
 """
 
 import importlib
@@ -11,15 +11,17 @@ from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any, get_args, get_origin
 
+import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from cl_runner import CONF
 from cl_runner.errors import ConfigError, did_you_mean, hint, suggestion
-from cl_runner.identity import choice
 
-# A config is not a program: only these may be named by a `_target_`, beside what `plugins` lists.
-ALLOWED = ("cl_runner", "torch.optim", "torchvision", "timm")
+# A config is not a program: a `_target_` may name only these, and what `plugins` lists.
+LIBRARIES = ("torch.optim", "torchvision", "timm")
+ALLOWED = ("cl_runner", *LIBRARIES)
 
-# What each component must be. The scheduler is any callable that takes what a run provides.
+# The base class of each component. The scheduler is any callable that takes what a run provides.
 KINDS = {
     "stream": "cl_runner.streams.recipe.Recipe",
     "model": "cl_runner.models.architecture.Architecture",
@@ -30,7 +32,7 @@ KINDS = {
     "trainer": "cl_runner.trainer.Trainer",
     "tracker": "cl_runner.trackers.base.NullTracker",
 }
-PROVIDED = {"optimizer": {"params"}, "scheduler": {"optimizer", "steps"}}  # arguments that come when a run builds them
+PROVIDED = {"optimizer": {"params"}, "scheduler": {"optimizer", "steps"}}  # arguments that a run passes in
 
 _STRICT = ConfigDict(strict=True, arbitrary_types_allowed=True, allow_inf_nan=False)
 
@@ -38,8 +40,10 @@ _STRICT = ConfigDict(strict=True, arbitrary_types_allowed=True, allow_inf_nan=Fa
 def checked_node(
     path: str, node: dict[str, Any], allowed: Iterable[str], provided: set[str], kind: str | None = None
 ) -> dict[str, Any]:
-    """The node with its values validated against its target's signature; `kind`: what it must be, if its name does
-    not say so."""
+    """The node with its values validated against its target's signature.
+
+    kind: the base class that the target must have, if the node's name does not tell. Raises ConfigError.
+    """
     if "_target_" not in node:
         raise ConfigError(f"{path}._target_", "expected the name of a class or function, got nothing")
     target = imported(node["_target_"], path, tuple(allowed))
@@ -50,7 +54,7 @@ def checked_node(
     known = parameters.keys() - provided
     for key in node:
         if key != "_target_" and key not in known:
-            meant = suggestion(_within(node, key, path, parameters)) or _those_with(key, node["_target_"], kind)
+            meant = suggestion(_within(node, key, path, parameters)) or _choices_with(key, path, kind)
             refuse_unknown(path, [key], known, meant)
     missing = [
         name
@@ -64,6 +68,8 @@ def checked_node(
         key: _checked_value(f"{path}.{key}", value, hints.get(key, Any), allowed) if key != "_target_" else value
         for key, value in node.items()
     }
+    if _is_in(node["_target_"], LIBRARIES):  # an argument that is new in their next version must change no run's hash
+        return checked
     # What a YAML leaves out has its default all the same: the work, and so its hash, are those of the whole YAML.
     left_out = {
         name: parameters[name].default
@@ -74,8 +80,10 @@ def checked_node(
 
 
 def build(node: dict[str, Any], **provided: Any) -> Any:
-    """Call a checked node's `_target_` with its arguments, nodes among them (and in mappings of them) built first;
-    `provided` ones count before the node's."""
+    """Call a checked node's `_target_` with its arguments; nested nodes, also in mappings, are built first.
+
+    `provided` arguments take precedence over the node's.
+    """
 
     def built(value: Any) -> Any:
         if not isinstance(value, dict):
@@ -87,7 +95,7 @@ def build(node: dict[str, Any], **provided: Any) -> Any:
 
 
 def check_plugin(path: str, node: dict[str, Any], package: str) -> None:
-    """Hold a launcher's or sweeper's values to its arguments, and hear what it would refuse itself.
+    """Check a launcher's or sweeper's values against its signature, and build it once for its own checks.
 
     Raises ConfigError.
     """
@@ -96,7 +104,7 @@ def check_plugin(path: str, node: dict[str, Any], package: str) -> None:
 
 def imported(target: Any, path: str = "_target_", allowed: tuple[str, ...] | None = None) -> Any:
     def permitted(name: str) -> bool:
-        return allowed is None or any(name == prefix or name.startswith(prefix + ".") for prefix in allowed)
+        return allowed is None or _is_in(name, allowed)
 
     if not isinstance(target, str):
         raise ConfigError(f"{path}._target_", f"expected the name of a class or function, got {target!r}")
@@ -110,7 +118,7 @@ def imported(target: Any, path: str = "_target_", allowed: tuple[str, ...] | Non
         found = getattr(importlib.import_module(module_name), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(f"{path}._target_", f"expected something importable, got {target!r} ({error})") from None
-    # A permitted module's own imports are not permitted with it.
+    # What a permitted module imports is not permitted with it.
     if not callable(found) or not permitted(getattr(found, "__module__", "") or ""):
         raise ConfigError(
             f"{path}._target_", f"expected a class or function of {', '.join(allowed or ())}, got {target!r}"
@@ -118,8 +126,12 @@ def imported(target: Any, path: str = "_target_", allowed: tuple[str, ...] | Non
     return found
 
 
+def _is_in(name: str, packages: Iterable[str]) -> bool:
+    return any(name == package or name.startswith(f"{package}.") for package in packages)
+
+
 def _within(node: dict[str, Any], key: str, path: str, known: Iterable[str] | None = None) -> Iterator[str]:
-    """Where a key of that name stands deeper in the node: below those of its keys that are `known`; None: all are."""
+    """Paths below the node that end in `key`, searched below the `known` keys only (None: all)."""
     for name, value in node.items():
         if isinstance(value, dict) and (known is None or name in known):
             if key in value:
@@ -127,18 +139,16 @@ def _within(node: dict[str, Any], key: str, path: str, known: Iterable[str] | No
             yield from _within(value, key, f"{path}.{name}")
 
 
-def _those_with(key: str, target: str, kind: str | None) -> str:
-    """What to say of a key that `target` does not take: which others of its kind do."""
-    if kind is None:
-        return ""
-    base, beside = imported(kind), vars(importlib.import_module(target.rpartition(".")[0])).values()
-    others = [other for other in beside if inspect.isclass(other) and issubclass(other, base) and other is not base]
-    names = dict.fromkeys(choice(other.__name__) for other in others if key in inspect.signature(other).parameters)
+def _choices_with(key: str, path: str, kind: str | None) -> str:
+    """A hint that names the choices of the node's group in conf/ that take `key`; empty if none does."""
+    group = next((name for name, its in KINDS.items() if its == kind), path.rpartition(".")[2])
+    nodes = {file.stem: yaml.safe_load(file.read_text()) for file in sorted((CONF / group).glob("*.yaml"))}
+    names = [name for name, node in nodes.items() if key in inspect.signature(imported(node["_target_"])).parameters]
     return f"{', '.join(names)} {'has' if len(names) == 1 else 'have'} it" if names else ""
 
 
 def refuse_unknown(path: str, given: Iterable[str], known: Iterable[str], meant: str = "") -> None:
-    """`meant`: what to say beside it, where that is not for the names alone to tell."""
+    """Raise ConfigError for a key that is not known. `meant`: a better hint than the names alone give."""
     for key in given:
         if key not in known:
             field = f"{path}.{key}" if path else key
@@ -146,8 +156,8 @@ def refuse_unknown(path: str, given: Iterable[str], known: Iterable[str], meant:
 
 
 def one_line(path: str, value: Any, error: ValidationError) -> ConfigError:
-    """One line for pydantic's list of what is wrong with `value`: where, what was expected (of every branch of a
-    union), and what came."""
+    """One line for pydantic's errors about `value`: the field, what was expected (by any branch of a union), and what
+    was given."""
     problems = error.errors()
     place, kind = problems[0]["loc"], problems[0]["type"]
     field = ".".join([*filter(None, [path]), *_on_the_way(value, place)])
@@ -160,7 +170,7 @@ def one_line(path: str, value: Any, error: ValidationError) -> ConfigError:
 
 
 def _on_the_way(value: Any, place: Iterable[int | str]) -> Iterator[str]:
-    """The keys and indices on the way to a place in `value`; pydantic names the branches of unions among them."""
+    """The keys and indices that lead to a place in `value`, without the union branches that pydantic mixes in."""
     for part in place:
         if isinstance(value, dict) if isinstance(part, str) else isinstance(value, list):
             try:
@@ -193,8 +203,8 @@ def _expected(message: str) -> str:
 
 @contextmanager
 def naming(field: str, values: Mapping[str, Any] = MappingProxyType({})):
-    """What a component says against its arguments becomes an error that names it, and of its `values` the one in
-    question, where that can be told ("Invalid learning rate: -1.0", torch says)."""
+    """Turn a component's complaint about its arguments into a ConfigError that names it, and of its `values` the one
+    in question, where the message shows it (torch: "Invalid learning rate: -1.0")."""
     try:
         yield
     except (ValueError, TypeError, AssertionError, RuntimeError) as error:
@@ -217,14 +227,14 @@ def _checked_value(path: str, value: Any, hint: Any, allowed: Iterable[str]) -> 
         return _checked_nodes(path, value, allowed, kind)
     try:
         adapter = TypeAdapter(hint, config=_STRICT)
-        # As JSON a list may stand for a tuple and a string for an enum, and nothing else is converted.
+        # In JSON mode a list may stand for a tuple and a string for an enum; nothing else is converted.
         return adapter.dump_python(adapter.validate_json(json.dumps(value)), mode="json", warnings=False)
     except ValidationError as error:
         raise one_line(path, value, error) from None
 
 
 def _checked_nodes(path: str, nodes: Any, allowed: Iterable[str], kind: str) -> dict[str, Any]:
-    """Components of one kind by names of their own."""
+    """A mapping of names to components of one kind, checked."""
     if not isinstance(nodes, dict):
         raise ConfigError(path, f"expected components by name, got {nodes!r}")
     for name, node in nodes.items():
@@ -238,6 +248,6 @@ def _checked_nodes(path: str, nodes: Any, allowed: Iterable[str], kind: str) -> 
 
 
 def _kind_of(hint: Any) -> str | None:
-    """The entry of KINDS that a type is."""
+    """The entry of KINDS that a type annotation names, if any."""
     name = f"{getattr(hint, '__module__', '')}.{getattr(hint, '__qualname__', '')}"
     return name if name in KINDS.values() else None

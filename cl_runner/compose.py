@@ -1,4 +1,4 @@
-"""From the command line to the configurations that it asks for."""
+"""Compose the configurations that a command line asks for."""
 
 import copy
 import itertools
@@ -18,13 +18,12 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from cl_runner import CONF
 from cl_runner.arguments import refuse_arguments
 from cl_runner.errors import EXPERIMENT_HEAD, ConfigError, did_you_mean
 
-_HERE = Path(__file__).resolve().parent
-CONF = _HERE / "conf" if (_HERE / "conf").is_dir() else _HERE.parent / "conf"
 VERSION_BASE = "1.3" if hydra.__version__ < "1.4" else None
-GRID = "hydra_plugins.cl_runner.sweepers.Grid"  # the sweeper whose jobs are known before the first starts
+GRID = "hydra_plugins.cl_runner.sweepers.Grid"  # the sweeper whose jobs are all known in advance
 _FOLDERS = "expected output_root to say where runs go: a run's folder is named by what it computes"
 BRACKETS = ("()", "[]", "{}")
 RESERVED = {
@@ -35,10 +34,10 @@ NOT_SWEPT = ("output_root", "rerun", "plugins")
 
 
 def in_order(argv: list[str]) -> list[str]:
-    """The command line with its options first: Hydra wants them so, people do not.
+    """The command line with its options first, as Hydra wants them and people do not type them.
 
-    Raises ConfigError for what is neither an option nor an override, and for an option of Hydra's that would make it
-    run another configuration than the one checked.
+    Raises ConfigError for a word that is neither an option nor an override, and for options of Hydra's that would make
+    it run another configuration than the one checked.
     """
     parser = get_args_parser()
     parser.error = lambda message: refuse_arguments(parser, "command line", message)
@@ -46,7 +45,7 @@ def in_order(argv: list[str]) -> list[str]:
     arguments.overrides = [_at_home(word) for word in arguments.overrides]
     for word in arguments.overrides:
         if "=" not in word and not word.startswith("~"):
-            raise ConfigError("command line", f"expected KEY=VALUE, or a command before all else, got {word!r}")
+            raise ConfigError("command line", f"expected KEY=VALUE, or a command as the first word, got {word!r}")
     for option in ("config_name", "config_path", "experimental_rerun"):
         if getattr(arguments, option, None):
             raise ConfigError(
@@ -59,24 +58,24 @@ def in_order(argv: list[str]) -> list[str]:
 
 
 def _added(config_dir: str) -> Path:
-    """The folder that adds to conf/. Raises ConfigError where it is none."""
+    """The folder that adds to conf/. Raises ConfigError if it does not exist."""
     if not Path(config_dir).is_dir():
         raise ConfigError("--config-dir", f"expected a folder, got {config_dir!r}")
     return Path(config_dir)
 
 
 def _at_home(word: str) -> str:
-    """`data_root=~/data`, which a shell leaves as it is, and of which Hydra knows no ~."""
+    """Expand `data_root=~/data`, which neither a shell nor Hydra does."""
     key, equals, value = word.partition("=")
     return f"{key}={Path(value).expanduser()}" if equals and value.startswith("~/") else word
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What a command line asks for: one configuration, or with -m those of a sweep.
+class Request:
+    """A parsed command line: one configuration, or with -m those of a sweep.
 
-    jobs: of each configuration the overrides that ask for it alone, and the configuration itself. Where the sweeper is
-        no grid, they are some of those that it may come to: every choice, and both ends of every interval.
+    jobs: for each configuration, the overrides that select it alone, and the configuration itself. Unless the sweeper
+        is a grid, these are samples of what it may ask for: every choice, and both ends of every interval.
     hydra: Hydra's own part of the configuration: `launcher`, `sweeper`.
     argv: the command line as Hydra takes it.
     """
@@ -88,15 +87,15 @@ class Asked:
 
 
 def compose_jobs(argv: list[str]) -> list[DictConfig]:
-    """Every configuration that a command line (`in_order`) asks for: one, or with -m the product of its sweeps.
+    """Every configuration that a command line (from `in_order`) asks for: one, or with -m the product of its sweeps.
 
     Raises ConfigError for what Hydra itself would refuse.
     """
-    return [cfg for _, cfg in asked(argv).jobs]
+    return [cfg for _, cfg in parse(argv).jobs]
 
 
-def asked(argv: list[str]) -> Asked:
-    """What a command line (`in_order`) asks for.
+def parse(argv: list[str]) -> Request:
+    """Parse a command line (from `in_order`) and compose its configurations.
 
     Raises ConfigError for what Hydra itself would refuse.
     """
@@ -106,12 +105,12 @@ def asked(argv: list[str]) -> Asked:
         words = _Words(search)
         given = words.parsed(arguments.overrides)
         if not arguments.multirun:
-            return _asked_of_a_run(words, given, argv)
-        return _asked_of_a_sweep(words, given, argv)
+            return _single_run(words, given, argv)
+        return _sweep(words, given, argv)
 
 
 def knows_all_keys(argv: list[str]) -> bool:
-    """Whether Hydra itself, which lets no unknown key in, takes a command line (`in_order`)."""
+    """Whether Hydra itself, which refuses unknown keys, accepts a command line (from `in_order`)."""
     arguments = get_args_parser().parse_args(argv)
     with initialize_config_dir(str(CONF), version_base=VERSION_BASE):
         try:
@@ -125,7 +124,7 @@ def _search_path(config_dir: str | None) -> list[str]:
     return [f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"] if config_dir else []
 
 
-def _asked_of_a_run(words: "_Words", given: list[Override], argv: list[str]) -> Asked:
+def _single_run(words: "_Words", given: list[Override], argv: list[str]) -> Request:
     for override in given:
         if override.is_sweep_override():
             key = override.get_key_element()
@@ -136,10 +135,10 @@ def _asked_of_a_run(words: "_Words", given: list[Override], argv: list[str]) -> 
     overrides = [_word(override) for override in given]
     cfg = words.composed(overrides, with_hydra=True)
     own = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
-    return Asked([(overrides, own)], cfg.hydra, words.for_hydra(argv, overrides), sweep=False)
+    return Request([(overrides, own)], cfg.hydra, words.for_hydra(argv, overrides), sweep=False)
 
 
-def _asked_of_a_sweep(words: "_Words", given: list[Override], argv: list[str]) -> Asked:
+def _sweep(words: "_Words", given: list[Override], argv: list[str]) -> Request:
     for override in given:
         if override.is_sweep_override() and (override.is_hydra_override() or override.key_or_group in NOT_SWEPT):
             raise ConfigError(override.key_or_group, "expected one value: it is the same for all jobs of a sweep")
@@ -147,18 +146,18 @@ def _asked_of_a_sweep(words: "_Words", given: list[Override], argv: list[str]) -
     master = words.composed(single, with_hydra=True)
     _refuse_grids_in_a_grid(words, given, single)
     own = words.parsed([f"{key}={value}" for key, value in (master.hydra.sweeper.get("params") or {}).items()])
-    # What is given on the command line replaces what an experiment's own grid says of the same key.
+    # The command line takes precedence over an experiment's own grid, key by key.
     keys = {override.get_key_element(): override for override in (*own, *given) if not override.is_hydra_override()}
     if master.hydra.sweeper._target_ == GRID:
         jobs = list(itertools.product(*(list(_values(override)) for override in keys.values())))
     else:
         jobs = _one_at_a_time([list(_values(override, ends=True)) for override in keys.values()])
     composed = [(list(job), words.of_a_sweep(job)) for job in jobs]
-    return Asked(composed, master.hydra, words.for_hydra(argv, single), sweep=True)
+    return Request(composed, master.hydra, words.for_hydra(argv, single), sweep=True)
 
 
 def _refuse_grids_in_a_grid(words: "_Words", given: list[Override], single: list[str]) -> None:
-    """There is one product only: the grid of an experiment that is itself swept over would silently be left out."""
+    """Refuse a sweep over experiments that hold grids: there is only one product, and theirs would be ignored."""
     for override in given:
         if override.is_choice_sweep() and override.key_or_group == "experiment":
             for word in _values(override):
@@ -171,14 +170,14 @@ def _refuse_grids_in_a_grid(words: "_Words", given: list[Override], single: list
 
 
 def _one_at_a_time(values: list[list[str]]) -> list[list[str]]:
-    """The first value of all, and every other value beside the first ones of the rest."""
+    """The first value of every key; then each other value, with the first ones of the other keys."""
     first = [options[0] for options in values]
     others = ((place, other) for place, options in enumerate(values) for other in options[1:])
     return [first, *([*first[:place], other, *first[place + 1 :]] for place, other in others)]
 
 
 def _values(override: Override, ends: bool = False) -> Iterator[str]:
-    """An override as the single ones that it sweeps over; an interval, where it is allowed, as those of its ends."""
+    """The single overrides that a sweep override stands for; with `ends`, an interval stands for its two ends."""
     key = override.get_key_element()
     if not override.is_sweep_override():
         yield _word(override)
@@ -202,13 +201,13 @@ def _word(override: Override) -> str:
 
 
 class _Words:
-    """Overrides, read and composed. Within `initialize_config_dir` only."""
+    """Parses and composes overrides; only to be used within `initialize_config_dir`."""
 
     def __init__(self, search: list[str]) -> None:
         self._search = search
         self._loader = GlobalHydra.instance().config_loader()
         self._groups = set(self._loader.list_groups(""))
-        self._chosen: dict[tuple[str, ...], DictConfig] = {}  # choices -> what they alone compose to
+        self._chosen: dict[tuple[str, ...], DictConfig] = {}  # choices -> the configuration composed from them alone
 
     def parsed(self, words: Sequence[str]) -> list[Override]:
         try:
@@ -224,11 +223,11 @@ class _Words:
         return overrides
 
     def _quoted(self, words: Sequence[str]) -> str:
-        """How the first word that Hydra cannot read as it stands may be meant."""
+        """A hint on how to quote the first word that Hydra cannot parse; empty if there is none."""
         for word in words:
             key, equals, value = word.partition("=")
             if re.match(r"{|\w+\(", value) or any(value.count(one) != value.count(other) for one, other in BRACKETS):
-                continue  # a mapping or a sweep, or something is left out
+                continue  # a mapping or a sweep, or a bracket is missing
             parts = [part.strip() for part in value.removeprefix("[").removesuffix("]").split(",")]
             meant = f"[{','.join(map(repr, parts))}]" if value.startswith("[") else repr(value)
             if equals and not _is_read(word) and "'" not in value and _is_read(f"{key}={meant}"):
@@ -241,12 +240,12 @@ class _Words:
             raise ConfigError(group, f"expected one of {known}, got {'null' if value is None else value}")
 
     def composed(self, words: Sequence[str], with_hydra: bool = False) -> DictConfig:
-        """The configuration that the words ask for."""
+        """The configuration that the words compose to."""
         return _composed([*self._search, *(self._lenient(word) for word in words)], with_hydra)
 
     def of_a_sweep(self, words: Sequence[str]) -> DictConfig:
-        """The same, for one job of many: Hydra composes each combination of choices once, and values go into a copy
-        of that, as Hydra puts them."""
+        """The same for one job of many, faster: Hydra composes each combination of choices once, and values are set in
+        a copy of the result, as Hydra sets them."""
         values = [word for word in words if self._sets_a_value(word)]
         chosen = tuple(word for word in words if word not in values)
         if any(word.startswith(("+", "~")) for word in chosen):
@@ -258,15 +257,15 @@ class _Words:
             for override in self.parsed(values):
                 OmegaConf.update(cfg, override.key_or_group, override.value(), force_add=True)
         except OmegaConfBaseException:
-            return self.composed(words)  # which says in Hydra's words what is wrong
+            return self.composed(words)  # which reports what is wrong in Hydra's words
         return cfg
 
     def for_hydra(self, argv: list[str], single: list[str]) -> list[str]:
-        """A command line as Hydra takes it.
+        """A command line that Hydra accepts.
 
-        It begins by composing what is not swept over, where `strategy.batch_size=8` beside a sweep over strategies may
-        name a key that the default one does not have, and `trainer.first_task.epochs=3` one below null: such words
-        have to say that they mean it.
+        Hydra first composes what is not swept over. There `strategy.batch_size=8` beside a sweep over strategies may
+        set a key that the default strategy lacks, and `trainer.first_task.epochs=3` a key below null: such words need
+        a ++ in front.
         """
         try:
             _composed([*self._search, *single])
@@ -275,11 +274,11 @@ class _Words:
         return argv
 
     def _lenient(self, word: str) -> str:
-        """An unknown key is let in, for the check to name it together with the nearest valid one."""
+        """The word with unknown keys allowed, so that the check can suggest the nearest valid one."""
         return f"++{word}" if self._sets_a_value(word) else word
 
     def _sets_a_value(self, word: str) -> bool:
-        """Rather than to make a choice, to add or delete something, or to name the folder of --config-dir."""
+        """Whether a word sets a value, rather than makes a choice, adds or deletes something, or names a folder."""
         key, equals, _ = word.partition("=")
         return (
             bool(equals)
@@ -290,9 +289,9 @@ class _Words:
 
 
 def choices(config_dir: str | None = None) -> dict[str, dict[str, str]]:
-    """group -> choice -> what its YAML's first line says of it; with those of --config-dir.
+    """group -> choice -> the description in its YAML's first line; including those of --config-dir.
 
-    Raises ConfigError where that is no folder.
+    Raises ConfigError if that is not a folder.
     """
     found: dict[str, dict[str, str]] = {}
     for root in (CONF, *([_added(config_dir)] if config_dir else [])):
@@ -300,7 +299,7 @@ def choices(config_dir: str | None = None) -> dict[str, dict[str, str]]:
             lines = file.read_text().splitlines()
             first = next((line for line in lines if line.startswith("# ") and "@" not in line), "")
             group = found.setdefault(str(file.parent.relative_to(root)), {})
-            group.setdefault(file.stem, first.removeprefix("# "))  # of two of one name Hydra takes that of conf/
+            group.setdefault(file.stem, first.removeprefix("# "))  # where names clash, Hydra takes the one in conf/
     found["hydra/launcher"]["basic"] = "One job after another, in this process: the default, of Hydra itself"
     return found
 
@@ -336,6 +335,6 @@ def _is_read(word: str) -> bool:
 
 
 def _first_lines(error: Exception) -> str:
-    """With what Hydra has to say where a + was forgotten."""
+    """An error's first two lines, and Hydra's advice if a + was forgotten."""
     lines = [line.strip() for line in str(error).splitlines()]
     return " ".join([*lines[:2], *(line for line in lines[2:] if line.startswith("To append"))])

@@ -1,4 +1,4 @@
-"""From a configuration to a checked experiment: its schema, and all that can be known before data are loaded."""
+"""Turn a configuration into a checked experiment: its schema, and every check that needs no data."""
 
 import importlib.util
 import logging
@@ -34,7 +34,7 @@ from cl_runner.folder import RunFolder
 from cl_runner.identity import ANY_SEED, digest, run_folder
 from cl_runner.ranges import Seed
 
-if TYPE_CHECKING:  # torch takes seconds to import: `--help` and completion do without
+if TYPE_CHECKING:  # torch takes seconds to import; `--help` and completion do without it
     import torch
 
 OmegaConf.register_new_resolver("run_folder", lambda *, _root_: str(run_folder(validated(_root_))), replace=True)
@@ -42,7 +42,7 @@ OmegaConf.register_new_resolver("run_folder_name", lambda *, _root_: run_folder(
 
 log = logging.getLogger("cl_runner")
 COMPONENTS = ("stream", "model", "strategy", "optimizer", "scheduler", "trainer", "tracker")
-NOT_OURS = ("hydra", "published")  # Hydra's own, and what an experiment's file says of published results
+NOT_OURS = ("hydra", "published")  # Hydra's own, and an experiment file's published results
 
 
 def _known_device(name: str) -> str:
@@ -52,7 +52,7 @@ def _known_device(name: str) -> str:
 
 
 class Settings(BaseModel):
-    """The top level of the configuration; the components are checked against what their `_target_` takes."""
+    """The top level of the configuration; components are checked against the signatures of their `_target_`s."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -75,9 +75,11 @@ class Settings(BaseModel):
 
 @dataclass
 class Experiment:
-    """A configuration that has been checked, and its components, built but holding neither data nor a network."""
+    """A checked configuration and its components, which are built but hold neither data nor a network yet."""
 
     config: dict[str, Any]  # plain, validated
+    hash: str  # as it was when the experiment was checked: a file of weights may be replaced during the run
+    folder: Path
     group: str  # hash of everything but the seed
     stream: Any
     model: Any
@@ -94,27 +96,25 @@ class Experiment:
     def make_scheduler(self) -> Callable[..., Any]:
         return partial(build, self.config["scheduler"])
 
-    @property
-    def hash(self) -> str:
-        return digest(self.config)
-
-    @property
-    def folder(self) -> Path:
-        return run_folder(self.config)
-
 
 def check(cfg: DictConfig, tried: list[Any] | None = None) -> Experiment:
-    """Check everything that can be known before data are loaded, unless the run is done, and build the components.
+    """Build the components and, unless the run is done, check everything that can be known before data are loaded.
 
-    `tried`: what earlier jobs of a sweep have shown to fit, which takes a network to be built; this one's is added.
-
-    Raises ConfigError, which names the field.
+    tried: pairs of model and image shape that earlier jobs of a sweep have shown to fit, since testing one takes
+    building a network; this job's is added. Raises ConfigError, which names the field.
     """
     config = validated(cfg)
     built = {name: named(name, partial(build, config[name])) for name in COMPONENTS if name not in PROVIDED}
-    experiment = Experiment(config=config, group=_group(cfg), device=_device(config["device"]), **built)
+    experiment = Experiment(
+        config=config,
+        hash=digest(config),
+        folder=run_folder(config),
+        group=_group(cfg),
+        device=_device(config["device"]),
+        **built,
+    )
     if RunFolder(experiment.folder).done and not config["rerun"]:
-        return experiment  # it is only shown: no data are needed for that, and no optimizer
+        return experiment  # it is only shown, which needs neither data nor an optimizer
     _check_optimizer(experiment)
     _check_output_root(config["output_root"])
     experiment.model.check()
@@ -127,7 +127,7 @@ def check(cfg: DictConfig, tried: list[Any] | None = None) -> Experiment:
 
 
 def validated(cfg: DictConfig) -> dict[str, Any]:
-    """The plain configuration with every value held to its type: 1 and 1.0 become one where a float is meant.
+    """The plain configuration with every value converted to its type, so that 1 and 1.0 are the same float.
 
     Raises ConfigError.
     """
@@ -145,7 +145,7 @@ def validated(cfg: DictConfig) -> dict[str, Any]:
 
 
 def with_valid_settings(cfg: DictConfig) -> dict[str, Any]:
-    """The plain configuration, of which all but the components is checked: no component's module is imported for it.
+    """The plain configuration with everything but the components checked, which imports none of their modules.
 
     Raises ConfigError.
     """
@@ -166,7 +166,7 @@ def with_valid_settings(cfg: DictConfig) -> dict[str, Any]:
 
 
 def _refuse_unknown_fields(plain: dict[str, Any]) -> None:
-    """Of the top level, where `epoch=3` may mean `trainer.epochs=3`."""
+    """Refuse unknown top-level keys, where `epoch=3` may mean `trainer.epochs=3`."""
     places = {field: [field] for field in Settings.model_fields}
     for name, node in plain.items():
         for key in node if isinstance(node, dict) else ():
@@ -180,27 +180,29 @@ def _refuse_unknown_fields(plain: dict[str, Any]) -> None:
 
 
 def _found(plugins: list[str]) -> list[str]:
-    """`plugins`, which may lie where the command is given: a console script, unlike `python -m`, does not look there.
+    """`plugins`, once the working directory is on the path, where a console script, unlike `python -m`, lacks it.
 
-    Raises ConfigError for one that is not there.
+    Raises ConfigError for a plugin that cannot be found.
     """
     if plugins and (here := os.getcwd()) not in sys.path:
         sys.path.append(here)
     for name in plugins:
         if importlib.util.find_spec(name.partition(".")[0]) is None:
-            raise ConfigError("plugins", f"expected packages that can be imported, or lie here, got {name!r}")
+            raise ConfigError(
+                "plugins", f"expected packages that are installed or in the working directory, got {name!r}"
+            )
     return plugins
 
 
 def _group(cfg: DictConfig) -> str:
-    """The hash with the seed replaced before anything is interpolated from it."""
+    """The hash with the seed replaced, also wherever it is interpolated."""
     seedless = cfg.copy()
     seedless.seed = ANY_SEED
     return digest(validated(seedless))
 
 
 def _check_optimizer(experiment: Experiment) -> None:
-    """Let the optimizer and the scheduler say now, on one dummy weight, what they would say later."""
+    """Try the optimizer and the scheduler on a dummy weight, so that they raise now what they would raise later."""
     import torch
 
     first = experiment.config["trainer"].get("first_task") or {}
@@ -216,10 +218,7 @@ def _check_optimizer(experiment: Experiment) -> None:
 
 @cache
 def _warn_of_misspelt_hooks(strategy: type) -> None:
-    """A hook of another name than the base class's is never called, and the method silently is fine-tuning.
-
-    Once for all jobs of a sweep.
-    """
+    """Warn once per process of a hook with a misspelt name, which is never called: the method silently fine-tunes."""
     hooks = dir(imported(KINDS["strategy"]))
     for name in sorted(name for name in set(dir(strategy)).difference(hooks) if not name.startswith("_")):
         if near := did_you_mean(name, [hook for hook in hooks if not hook.startswith("_")], cutoff=0.85):
@@ -228,14 +227,14 @@ def _warn_of_misspelt_hooks(strategy: type) -> None:
 
 def _check_images(experiment: Experiment, tried: list[Any]) -> None:
     shape = experiment.stream.image_shape
-    pair = {**experiment.config["model"], "seed": ANY_SEED}, shape  # the seed draws numbers alone
+    pair = {**experiment.config["model"], "seed": ANY_SEED}, shape  # the seed changes only the random numbers
     if pair not in tried:
         experiment.model.check_images(shape)
         tried.append(pair)
 
 
 def _check_output_root(output_root: str) -> None:
-    """Runs can be written where they are to be written."""
+    """Check that runs can be written to `output_root`."""
     existing = Path(output_root).absolute()
     while not existing.exists():
         existing = existing.parent
@@ -254,7 +253,7 @@ def _check_active_logits(active: str | None, scenario: str) -> None:
 def _device(name: str) -> "torch.device":
     """The device meant by `name`.
 
-    Raises ConfigError where it is not there.
+    Raises ConfigError if this machine does not have it.
     """
     import torch
 

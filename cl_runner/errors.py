@@ -1,4 +1,4 @@
-"""The one error a user is meant to read."""
+"""The error that users are meant to read, and the hints that go with it."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
@@ -7,10 +7,10 @@ EXPERIMENT_HEAD = "an experiment's file has `# @package _global_` as its first l
 
 
 class ConfigError(Exception):
-    """A setting that cannot work: the field that holds it, and what was expected and what came.
+    """A setting that cannot work: its field, what was expected, and what was given.
 
-    Raised before any data is touched, but for what only building can tell; the command line prints it as one line and
-    exits with status 2.
+    Raised before any data is touched, except for what only building a component reveals; the command line prints it as
+    one line and exits with status 2.
     """
 
     def __init__(self, field: str, message: str) -> None:
@@ -19,24 +19,24 @@ class ConfigError(Exception):
 
 
 def in_a_line(error: BaseException) -> str:
-    """Its type and the first line of what it says; of a ConfigError, which says all itself, that alone."""
+    """An error's type and the first line of its message; without the type for a ConfigError."""
     kind = "" if isinstance(error, ConfigError) else f"{type(error).__name__}: "
     return f"{kind}{error}".partition("\n")[0]
 
 
 def missing_extra(field: str, extra: str) -> ConfigError:
-    """Of a choice whose packages are not there."""
+    """The error for a choice whose packages are not installed."""
     return ConfigError(field, f"{extra} needs the extra of that name: pip install '.[{extra}]' where this was cloned")
 
 
 def hint(word: str, known: Iterable[str], most: int = 1) -> str:
-    """What to say of a word that is none of those known: the nearest ones, at most so many, or else all there are."""
+    """A hint for an unknown word: at most `most` of the nearest known ones, or all of them if none is near."""
     known = list(dict.fromkeys(known))
     return did_you_mean(word, known, most) or f"known: {', '.join(known) or 'none'}"
 
 
 def did_you_mean(word: str, known: Iterable[str], most: int = 1, cutoff: float = 0.6) -> str:
-    """The nearest of the known words, at most so many; empty where none is near: as alike as `cutoff`, of 1."""
+    """A hint that names at most `most` of the known words, of a similarity of at least `cutoff`; empty if none is."""
     return suggestion(get_close_matches(word, list(known), most, cutoff))
 
 

@@ -1,4 +1,4 @@
-"""A run's folder: what lies in it, in what state the run is, and how files are written so that none is ever torn."""
+"""A run's folder: its files, the state of its run, and how files are written so that none is ever torn."""
 
 import json
 import logging
@@ -14,26 +14,21 @@ from typing import Any, BinaryIO
 import yaml
 
 from cl_runner.errors import ConfigError
-from cl_runner.lock import Lock
+from cl_runner.lock import LOCK, Lock
 
 log = logging.getLogger("cl_runner")
 
 RESULTS_SCHEMA = 1  # of results.json
-LASTING = ("id", "task", "tasks", "num_tasks", "step")  # what a status keeps when the run goes on
+LASTING = ("id", "task", "tasks", "num_tasks", "step")  # what a status keeps when the run resumes
 DRAFT = re.compile(r"\..+\.\d+")
 
 
-def groups(status: dict[str, Any]) -> list[str]:
-    """Those that a run is one of: that of the command that made it, and of others that came to the same run."""
-    return status.get("groups") or list(filter(None, [status.get("group")]))
-
-
 class CannotWriteError(OSError):
-    """The disk is full, or the folder cannot be written."""
+    """A file or folder cannot be written, because the disk is full, say."""
 
 
 class RunFolder:
-    """The folder of one run. `status.json` is the truth about it, together with the lock that a living run holds."""
+    """The folder of one run. Its `status.json`, with the lock that a living run holds, is the truth about the run."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -45,7 +40,7 @@ class RunFolder:
 
     @property
     def state(self) -> str:
-        """pending, running, done, failed, or killed: it says that it is running and no living process has its lock."""
+        """pending, running, done, failed, or killed: its status says running, but no living process holds its lock."""
         said = self.status.get("state", "pending")
         if said == "done":
             return said if self.done else "pending"
@@ -55,7 +50,7 @@ class RunFolder:
 
     @property
     def held(self) -> dict[str, Any] | None:
-        """{"pid", "host"} of the living process whose run this is; None where there is none."""
+        """{"pid", "host"} of the living process that runs it, or None."""
         return Lock(self.path).holder
 
     @property
@@ -68,9 +63,9 @@ class RunFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Nothing is written but in here, and no other living process can come in.
+        """Hold the folder's lock, which every write to it needs; the folder is created if it is missing.
 
-        Raises FolderInUseError, and CannotWriteError where there can be no such folder.
+        Raises FolderInUseError if another living process holds it, and CannotWriteError if the folder cannot be made.
         """
         lock = Lock(self.path)
         with writing(self.path):
@@ -82,7 +77,7 @@ class RunFolder:
             lock.release()
 
     def start(self, **fields: Any) -> None:
-        """The run begins or goes on: of what was said before, its name and how far it came stay."""
+        """Note that the run starts or resumes; of the earlier status, its id and its progress are kept."""
         self._remove_drafts()
         kept = {key: value for key, value in self.status.items() if key in LASTING}
         now = time.time()
@@ -94,17 +89,17 @@ class RunFolder:
             write_atomically(self.path / "status.json", json.dumps({**self.status, **fields}, indent=2))
 
     def beat(self, **fields: Any) -> None:
-        """A sign of life. A disk that is full is no matter here: the run itself will meet it, if it lasts."""
+        """Write a sign of life. A full disk is ignored here: the run itself will hit it, if it lasts."""
         with suppress(CannotWriteError):
             self.update_status(heartbeat=time.time(), **fields)
 
     def stop(self, why: str) -> None:
-        """The run was told to stop, and waits to go on."""
+        """Note that the run was told to stop, and can be resumed."""
         log.debug("stopped by %s", why)
         self.update_status(state="pending", stopped=why, heartbeat=time.time())
 
     def fail(self, error: BaseException, trace: str) -> None:
-        """Leave word of what ended the run, as far as that can be written; its traceback is in `run.log` too."""
+        """Note what ended the run, if that can be written; the traceback is in `run.log` too."""
         log.debug("%s", trace)
         with suppress(CannotWriteError):
             self.update_status(state="failed", error=f"{type(error).__name__}: {error}", traceback=trace)
@@ -113,35 +108,39 @@ class RunFolder:
         """The resolved configuration, as YAML."""
         write_atomically(self.path / "config.yaml", yaml.safe_dump(config, sort_keys=False))
 
-    def move_aside(self) -> Path:
+    def move_aside(self) -> Path | None:
         """Rename the folder, contents and all, to the first free `<name>.<n>`.
 
-        Raises FolderInUseError.
+        Returns the new path, or None where there is nothing to keep. Raises FolderInUseError.
         """
-        number = 1
-        while (target := self.path.with_name(f"{self.path.name}.{number}")).exists():
-            number += 1
+        if not self.path.exists():
+            return None
         with self.locked():
+            if all(path.name == LOCK for path in self.path.iterdir()):  # another process moved it just now
+                return None
+            number = 1
+            while (target := self.path.with_name(f"{self.path.name}.{number}")).exists():
+                number += 1
             self.path.rename(target)
             Lock(target).path.unlink()
         return target
 
     def _remove_drafts(self) -> None:
-        """What a killed process was writing; no living one is."""
+        """Remove what a killed process was writing; no living process is, since the lock is held."""
         for draft in (*self.path.glob(".*"), *self.path.glob("checkpoint/.*")):
             if DRAFT.fullmatch(draft.name):
                 draft.unlink()
 
 
 def moved_aside(path: Path) -> bool:
-    """Whether a run's folder is that of an earlier run of the same work, kept by rerun=true."""
+    """Whether a run's folder is one that was kept when the run was made again."""
     return path.suffix[1:].isdigit() and path.with_suffix("").is_dir()
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """What the file holds; nothing where there is none.
+    """The file's content, or {} if there is no file.
 
-    Raises ConfigError where something has damaged it: what this project writes is never torn.
+    Raises ConfigError if it is damaged from outside: what this project writes is never torn.
     """
     if not path.exists():
         return {}
@@ -150,16 +149,14 @@ def read_json(path: Path) -> dict[str, Any]:
     except ValueError:
         content = None
     if not isinstance(content, dict):
-        raise ConfigError(
-            str(path), "expected JSON, and is damaged; without it the same command goes on or runs it again"
-        )
+        raise ConfigError(str(path), "expected JSON, got a damaged file; delete it and give the same command again")
     return content
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Replace the file in one motion: a reader sees the old content or the new, whatever happens meanwhile.
+    """Replace the file atomically: a reader sees either the old content or the new, whatever happens.
 
-    Raises CannotWriteError, and leaves the file as it was.
+    Raises CannotWriteError, and then leaves the file as it was.
     """
     with replacing(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
@@ -167,9 +164,9 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 @contextmanager
 def replacing(path: Path, keep: Path | None = None) -> Iterator[BinaryIO]:
-    """A file whose content takes `path`'s place in one motion, once all of it is on disk.
+    """A file that atomically replaces `path` once all of it is on disk.
 
-    `keep`: where what was in the place goes. Raises CannotWriteError, and leaves the file as it was.
+    `keep`: where to move the previous file. Raises CannotWriteError, and then leaves the file as it was.
     """
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     with writing(path):
@@ -190,7 +187,7 @@ def replacing(path: Path, keep: Path | None = None) -> Iterator[BinaryIO]:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Whatever the operating system has against it becomes a CannotWriteError that names the path and the reason."""
+    """Turn an OSError into a CannotWriteError that names the path and the reason."""
     try:
         yield
     except OSError as error:
@@ -200,7 +197,7 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def _sync_folder(folder: Path) -> None:
-    """A new name is on disk only once its folder is."""
+    """Sync the folder: a new name is on disk only once its folder is."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

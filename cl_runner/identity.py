@@ -1,4 +1,4 @@
-"""What a run is called: the hash of what it computes, and its folder."""
+"""What identifies a run: the hash of what it computes, its folder, and its name."""
 
 import hashlib
 import importlib.util
@@ -8,14 +8,14 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-# Where and how a run is carried out and watched, not what it computes.
-CONDUCT = ("device", "data_root", "output_root", "rerun", "tracker", "trainer.log_every", "trainer.checkpoint_every")
-CONDUCT += ("trainer.checkpoint_seconds", "trainer.keep_checkpoint", "stream.download", "stream.max_device_gb")
-NOT_HASHED = (*CONDUCT, "fisher", "memory")  # these two count in the strategy that takes them
-ORDERED = (("strategy", "parts"), ("model", "key_map"))  # mappings whose order is part of what they say
-ANY_SEED = 2**31 - 1  # stands for the seed where runs that differ in nothing else are one group
+# How a run is executed and tracked, which does not change what it computes.
+EXECUTION = ("device", "data_root", "output_root", "rerun", "tracker", "trainer.log_every", "trainer.checkpoint_every")
+EXECUTION += ("trainer.checkpoint_seconds", "trainer.keep_checkpoint", "stream.download", "stream.max_device_gb")
+NOT_HASHED = (*EXECUTION, "fisher", "memory")  # these two are hashed as parts of the strategy that takes them
+ORDERED = (("strategy", "parts"), ("model", "key_map"))  # mappings whose order matters
+ANY_SEED = 2**31 - 1  # takes the seed's place in the hash of a group, whose runs differ in nothing else
 
-# Classes whose name in lower case is not what their choice in conf/ is called.
+# Classes whose choice in conf/ is not their name in lower case.
 CHOICES = {
     "ClassBalanced": "class_balanced",
     "CODAPrompt": "coda_prompt",
@@ -25,24 +25,24 @@ CHOICES = {
 
 
 def run_folder(config: dict[str, Any]) -> Path:
-    """Where a validated configuration's run lies: the same for the same work, whenever it is asked for."""
+    """The folder of a validated configuration's run: the same for the same work."""
     return Path(config["output_root"]) / f"{label(config)}-s{config['seed']}-{digest(config)}"
 
 
 def label(config: dict[str, Any]) -> str:
-    """Strategy, stream and model, readable."""
+    """Strategy, stream and model, as the folder's readable prefix."""
     return "-".join(parts(config))
 
 
 def parts(config: dict[str, Any]) -> tuple[str, str, str]:
     """Strategy, stream and model, e.g. ("ewc", "split_cifar100", "resnet18")."""
-    strategy, stream, model = (called(key, config[key]) for key in ("strategy", "stream", "model"))
+    strategy, stream, model = (display_name(key, config[key]) for key in ("strategy", "stream", "model"))
     return strategy, stream, model
 
 
-def called(key: str, component: dict[str, Any]) -> str:
-    """What a component of the configuration goes by: as its choice in conf/ is called (a preset, as `online_ewc`, as
-    its class's is), or by its own name."""
+def display_name(key: str, component: dict[str, Any]) -> str:
+    """A component's `name`, or else the choice in conf/ of its class (so `ewc` for the preset `online_ewc`); a stream
+    has both."""
     kind, name = choice(component["_target_"].rpartition(".")[2]), str(component.get("name") or "")
     if key == "stream":
         return f"{kind}_{name}" if name else kind
@@ -55,18 +55,18 @@ def choice(class_name: str) -> str:
 
 def digest(config: dict[str, Any]) -> str:
     """Eight hex digits of what a run computes."""
-    plain = counted(config)
+    plain = hashed_part(config)
     for parent, key in ORDERED:
         if isinstance(plain[parent].get(key), dict):
             plain[parent][key] = [*plain[parent][key].items()]
     weights = Path(str(plain["model"].get("pretrained"))).expanduser()
-    if weights.is_file():  # what is in the file counts, not where it lies
+    if weights.is_file():  # the file's content counts, not its path
         plain["model"]["pretrained"] = _file_digest(weights, weights.stat().st_mtime_ns)
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:8]
 
 
-def counted(config: dict[str, Any]) -> dict[str, Any]:
-    """A copy of a configuration, as far as it changes the numbers; it need not be whole."""
+def hashed_part(config: dict[str, Any]) -> dict[str, Any]:
+    """A copy of the part of a configuration that changes the numbers; the configuration need not be complete."""
     plain = json.loads(json.dumps(config))
     for path in (*NOT_HASHED, "trainer.epochs" if plain.get("trainer", {}).get("iterations") else "trainer.iterations"):
         parent, _, key = path.rpartition(".")
@@ -74,9 +74,9 @@ def counted(config: dict[str, Any]) -> dict[str, Any]:
     return plain
 
 
-def sources(plugins: Sequence[str]) -> dict[str, str]:
-    """plugin -> eight hex digits of its source: no part of a run's hash, since most of what changes in a package of
-    methods changes nothing of the others."""
+def plugin_digests(plugins: Sequence[str]) -> dict[str, str]:
+    """plugin -> eight hex digits of its source. They are no part of a run's hash, since most changes to a package of
+    methods leave the other methods as they were."""
     found = {}
     for name in plugins:
         spec = importlib.util.find_spec(name)
@@ -90,6 +90,6 @@ def sources(plugins: Sequence[str]) -> dict[str, str]:
 
 @lru_cache
 def _file_digest(path: Path, changed: int) -> str:
-    """`changed` is only there so that a file is read again when it is another."""
+    """`changed`, the time of change, makes the cache miss when the file was replaced."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

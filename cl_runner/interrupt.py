@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: heard at once, heeded where everything that was done is saved."""
+"""Signals that ask a run to stop: noted at once, obeyed once everything done so far is saved."""
 
 import signal
 import threading
@@ -8,16 +8,16 @@ from types import FrameType
 from typing import Any
 
 STOPPING = ("SIGTERM", "SIGUSR2", "SIGINT", "SIGHUP")  # those of them that the platform has
-PLAIN = (signal.SIG_DFL, signal.default_int_handler)  # handlers that end the process, as nobody else's
+PLAIN = (signal.SIG_DFL, signal.default_int_handler)  # handlers that end the process: nobody installed one of their own
 
 
 def same_command(rerun: bool) -> str:
-    """By which what was stopped goes on: `rerun=true` would move it aside."""
+    """What to call the command that resumes a stopped run: with `rerun=true` it would start over."""
     return f"the same command{' without rerun=true' if rerun else ''}"
 
 
 class Stopped(KeyboardInterrupt):
-    """The run has stopped because it was told to, and can go on. `status`: what the process is to exit with."""
+    """The run was told to stop, and can be resumed. `status`: the process's exit status."""
 
     def __init__(self, name: str, command: str, place: str) -> None:
         super().__init__(f"stopped; {command} {place}")
@@ -26,28 +26,28 @@ class Stopped(KeyboardInterrupt):
 
 
 class Interrupt:
-    """What signals have asked of a run.
+    """Handles the signals that ask a run to stop.
 
-    In the body of `deferred` a signal is only noted, and `soon` called; elsewhere it ends the run on the spot, as far
-    as the last checkpoint. A second Ctrl-C always does.
+    In the body of `deferred` a signal is only noted, and `soon` is called; elsewhere it ends the run on the spot, which
+    then resumes from the last checkpoint. A second Ctrl-C always does.
 
-    SIGTERM that another handler than Python's own takes care of announces what is to come, no more: that handler is
-    called once the run is saved, and if it returns the run goes on. (submitit's: a job is requeued on SIGUSR2.)
+    Where SIGTERM has a handler other than Python's own, it only announces what is to come: that handler is called once
+    the run is saved, and if it returns the run goes on. (submitit's does: it requeues a job on SIGUSR2.)
     """
 
     def __init__(self, rerun: bool = False) -> None:
-        """`rerun`: the command that is to be given again asks for all to be done anew."""
+        """`rerun`: whether the command has rerun=true, which must go before it is given again."""
         self.command = same_command(rerun)
-        self.asked: str | None = None  # the signal that is not yet heeded
+        self.asked: str | None = None  # the signal that is yet to be obeyed
         self.stopping: str | None = None  # the signal that is ending the run
-        self.place = "begins anew"  # where a run that is stopped now goes on, as far as the last checkpoint
+        self.place = "begins anew"  # where a run that is stopped now would resume
         self.soon: Callable[[], None] = lambda: None
         self._deferred = 0
         self._before: dict[str, Any] = {}  # signal -> the handler found
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Handlers are in place inside, if this is the main thread: no other can have any. Ignored signals stay so."""
+        """Install the handlers for the body, in the main thread only (no other can); ignored signals stay ignored."""
         if threading.current_thread() is threading.main_thread():
             for name in filter(lambda name: hasattr(signal, name), STOPPING):
                 before = signal.getsignal(getattr(signal, name))
@@ -62,7 +62,7 @@ class Interrupt:
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """Signals wait inside; nobody but `heed` looks at them afterwards."""
+        """Defer signals for the body; after it, only `heed` acts on them."""
         self._deferred += 1
         try:
             yield
@@ -70,7 +70,7 @@ class Interrupt:
             self._deferred -= 1
 
     def heed(self) -> None:
-        """All is saved: stop, if that was asked for.
+        """Stop, if that was asked for; all is saved.
 
         Raises Stopped.
         """
@@ -79,7 +79,7 @@ class Interrupt:
             self._obey(name)
 
     def hand_on(self, stopped: Stopped) -> None:
-        """Nothing of the run is left in this process: let the handler act that was there before, a launcher's."""
+        """Call the handler that was there before, a launcher's, now that nothing of the run is left in this process."""
         before = self._before.get(stopped.name, signal.SIG_DFL)
         if before not in PLAIN:
             before(signal.Signals[stopped.name], None)

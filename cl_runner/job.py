@@ -1,38 +1,37 @@
-"""One job of the command line: its experiment, carried out in its folder."""
+"""One job: run an experiment in its folder, and record how it ended."""
 
 import gc
 import os
-import shlex
 import shutil
 import signal
 import socket
-import sys
 import traceback
 from typing import Any
 
-from cl_runner.asked_again import shown_if_done
 from cl_runner.checkpoint import FOLDER as CHECKPOINTS
-from cl_runner.clock import environment
 from cl_runner.config import Experiment
+from cl_runner.environment import environment
 from cl_runner.errors import ConfigError
 from cl_runner.folder import RunFolder
-from cl_runner.identity import sources
+from cl_runner.identity import plugin_digests
 from cl_runner.interrupt import Interrupt, Stopped
+from cl_runner.logs import log_file, log_to
+from cl_runner.rerun import shown_if_done
 from cl_runner.run import run
-from cl_runner.sweep import place_of
-from cl_runner.trackers.console import Console, log_file, log_to, the_console
+from cl_runner.sweep import place_of, this_command
+from cl_runner.trackers.console import Console, the_console
 
 
 def carry_out(experiment: Experiment) -> float | None:
-    """Run an experiment in its folder, and leave word of how it ended.
+    """Run an experiment in its folder, and record how it ended.
 
-    Returns its accuracy on the validation splits, or on the test splits where there are none. Raises what the run
-    raises; FolderInUseError where another process is at it; Stopped where a signal ended it and no launcher took over.
+    Returns its accuracy on the validation splits, or on the test splits if there are none. Raises what the run raises;
+    FolderInUseError if another process is running it; Stopped if a signal ended it and no launcher took over.
     """
     folder, interrupt = RunFolder(experiment.folder), Interrupt(experiment.config["rerun"])
     if shown_if_done(experiment):
         return _outcome(folder.results)
-    gc.collect()  # an earlier job's model, which lies in cycles: Python knows nothing of a GPU's memory
+    gc.collect()  # frees an earlier job's model, which is in cycles: a full GPU does not trigger it
     try:
         with folder.locked(), interrupt.listening():
             outcome = _outcome(_carried_out(experiment, folder, interrupt))
@@ -40,26 +39,26 @@ def carry_out(experiment: Experiment) -> float | None:
         interrupt.hand_on(stopped)
         raise
     if interrupt.asked is not None:
-        # There was nothing left to stop here: it is for what comes next, a sweep's job.
+        # There was nothing left to stop here: the signal is for whatever comes next, such as a sweep's next job.
         signal.raise_signal(signal.Signals[interrupt.asked])
     return outcome
 
 
 def _carried_out(experiment: Experiment, folder: RunFolder, interrupt: Interrupt) -> dict[str, Any]:
-    if folder.done:  # by another process, since it was asked
+    if folder.done:  # by another process, since the check above
         return folder.results
     new = not folder.status
     if (folder.path / CHECKPOINTS).exists():
-        interrupt.place = "goes on where it was saved"  # until it has been read, and the place is known
+        interrupt.place = "goes on where it was saved"  # until the checkpoint has been read, and the place is known
     folder.write_config(experiment.config)
     folder.start(
         hash=experiment.hash,
-        group=experiment.group,
+        groups=[experiment.group],
         pid=os.getpid(),
         host=socket.gethostname(),
-        command=shlex.join(["cl-runner", *sys.argv[1:]]),
+        command=this_command(),
         images=experiment.stream.contents(experiment.config["data_root"]),
-        code=sources(experiment.config["plugins"]),
+        code=plugin_digests(experiment.config["plugins"]),
         environment=environment(experiment.device),
     )
     console = the_console()
@@ -71,7 +70,7 @@ def _carried_out(experiment: Experiment, folder: RunFolder, interrupt: Interrupt
             if interrupt.stopping is not None:
                 folder.stop(interrupt.stopping)
             elif new and isinstance(error, ConfigError):
-                shutil.rmtree(folder.path)  # nothing was begun in it
+                shutil.rmtree(folder.path)  # the run never began
             else:
                 folder.fail(error, traceback.format_exc())
             raise

@@ -1,4 +1,4 @@
-"""Jobs in processes of their own: on this machine, on SLURM, on a Ray cluster."""
+"""Run jobs in processes of their own: on this machine, on SLURM, on a Ray cluster."""
 
 import os
 import pickle
@@ -19,19 +19,19 @@ from cl_runner.errors import in_a_line
 from cl_runner.folder import RunFolder
 from cl_runner.sweep import LOGS
 
-POLL = 0.2  # seconds between two looks at the jobs that run
-PATIENCE = 60.0  # seconds that jobs are given to save themselves when a sweep is stopped
-FOREVER = 60 * 24 * 3650  # minutes; submitit wants a limit
+POLL = 0.2  # seconds between two checks of the running jobs
+PATIENCE = 60.0  # seconds that jobs get to save themselves when a sweep is stopped
+FOREVER = 60 * 24 * 3650  # minutes; submitit requires a limit
 
 
 @dataclass
 class Worker:
-    """One job, carried out in another process. A call says in a line what went wrong, if anything did.
+    """One job, carried out in another process. A call returns what went wrong, in one line, or None.
 
-    argv: the command line that asks for this job alone. folder: where its run lay when the job was submitted.
-    differs: in what from the sweep's other jobs, for people. environment: set before anything heavy is imported.
-    log: where to print, if not where the process prints anyway. sigterm_stops: whether SIGTERM ends the run once it is
-    saved; on SLURM it only announces what comes.
+    argv: the command line of this job alone. folder: its run's folder as of submission. differs: the words that tell it
+    from the sweep's other jobs, for people. environment: variables set before anything heavy is imported.
+    log: a file to print to, instead of the process's stdout. sigterm_stops: whether SIGTERM ends the run once it is
+    saved; on SLURM it only announces what is to come.
     """
 
     argv: list[str]
@@ -61,14 +61,14 @@ class Worker:
         return None
 
     def checkpoint(self) -> Any:
-        """What submitit is to call when the job was preempted: the same again, for a run goes on from where it was."""
+        """What submitit calls when the job was preempted: submit the same again, since a run resumes where it was."""
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self)
 
 
 class Pool(Protocol):
-    """Where workers run. What `submit` gives is asked for by the others.
+    """Where workers run. `submit` returns a job, which the other methods take.
 
     outlives: whether the jobs go on when this process ends.
     """
@@ -80,19 +80,19 @@ class Pool(Protocol):
     def over(self, job: Any) -> bool: ...
 
     def result(self, job: Any) -> str | None:
-        """What the worker returned; None too where its process died."""
+        """What the worker returned; also None if its process died."""
         ...
 
     def stop(self, job: Any) -> None:
-        """Have the job save itself and end."""
+        """Tell the job to save itself and end."""
         ...
 
 
 def carry_out(workers: Sequence[Worker], pool: Pool, at_once: int) -> list[str | None]:
-    """Run all workers, at most `at_once` of them at any time. One that fails or dies does not stop the others.
+    """Run all workers, at most `at_once` at a time. One that fails or dies does not stop the others.
 
-    Returns what each had to say. KeyboardInterrupt stops those that run, and comes through when they have ended. Where
-    nobody else would wait for them, SIGTERM and a terminal that is closed (SIGHUP) are one too.
+    Returns what each of them returned. KeyboardInterrupt stops those that are running, and is raised again when they
+    have ended. Unless the jobs outlive this process, SIGTERM and a closed terminal (SIGHUP) do the same.
     """
     waiting, free = deque(enumerate(workers)), deque(range(at_once))
     running: dict[int, tuple[int, Any]] = {}  # slot -> number of the worker, its job
@@ -120,7 +120,7 @@ def carry_out(workers: Sequence[Worker], pool: Pool, at_once: int) -> list[str |
 
 @contextmanager
 def _handling(handler: Any, *numbers: signal.Signals) -> Iterator[None]:
-    """With another handler inside; what is ignored stays so (`nohup`)."""
+    """Handle signals with `handler` in the body; ignored ones stay ignored (`nohup`)."""
     before = {number: signal.getsignal(number) for number in numbers}
     heard = {number: found for number, found in before.items() if found is not signal.SIG_IGN}
     for number in heard:
@@ -142,7 +142,7 @@ def _stop(jobs: list[Any], pool: Pool) -> None:
 
 
 def _state(worker: Worker, result: str | None) -> str:
-    """Of a worker that has ended."""
+    """The state of a worker's job, once it has ended."""
     if result is not None:
         return "failed"
     return RunFolder(worker.folder).state if worker.folder.exists() else "killed"
@@ -164,7 +164,7 @@ def _printing_to(path: Path | None) -> Iterator[None]:
 
 
 def _pickled(path: Path) -> str | None:
-    """What a worker of submitit's returned. It may not have come to that."""
+    """What a submitit worker returned; None if it never got that far."""
     if not path.exists():
         return None
     _, result = pickle.loads(path.read_bytes())
@@ -172,9 +172,9 @@ def _pickled(path: Path) -> str | None:
 
 
 def slots(gpus: Sequence[str], cores: int, at_once: int, per_gpu: int, threads: int | None) -> list[dict[str, str]]:
-    """The environment of each of the jobs that run at once on this machine: GPUs in turn, cores shared out.
+    """The environment of each job that runs at the same time on this machine: GPUs in turn, cores shared equally.
 
-    gpus: as CUDA_VISIBLE_DEVICES names them. at_once: so many, but no more than the GPUs take.
+    gpus: by the names that CUDA_VISIBLE_DEVICES takes. at_once: how many jobs, but no more than the GPUs take.
     """
     many = min(at_once, len(gpus) * per_gpu) if gpus else at_once
     # submitit hides every GPU from a job that did not ask it for one.
@@ -188,7 +188,7 @@ def slots(gpus: Sequence[str], cores: int, at_once: int, per_gpu: int, threads: 
 class Local:
     """Processes on this machine, by submitit's local executor.
 
-    environments: of each slot, what its workers find in the environment beside what is there anyway.
+    environments: for each slot, the environment variables that its workers get in addition to this process's.
     """
 
     outlives = False
@@ -203,8 +203,8 @@ class Local:
         worker.environment = self._environments[slot]
         executor = LocalExecutor(_logs(worker), max_num_timeout=1000)
         executor.update_parameters(**self._limits, stderr_to_stdout=True)
-        # A terminal's signals reach all that run in it: we hear them, and stop the workers one by one. submitit would
-        # kill a worker a second after Ctrl-C, saved or not.
+        # A terminal's signals reach all of its processes. We handle them here and stop the workers one by one, since
+        # submitit would kill a worker a second after Ctrl-C, saved or not.
         with _handling(signal.SIG_IGN, signal.SIGINT, signal.SIGHUP):
             return executor.submit(worker)
 
@@ -215,14 +215,14 @@ class Local:
         return _pickled(job.paths.result_pickle)
 
     def stop(self, job: Any) -> None:
-        os.kill(int(job.job_id), signal.SIGTERM)  # submitit's controller, which hands it on
+        os.kill(int(job.job_id), signal.SIGTERM)  # submitit's controller, which passes it on
 
 
 class Slurm:
     """Jobs of a SLURM cluster, submitted by submitit.
 
-    The queue itself tells which of them are over: accounting may be off, and a job that was killed says nothing.
-    A job that is in the queue already, from an earlier time that the sweep was started, is waited for.
+    The queue tells which jobs have ended: accounting may be off, and a killed job leaves no word. A job that is already
+    in the queue, from an earlier start of the sweep, is waited for.
     """
 
     outlives = True
@@ -257,7 +257,7 @@ class Slurm:
         return _pickled(job.paths.result_pickle)
 
     def stop(self, job: Any) -> None:
-        for how in ("--state=PENDING", "--signal=INT"):  # a run that hears the latter saves itself and ends
+        for how in ("--state=PENDING", "--signal=INT"):  # on the latter, a run saves itself and ends
             subprocess.run(["scancel", how, job.job_id], capture_output=True, check=False)
 
     def _look(self) -> None:
@@ -266,20 +266,20 @@ class Slurm:
         command = ["squeue", "--noheader", f"--user={getuser()}", "--format=%i|%j|%k"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         self._looked = time.monotonic()
-        if done.returncode == 0:  # a controller that does not answer now may do so the next time
+        if done.returncode == 0:  # a controller that does not answer now may answer next time
             rows = [line.split("|", 2) for line in done.stdout.splitlines()]
             self._queue = {job_id: (name, comment) for job_id, name, comment in rows}
 
 
 class Ray:
-    """Tasks on a Ray cluster, or on one that is started on this machine for the sweep's time."""
+    """Tasks on a Ray cluster, or on one started on this machine for the duration of the sweep."""
 
-    outlives = False  # Ray ends the tasks of a process that is gone
+    outlives = False  # Ray ends the tasks of a process that has ended
 
     def __init__(self, address: str | None, cpus: float, gpus: float, retries: int) -> None:
         self._ray = ray = import_module("ray")
         ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level="warning")
-        # A process a job: what one run leaves behind in its process is no matter of the next.
+        # One process per job, so that no run inherits what another has left in its process.
         options = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=retries, max_calls=1)
         self._task = options(lambda worker: worker())
 

@@ -1,4 +1,4 @@
-"""`cl-runner list`: everything there is to choose from."""
+"""`cl-runner list`: list every choice."""
 
 from cl_runner.arguments import Parser
 from cl_runner.compose import choices
@@ -6,9 +6,9 @@ from cl_runner.errors import ConfigError, hint
 
 
 def main(argv: list[str]) -> int:
-    """Print every choice of every group, or of those named, a line each. Returns the exit status.
+    """Print every choice of every group, or of those named, one per line. Returns the exit status.
 
-    Raises ConfigError for a group, or a folder of --config-dir, that is not there.
+    Raises ConfigError for an unknown group or a --config-dir that is not a folder.
     """
     asked = parser().parse_args(argv)
     found = choices(asked.config_dir)
@@ -25,7 +25,7 @@ def main(argv: list[str]) -> int:
 
 
 def parser() -> Parser:
-    parser = Parser(prog="cl-runner list", description="Say everything there is to choose from, a line each.")
+    parser = Parser(prog="cl-runner list", description="List every choice, one per line.")
     parser.add_argument("groups", nargs="*", metavar="GROUP", help="e.g. strategy fisher; none: all")
     parser.add_argument("--config-dir", "-cd", metavar="DIR", help="a folder of yours that adds to conf/")
     return parser

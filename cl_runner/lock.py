@@ -1,4 +1,4 @@
-"""A folder's lock: one living process at a time, and a dead one is nobody."""
+"""A folder's lock, held by one living process at a time; a dead process holds none."""
 
 import errno
 import fcntl
@@ -14,11 +14,11 @@ from cl_runner.errors import ConfigError
 
 LOCK = "lock"
 TAKEN = (errno.EACCES, errno.EAGAIN)
-PATIENCE = 0.5  # seconds; whoever asks who holds a lock has it for some microseconds
+PATIENCE = 0.5  # seconds; a process that only asks who holds the lock takes it for some microseconds
 
 
 class FolderInUseError(ConfigError):
-    """Another living process has the folder: `holder`, as far as it has said who it is."""
+    """Another living process holds the folder: `holder`, as far as it has written who it is."""
 
     def __init__(self, folder: Path, holder: dict[str, Any]) -> None:
         who = f"process {holder.get('pid', '?')} on {holder.get('host', 'a host that it has not named')}"
@@ -26,13 +26,13 @@ class FolderInUseError(ConfigError):
 
 
 class Lock:
-    """The file `lock` in a folder, locked in the kernel as long as this process has it, with its id and host in it.
+    """The file `lock` in a folder, locked in the kernel while this process holds it, with its id and host in it.
 
-    A POSIX lock: gone with its process however that ends, not inherited by children, and seen by other hosts on a
-    shared disk. Closing any descriptor of the file would release it, so what this process holds is never opened again.
+    It is a POSIX lock: released when its process ends, however that happens, not inherited by children, and visible to
+    other hosts on a shared disk. Closing any descriptor of the file releases it, so a process never reopens its own.
     """
 
-    _own: ClassVar[dict[str, int]] = {}  # path -> the process that holds it: a forked child has the dict, not the lock
+    _own: ClassVar[dict[str, int]] = {}  # path -> its holder's id: a forked child inherits the dict, but not the lock
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / LOCK
@@ -40,7 +40,7 @@ class Lock:
         self._file: int | None = None
 
     def acquire(self) -> None:
-        """Raises FolderInUseError, which says by whom, and OSError where no such file can be written."""
+        """Take the lock. Raises FolderInUseError, which names the holder, or OSError if the file cannot be written."""
         patient_until = time.monotonic() + PATIENCE
         while (file := self._locked()) is None:
             if (holder := self.holder) is not None and time.monotonic() > patient_until:
@@ -56,19 +56,19 @@ class Lock:
             raise
 
     def release(self) -> None:
-        """Leave no file behind."""
+        """Release the lock and remove its file."""
         if self._file is None:
             return
         with suppress(OSError):
-            if os.path.samestat(os.fstat(self._file), self.path.stat()):  # the folder may have been moved aside since
-                self.path.unlink()  # while it is locked: whoever has opened it sees that it is gone
+            if os.path.samestat(os.fstat(self._file), self.path.stat()):  # the folder may have been moved since
+                self.path.unlink()  # before unlocking, so that whoever has opened it finds it gone
         os.close(self._file)
         self._file = None
         self._own.pop(self._key, None)
 
     @property
     def holder(self) -> dict[str, Any] | None:
-        """{"pid", "host"} of the living process that holds it; None where none does."""
+        """{"pid", "host"} of the living process that holds it, or None."""
         if self._own.get(self._key) == os.getpid():
             return _here()
         with suppress(OSError), self.path.open() as file:
@@ -80,7 +80,7 @@ class Lock:
         return None
 
     def _locked(self) -> int | None:
-        """A descriptor of the file, locked; None where another has it, or it was removed while it was being locked."""
+        """A locked descriptor of the file; None if another process holds it, or if it was removed in the meantime."""
         if self._own.get(self._key) == os.getpid():
             return None
         file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -103,7 +103,7 @@ def _here() -> dict[str, Any]:
 
 
 def _read(content: str) -> dict[str, Any]:
-    """What the holder wrote; it may not have come to that."""
+    """What the holder wrote into the file; {} if it has not yet."""
     try:
         return json.loads(content)
     except ValueError:

@@ -1,4 +1,4 @@
-"""The losses of a task's steps, on their way into the run's journal."""
+"""Collect the losses of a task's steps and record their means in the run's journal."""
 
 import time
 from collections.abc import Callable
@@ -12,21 +12,21 @@ from cl_runner.streams.base import Task
 
 
 class NonFiniteLossError(RuntimeError):
-    """The loss is no longer a number."""
+    """The loss is NaN or infinite."""
 
 
 @dataclass
 class Position:
-    """How far a run has come."""
+    """A run's progress."""
 
     tasks: int = 0  # learned
-    phase: str = "begin"  # of the task after these: begin, learn, consolidate
-    steps: int = 0  # the optimizer has made, all tasks together
+    phase: str = "begin"  # of the task after those: begin, learn or consolidate
+    steps: int = 0  # by the optimizer, over all tasks
     rows: int = 0  # in the journal
 
 
 class Losses:
-    """A task's losses: they stay on the device and are read, and checked, every `log_every` steps."""
+    """A task's losses, which stay on the device and are read and checked every `log_every` steps."""
 
     def __init__(
         self,
@@ -37,7 +37,7 @@ class Losses:
         steps_a_pass: int,
         log_every: int,
     ) -> None:
-        """`record`: takes a row; `steps`: of the task; `steps_a_pass`: of one pass over its data."""
+        """`record`: takes a row; `steps`: in the task; `steps_a_pass`: in one pass over its data."""
         self.record, self.position, self.task = record, position, task
         self.steps, self.steps_a_pass, self.log_every = steps, steps_a_pass, log_every
         self.done = 0  # steps of this task
@@ -56,7 +56,7 @@ class Losses:
             self.flush()
 
     def flush(self) -> None:
-        """Write one row: the means over the steps since the last one.
+        """Record one row: the means over the steps since the last one.
 
         Raises NonFiniteLossError.
         """
@@ -87,7 +87,7 @@ class Losses:
         self._clear()
 
     def state_dict(self) -> dict[str, Any]:
-        """The steps so far, and what has not been written of them."""
+        """The steps so far, and those of their losses that are not yet recorded."""
         return {
             "done": self.done,
             "names": self.names,

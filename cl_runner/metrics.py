@@ -1,8 +1,8 @@
-"""What an accuracy matrix says: how much was learned, how much was forgotten.
+"""Metrics of an accuracy matrix: how much was learned and how much was forgotten.
 
-Every function takes the matrix A, float64 [T, T]: entry [i, j] is the accuracy on task j after learning task i, tasks
-counted from 0, NaN where it was not measured. What rests on an entry that was not measured is NaN itself, so
-forgetting and transfer are undefined for a single task, and for joint training, whose matrix has its last row only.
+Every function takes the matrix A, float64 [T, T]: entry [i, j] is the accuracy on task j after learning task i, with
+tasks counted from 0 and NaN where it was not measured. A metric that depends on a missing entry is NaN, so forgetting
+and transfer are undefined for a single task and for joint training, whose matrix has its last row only.
 """
 
 import math
@@ -23,15 +23,15 @@ def average_accuracy(accuracy: Tensor) -> Tensor:
 def average_forgetting(accuracy: Tensor) -> Tensor:
     """How far the tasks before the last fell from their best: mean_{j<T-1} (max_{j<=i<T-1} A[i, j] - A[T-1, j]).
 
-    Negative where a task ended better than it had ever been; never clipped.
-    Source: Chaudhry et al., 2018, https://arxiv.org/abs/1801.10112; their maximum also looks at i < j, where
-    task j was not learned yet and nothing can be forgotten.
+    Negative if tasks ended better than they had ever been; never clipped.
+    Source: Chaudhry et al., 2018, https://arxiv.org/abs/1801.10112; their maximum includes i < j, where task j has not
+    been learned yet and nothing can be forgotten.
     """
     return forgetting_matrix(accuracy)[-1, :-1].mean()
 
 
 def backward_transfer(accuracy: Tensor) -> Tensor:
-    """What learning later tasks did to earlier ones: mean_{j<T-1} (A[T-1, j] - A[j, j]).
+    """The effect of learning later tasks on earlier ones: mean_{j<T-1} (A[T-1, j] - A[j, j]).
 
     Source: Lopez-Paz & Ranzato, 2017, https://arxiv.org/abs/1706.08840.
     """
@@ -39,17 +39,17 @@ def backward_transfer(accuracy: Tensor) -> Tensor:
 
 
 def forward_transfer(accuracy: Tensor, zero_shot: Tensor) -> Tensor:
-    """What earlier tasks did for a task not learned yet: mean_{j>=1} (A[j-1, j] - zero_shot[j]).
+    """The effect of earlier tasks on a task not learned yet: mean_{j>=1} (A[j-1, j] - zero_shot[j]).
 
     zero_shot: float64 [T], the accuracy on each task before any was learned.
-    Undefined where a task's outputs come with it (scenarios task and class): nothing can be answered before.
+    Undefined where a task brings its own outputs (scenarios task and class): before it nothing can be predicted.
     Source: Lopez-Paz & Ranzato, 2017, https://arxiv.org/abs/1706.08840.
     """
     return (accuracy.diagonal(1) - zero_shot[1:]).mean()
 
 
 def learning_accuracy(accuracy: Tensor) -> Tensor:
-    """How well each task was learned when it came: mean_j A[j, j].
+    """Accuracy on each task right after learning it: mean_j A[j, j].
 
     Source: Riemer et al., 2019, https://arxiv.org/abs/1810.11910.
     """
@@ -66,9 +66,9 @@ def average_anytime_accuracy(accuracy: Tensor) -> Tensor:
 
 
 def overall_accuracy(accuracy: Tensor, sizes: Tensor) -> Tensor:
-    """Share of right answers on all examples of all tasks after the last was learned: sum_j n_j A[T-1, j] / sum_j n_j.
+    """Accuracy over the examples of all tasks after the last was learned: sum_j n_j A[T-1, j] / sum_j n_j.
 
-    sizes: [T], the examples n_j of each task. It differs from the average accuracy where tasks are not equally large.
+    sizes: [T], the number of examples n_j of each task. Differs from the average accuracy if tasks differ in size.
     """
     return (accuracy[-1] * sizes).sum() / sizes.sum()
 
@@ -83,9 +83,9 @@ def average_incremental_accuracy(accuracy: Tensor, sizes: Tensor) -> Tensor:
 
 
 def forgetting_matrix(accuracy: Tensor) -> Tensor:
-    """F [T, T]: how far task j has fallen from its earlier best after task i: max_{j<=k<i} A[k, j] - A[i, j].
+    """F [T, T]: how far task j has fallen after task i from its earlier best: max_{j<=k<i} A[k, j] - A[i, j].
 
-    Defined below the diagonal, NaN elsewhere. Entries that were not measured are no candidates for the maximum.
+    Defined below the diagonal, NaN elsewhere. Missing entries are left out of the maximum.
     """
     learned = accuracy.nan_to_num(-math.inf).where(torch.ones_like(accuracy).tril().bool(), -math.inf)
     best = learned.cummax(0).values.roll(1, 0).tril(-1)  # [i, j] = max_{j<=k<i} A[k, j]
@@ -104,11 +104,11 @@ METRICS: dict[str, Callable[[Tensor], Tensor]] = {
 def summarise(
     accuracy: dict[str, Tensor], zero_shot: dict[str, Tensor], scenario: str, learned: int, sizes: Tensor
 ) -> dict[str, float | None]:
-    """Every metric under its flat name: plain for the run's own `scenario`, suffixed `/task`, `/class`, ... for each.
+    """Every metric by name: without suffix for the run's own `scenario`, and with `/task`, `/class`, ... for each one.
 
-    accuracy: scenario -> A [T, T]. zero_shot: scenario -> [T], where there is one.
-    learned: take the stream to end after that many tasks. sizes: [learned], the examples of each of them.
-    A metric that is undefined is None.
+    accuracy: scenario -> A [T, T]. zero_shot: scenario -> [T], if there is one.
+    learned: treat the stream as ending after this many tasks. sizes: [learned], the number of examples of each.
+    Undefined metrics are None.
     """
     by_scenario: dict[str, dict[str, float | None]] = {}
     for name, matrix in accuracy.items():
@@ -127,10 +127,10 @@ def _all_metrics(accuracy: Tensor, zero_shot: Tensor, sizes: Tensor) -> dict[str
 
 
 def to_rows(accuracy: Tensor) -> list[list[float | None]]:
-    """The matrix as JSON has it: null for what was not measured."""
+    """The matrix as JSON rows, with None where nothing was measured."""
     return [[value if math.isfinite(value) else None for value in row] for row in accuracy.tolist()]
 
 
 def from_rows(rows: Sequence[Sequence[float | None]]) -> Tensor:
-    """The matrix, float64, that `to_rows` wrote."""
+    """The float64 matrix that `to_rows` was given."""
     return torch.tensor([[math.nan if value is None else value for value in row] for row in rows], dtype=torch.float64)

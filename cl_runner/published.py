@@ -1,7 +1,7 @@
-"""What papers report, as the experiments' files hold it, and whether what we measure agrees.
+"""Results that papers report, read from the experiments' files, and whether ours agree with them.
 
-An experiment's file in conf/experiment/ holds, under `published`, where its numbers come from and a row for each of
-them: what is run for it, over how many seeds, and what came out there.
+A file in conf/experiment/ holds, under `published`, the source of its numbers and a row for each: the overrides that
+reproduce it, over how many seeds, and the published value.
 """
 
 import math
@@ -16,12 +16,12 @@ from typing import Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from cl_runner.compose import CONF
+from cl_runner import CONF
 from cl_runner.errors import ConfigError, did_you_mean, suggestion
 from cl_runner.ranges import Count
 
 LEAST = 0.5  # tolerance, in points
-TIERS = ("cpu", "gpu", "full")  # each holds those before it; `full` also what needs weights of the user's
+TIERS = ("cpu", "gpu", "full")  # each includes those before it; `full` adds what needs the user's own weights
 
 Tier = Literal["cpu", "gpu", "full"]
 
@@ -29,9 +29,9 @@ Tier = Literal["cpu", "gpu", "full"]
 class Value(BaseModel):
     """One published number, in percent.
 
-    sem, n: its standard error and over how many runs it is a mean; sd: their standard deviation instead of the former.
-    tolerance: where no error was published.
-    cause: why ours differs, if it does and is known.
+    sem, n: its standard error, and the number of runs that it is the mean of; sd: their standard deviation, instead of
+    sem. tolerance: instead of both, if no error was published.
+    cause: why ours differs, if it does and the reason is known.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -49,12 +49,12 @@ class Value(BaseModel):
 
 
 class Study(BaseModel):
-    """The `published` part of an experiment's file; what it sets holds for rows that do not set it themselves."""
+    """The `published` part of an experiment's file, with defaults for its rows."""
 
     model_config = ConfigDict(extra="forbid")
 
     source: str
-    n: Count  # published runs a number
+    n: Count  # published runs per number
     seeds: Count  # ours: 1, 2, ...
     tier: Tier = "cpu"
     metric: str = "average_accuracy"
@@ -63,7 +63,7 @@ class Study(BaseModel):
 
 @dataclass(frozen=True)
 class Row:
-    """A published number and the runs that are to reproduce it."""
+    """A published number, and the runs that should reproduce it."""
 
     name: str  # <experiment>/<row>
     source: str
@@ -86,7 +86,7 @@ class Row:
         return None if self.sd is None else self.sd / math.sqrt(self.n)
 
     def allowed(self, runs: int) -> float:
-        """How far a mean of so many runs may be off: two standard errors of the difference, or what the row says."""
+        """How far off a mean of `runs` runs may be: two standard errors of the difference, or the row's tolerance."""
         if self.tolerance is not None:
             return self.tolerance
         assert self.sd is not None
@@ -98,7 +98,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Measured:
-    """What the runs of a row gave, in percent."""
+    """The results of a row's runs, in percent."""
 
     row: Row
     values: tuple[float, ...]
@@ -117,9 +117,9 @@ class Measured:
 
 
 def published(folder: Path = CONF / "experiment") -> list[Row]:
-    """Every row of every experiment that reproduces something.
+    """Every row of every experiment that reproduces published numbers.
 
-    Raises ConfigError for a file that says it wrongly.
+    Raises ConfigError for an invalid `published` entry.
     """
     rows = []
     for file in sorted(folder.glob("*.yaml")):
@@ -157,9 +157,9 @@ def _row(experiment: str, name: str, study: Study, value: Value) -> Row:
 
 
 def chosen(rows: Sequence[Row], names: Sequence[str], tier: Tier | None) -> list[Row]:
-    """Those named (a row, or an experiment for all of its rows), or those of a tier and the tiers below it.
+    """The rows named (an experiment stands for all of its rows), or those of a tier and the tiers below it.
 
-    Raises ConfigError for a name that does not exist.
+    Raises ConfigError for an unknown name.
     """
     if not names:
         within = TIERS[: TIERS.index(tier or "cpu") + 1]
@@ -176,7 +176,7 @@ def chosen(rows: Sequence[Row], names: Sequence[str], tier: Tier | None) -> list
 
 
 def _near(word: str, names: Sequence[str]) -> str:
-    """What to suggest: names that are like the word as a whole, or that end with it, or have a part that is like it."""
+    """A hint: names that are similar to the word, or that end with it, or that have a part similar to it."""
     ends = [name for name in names if name.endswith(f"/{word}")]
     if near := did_you_mean(word, names, most=3) or suggestion(ends):
         return near

@@ -1,4 +1,4 @@
-"""Something done every so often while a run is busy with something else."""
+"""Do something at intervals while a run is busy with something else."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def pulse(beat: Callable[[], None], seconds: float) -> Iterator[None]:
-    """Call `beat` every so many seconds, from a thread of its own, as long as the body runs."""
+    """Call `beat` every `seconds` from a thread of its own while the body runs."""
     over = threading.Event()
 
     def go() -> None:

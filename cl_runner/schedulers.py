@@ -1,4 +1,4 @@
-"""How the learning rate moves within a task. Each takes the optimizer and the task's number of steps."""
+"""Learning-rate schedules within a task. Each takes the optimizer and the task's number of steps."""
 
 from typing import Annotated
 
@@ -24,5 +24,5 @@ def step(
     milestones: list[Annotated[float, Field(gt=0, lt=1)]],
     gamma: PositiveFloat = 0.1,
 ) -> LRScheduler:
-    """Multiply the rate by `gamma` at each of `milestones`, shares of the task's steps, but never before the first."""
+    """Multiply the rate by `gamma` at each of `milestones`, fractions of the task's steps, not before the first."""
     return MultiStepLR(optimizer, [max(1, round(share * steps)) for share in milestones], gamma)

@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import save as safetensors_bytes
 
 from cl_runner import checkpoint, metrics
-from cl_runner.clock import Clock, environment
+from cl_runner.clock import Clock
 from cl_runner.config import Experiment
+from cl_runner.environment import environment
 from cl_runner.evaluate import Drift, accuracies, measured_scenarios
 from cl_runner.folder import RESULTS_SCHEMA, RunFolder, write_atomically
 from cl_runner.interrupt import Interrupt

@@ -1,10 +1,11 @@
-"""A sweep: which jobs it consists of, and what has become of each. `sweep.json` in its output_root says so."""
+"""A sweep: its jobs and their states. `sweep.json` in its output_root records it."""
 
 import json
 import shlex
 import sys
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,27 +16,27 @@ from cl_runner.errors import ConfigError
 from cl_runner.folder import RunFolder, read_json, write_atomically
 
 FILE = "sweep.json"
-LOGS = ".jobs"  # in output_root: what jobs in processes of their own print, a folder a job
+LOGS = ".jobs"  # in output_root: the output of jobs in processes of their own, one folder per job
 SCHEMA = 1
 STATES = ("done", "running", "pending", "failed", "killed")
 
 
 @dataclass
 class Job:
-    """One configuration of a sweep: the overrides that ask for it alone, and where its run lies below output_root."""
+    """One configuration of a sweep: the overrides that select it, and its run's folder below output_root."""
 
     overrides: list[str]
     folder: str
     hash: str
-    state: str | None = None  # as it was when the sweep last ended
-    error: str | None = None  # what went wrong outside of its run: that one says itself what went wrong inside
+    state: str | None = None  # when the sweep last ended
+    error: str | None = None  # what went wrong outside of its run; the run's status says what went wrong inside
 
 
 @dataclass
 class Sweep:
-    """The jobs of one command. The run's folders are the truth about what has become of them.
+    """The jobs of one command. Their runs' folders are the truth about their states.
 
-    grows: it is a search, which comes to know its jobs as it goes.
+    grows: whether it is a search, which adds jobs as it goes.
     """
 
     root: Path
@@ -46,7 +47,7 @@ class Sweep:
     grows: bool = False
 
     def write(self) -> None:
-        """Put the sweep into `sweep.json`, in place of what the same command has left there before."""
+        """Write the sweep to `sweep.json`, in place of an earlier entry of the same command."""
         self.root.mkdir(parents=True, exist_ok=True)
         entry = {
             "command": self.command,
@@ -57,32 +58,27 @@ class Sweep:
         }
         with FileLock(self.root / f".{FILE}.lock"):
             entries = {other["command"]: other for other in _entries(self.root)}
-            entries[self.command] = entry  # where it stood: the first sweep of a run is the one that made it
+            entries[self.command] = entry  # in its old place: the first sweep with a run is the one that made it
             content = {"schema": SCHEMA, "sweeps": list(entries.values())}
             write_atomically(self.root / FILE, json.dumps(content, indent=1))
 
     def outcome(self, job: Job) -> tuple[str, str]:
-        """The job's state, one of STATES, and the reason for it where there is one to give."""
-        run = RunFolder(self.root / job.folder)
-        state = run.state if run.status else "pending"
-        if state in ("pending", "done") and job.error:
-            return ("failed", job.error) if state == "pending" else (state, "")
-        return state, reason(run, state)
+        return outcome(RunFolder(self.root / job.folder), job.error)
 
     def differing(self) -> dict[str, str]:
-        """By folder: the job's overrides, without those that all jobs of the sweep have."""
-        common = set.intersection(*(set(job.overrides) for job in self.jobs)) if self.jobs else set()
-        return {job.folder: " ".join(word for word in job.overrides if word not in common) for job in self.jobs}
+        """By folder: the job's overrides, without those that all jobs of the sweep share."""
+        own = not_shared([job.overrides for job in self.jobs])
+        return {job.folder: " ".join(words) for job, words in zip(self.jobs, own, strict=True)}
 
     def close(self) -> None:
-        """The sweep has ended: keep how, for jobs that never came as far as a folder."""
+        """Record that the sweep has ended, and the states of its jobs."""
         for job in self.jobs:
             job.state = self.outcome(job)[0]
         self.finished = time.time()
         self.write()
 
     def summary(self, done_before: int) -> list[str]:
-        """What has become of the jobs: counts, then in a line every one that is not done, and why."""
+        """Lines for people: how many jobs are in each state, then each job that is not done, with the reason."""
         counts, differing = self.counts(), self.differing()
         parts = [f"{counts[state]} {state}" for state in STATES if counts[state]]
         if done_before:
@@ -96,6 +92,12 @@ class Sweep:
 
     def counts(self) -> Counter[str]:
         return Counter(self.outcome(job)[0] for job in self.jobs)
+
+
+def not_shared(commands: Sequence[Sequence[str]]) -> list[list[str]]:
+    """The words of each command, without those that all of them share."""
+    shared = set.intersection(*map(set, commands)) if commands else set()
+    return [[word for word in words if word not in shared] for words in commands]
 
 
 def sweeps(root: Path) -> list[Sweep]:
@@ -114,7 +116,7 @@ def sweeps(root: Path) -> list[Sweep]:
 
 
 def this_command() -> str:
-    """The command line of this process, as it can be given again."""
+    """The command line of this process, quoted for a shell."""
     return shlex.join(["cl-runner", *sys.argv[1:]])
 
 
@@ -124,11 +126,11 @@ def of_this_command(root: Path) -> Sweep:
 
 
 def place_of(folder: Path) -> str:
-    """Which job of this command's sweep a run is: `3/16`, or of a search `3`; nothing where it is none of several."""
+    """A run's number among the jobs of this command's sweep: `3/16`, or `3` in a search; empty if it is alone."""
     try:
         entry = next((entry for entry in _entries(folder.parent) if entry["command"] == this_command()), {"jobs": []})
         names = [job["folder"] for job in entry["jobs"]]
-    except (ConfigError, KeyError, TypeError):  # a plan that is damaged is no matter to its runs
+    except (ConfigError, KeyError, TypeError):  # a damaged plan must not stop its runs
         return ""
     if folder.name not in names:
         return ""
@@ -138,8 +140,16 @@ def place_of(folder: Path) -> str:
     return f"{number}/{len(names)}" if len(names) > 1 else ""
 
 
-def reason(run: RunFolder, state: str) -> str:
-    """In a line, why a run is in the state that it is in."""
+def outcome(run: RunFolder, error: str | None = None) -> tuple[str, str]:
+    """A job's state, one of STATES, and a line with the reason for it, if there is one.
+
+    The run's folder decides; `error`, what went wrong outside of the run, counts only while the run is pending.
+    """
+    state = run.state
+    return ("failed", error) if error and state == "pending" else (state, _reason(run, state))
+
+
+def _reason(run: RunFolder, state: str) -> str:
     status = run.status
     if state == "failed":
         return str(status.get("error") or "").partition("\n")[0]

@@ -1,4 +1,4 @@
-"""What the process prints, where nobody may read it any more."""
+"""Printing to a reader that may be gone: a closed pipe or terminal."""
 
 import errno
 import os
@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import Any, TextIO, cast
 
-UNREAD = (errno.EPIPE, errno.EIO)  # a pipe whose reader has ended (`| head`), a terminal that was closed
+UNREAD = (errno.EPIPE, errno.EIO)  # a pipe whose reader has ended (`| head`), a closed terminal
 
 
 class _Unfailing:
-    """A stream that says no more once nobody reads it, where it would fail whoever writes."""
+    """A stream that goes silent once nobody reads it, instead of raising in whoever writes."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -36,13 +36,13 @@ class _Unfailing:
             if error.errno not in UNREAD:
                 raise
             nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self._stream.fileno())  # what the stream still holds back goes there, too
+            os.dup2(nowhere, self._stream.fileno())  # what the stream has buffered goes there too
             os.close(nowhere)
 
 
 @contextmanager
 def read_or_not() -> Iterator[None]:
-    """Inside, no run and no table ends because a reader does: what is printed then goes nowhere."""
+    """In the body, output whose reader has gone is dropped: no run and no table ends because of it."""
     out, err = (cast(TextIO, _Unfailing(stream)) for stream in (sys.stdout, sys.stderr))
     with redirect_stdout(out), redirect_stderr(err):
         try:

@@ -1,6 +1,6 @@
-"""`cl-runner verify`: run what papers report, and put what we measure beside it.
+"""`cl-runner verify`: reproduce results that papers report, and compare.
 
-A row is run over its seeds like any other sweep, so that what is done is not done again.
+A row is run over its seeds in ordinary run folders, so finished runs are not repeated.
 """
 
 import argparse
@@ -18,18 +18,18 @@ from cl_runner.arguments import Parser
 from cl_runner.compose import compose_jobs, in_order
 from cl_runner.errors import ConfigError, in_a_line
 from cl_runner.folder import RunFolder, write_atomically
-from cl_runner.identity import CONDUCT, run_folder
+from cl_runner.identity import EXECUTION, run_folder
 from cl_runner.published import TIERS, Measured, Row, chosen, published
 
-WIDTH = 110  # columns, at least: a row on a line
+WIDTH = 110  # columns at least, so that a row fits on a line
 
 
 def main(argv: list[str]) -> int:
-    """Exit status: 0 all that was measured passes, 1 something misses or a run failed.
+    """Exit status: 0 if everything measured passes, 1 if a row misses or a run failed.
 
     Raises ConfigError.
     """
-    arguments = parser().parse_intermixed_args(argv)  # overrides may stand behind options
+    arguments = parser().parse_intermixed_args(argv)  # overrides may follow options
     names = [word for word in arguments.words if "=" not in word]
     arguments.overrides = [word for word in arguments.words if "=" in word]
     rows = published()
@@ -47,7 +47,7 @@ def main(argv: list[str]) -> int:
             raise ConfigError("--write", f"expected no change of the published protocol, got {' '.join(changes)}")
         console.print(f"not the published protocol: {' '.join(changes)}", style="yellow", highlight=False)
     if arguments.write is not None and arguments.write.exists():
-        write(arguments.write, [], rows)  # without what holds no longer, whatever comes of the rest
+        write(arguments.write, [], rows)  # drop outdated rows now, whatever becomes of the rest
     failed: list[str] = []
     measured = []
     for row in asked:
@@ -55,7 +55,7 @@ def main(argv: list[str]) -> int:
         if len(values) == len(row.seeds):
             measured.append(Measured(row, tuple(values)))
             _print(measured[-1], console, judged=not changes)
-            if arguments.write is not None:  # now: the next row may take hours, and be stopped
+            if arguments.write is not None:  # at once: the next row may take hours, and be stopped
                 write(arguments.write, measured, rows)
     if arguments.only_done and len(measured) < len(asked):
         waiting = f"not done: {len(asked) - len(measured)} of {len(asked)} row{'s' * (len(asked) != 1)}"
@@ -68,7 +68,7 @@ def main(argv: list[str]) -> int:
 
 
 def parser() -> Parser:
-    parser = Parser(prog="cl-runner verify", description="Run what papers report, and put what we measure beside it.")
+    parser = Parser(prog="cl-runner verify", description="Reproduce results that papers report, and compare.")
     parser.add_argument(
         "words", nargs="*", metavar="ROW|KEY=VALUE", help="EXPERIMENT/ROW, or EXPERIMENT; and overrides for every run"
     )
@@ -77,8 +77,8 @@ def parser() -> Parser:
         choices=TIERS,
         help="all rows that need no more than this; full: weights of yours (default: cpu; of --list: full)",
     )
-    parser.add_argument("--list", action="store_true", help="say what there is, and run nothing")
-    parser.add_argument("--only-done", action="store_true", help="run nothing: look at the rows that are done")
+    parser.add_argument("--list", action="store_true", help="list the rows and run nothing")
+    parser.add_argument("--only-done", action="store_true", help="run nothing: only show rows that are done")
     parser.add_argument(
         "--write",
         type=Path,
@@ -98,7 +98,7 @@ def _list(rows: Sequence[Row], console: Console) -> None:
 
 
 def _check(rows: Sequence[Row], arguments: argparse.Namespace) -> None:
-    """What cannot work is said before the first row is run, which may take hours.
+    """Refuse what cannot work before the first row is run, which may take hours.
 
     Raises ConfigError.
     """
@@ -114,7 +114,7 @@ def _check(rows: Sequence[Row], arguments: argparse.Namespace) -> None:
 
 
 def _configuration(row: Row, seed: int, arguments: argparse.Namespace) -> Any:
-    """As Hydra composes it, which takes a good part of a second: once for all seeds."""
+    """A row's configuration. Hydra takes a good part of a second to compose it, so it does so once for all seeds."""
     command = row.command(row.seeds[0])
     cfg = _composed("tracker=local", "output_root=outputs/published", *command, *arguments.overrides).copy()
     cfg.seed = seed
@@ -133,26 +133,26 @@ def _key(override: str) -> str:
 
 
 def _changes(overrides: Sequence[str], rows: Sequence[Row]) -> list[str]:
-    """Those of the overrides that make another protocol of what was published."""
+    """Those of the overrides that change the published protocol."""
 
-    def of_conduct(key: str) -> bool:
-        return any(key == path or key.startswith(f"{path}.") for path in CONDUCT)
+    def of_execution(key: str) -> bool:
+        return any(key == path or key.startswith(f"{path}.") for path in EXECUTION)
 
     def users_to_bring(key: str) -> bool:
-        """A file of weights, wherever it lies."""
+        """Whether it is the path of a file of weights that users bring themselves."""
         from cl_runner.models.weights import file_of
 
         configurations = (cfg for row in rows for cfg in compose_jobs(row.command(seed=0)))
         return key == "model.pretrained" and all(file_of(cfg.model.pretrained) for cfg in configurations)
 
-    return [word for word in overrides if not of_conduct(_key(word)) and not users_to_bring(_key(word))]
+    return [word for word in overrides if not of_execution(_key(word)) and not users_to_bring(_key(word))]
 
 
 def _values(row: Row, arguments: argparse.Namespace, failed: list[str]) -> Iterator[float]:
-    """A value a seed, in percent; a run that fails is named in `failed` and has none."""
-    from cl_runner.asked_again import move_aside
+    """One value per seed, in percent; a run that fails adds a line to `failed` instead."""
     from cl_runner.config import check, validated
     from cl_runner.job import carry_out
+    from cl_runner.rerun import move_aside
 
     for seed in row.seeds:
         cfg = _configuration(row, seed, arguments)
@@ -165,7 +165,7 @@ def _values(row: Row, arguments: argparse.Namespace, failed: list[str]) -> Itera
                 experiment = check(cfg)
                 move_aside(experiment)
                 carry_out(experiment)
-            except ConfigError as error:  # weights that are not there, say: no seed of the row has them
+            except ConfigError as error:  # missing weights, say, which every seed of the row lacks
                 failed.append(f"{row.name}: {error}")
                 return
             except Exception as error:
@@ -175,7 +175,7 @@ def _values(row: Row, arguments: argparse.Namespace, failed: list[str]) -> Itera
 
 
 def cells(measured: Measured) -> list[str]:
-    """A line of the table."""
+    """A row of the table."""
     row = measured.row
     return [
         *_target(row),
@@ -202,7 +202,7 @@ HEADS = ["row", "published, %", "n", "measured, %", "n", "difference", "toleranc
 
 
 def _print(measured: Measured, console: Console, judged: bool) -> None:
-    """`judged`: it was run as it was published."""
+    """Print a row. `judged`: it was run by the published protocol."""
     verdict = measured.verdict if judged else "none: another protocol"
     table = Table(*HEADS, box=None)
     table.add_row(*cells(measured)[:-1], verdict, style={"pass": "green", "miss": "red"}.get(verdict, "yellow"))
@@ -210,10 +210,10 @@ def _print(measured: Measured, console: Console, judged: bool) -> None:
 
 
 def write(path: Path, measured: Sequence[Measured], rows: Sequence[Row]) -> None:
-    """The table in Markdown, what its rows are run by, and why what misses does.
+    """Write the table as Markdown, with the command for its rows and the known causes of misses.
 
-    Rows of an earlier table in that file that are not measured anew stay, unless what was published, or how far off we
-    may be, is put otherwise by now: what takes days can be run in parts, and on several machines.
+    Rows of an earlier table in the file stay if they are not measured anew, unless their published value or tolerance
+    has changed: what takes days can be run in parts, and on several machines.
     """
     table = _written(path, rows) | {each.row.name: cells(each) for each in measured}
     there = [row for row in rows if row.name in table]
@@ -239,7 +239,7 @@ def write(path: Path, measured: Sequence[Measured], rows: Sequence[Row]) -> None
 
 
 def _check_table(path: Path) -> None:
-    """Refuse, before anything is run, to write over what is no table of this command's.
+    """Refuse, before anything is run, to overwrite a file that is not a table of this command's.
 
     Raises ConfigError.
     """
@@ -250,7 +250,7 @@ def _check_table(path: Path) -> None:
 
 
 def _written(path: Path, rows: Sequence[Row]) -> dict[str, list[str]]:
-    """The cells of a table that still hold, by row."""
+    """The rows of the table in the file that are still valid: name -> cells."""
     if not path.exists():
         return {}
     lines = [line.strip("| ").split(" | ") for line in path.read_text().splitlines() if line.startswith("| ")]
@@ -259,12 +259,12 @@ def _written(path: Path, rows: Sequence[Row]) -> dict[str, list[str]]:
 
 
 def _holds(line: list[str], row: Row) -> bool:
-    """Whether a line's verdict is what the row would give today."""
+    """Whether a table row's target, tolerance and number of runs are still those of the published row."""
     *target, _, runs, _, tolerance, _ = line
     return target == _target(row) and tolerance == f"{row.allowed(int(runs)):.2f}" and int(runs) >= len(row.seeds)
 
 
 def _named(there: Sequence[Row], rows: Sequence[Row]) -> list[str]:
-    """Words by which `verify` chooses just those: an experiment, where all of its rows are there."""
+    """The arguments that make `verify` choose exactly these rows: an experiment's name for all of its rows."""
     whole = {row.experiment for row in rows} - {row.experiment for row in rows if row not in there}
     return list(dict.fromkeys(row.experiment if row.experiment in whole else row.name for row in there))

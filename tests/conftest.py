@@ -8,9 +8,9 @@ import torch
 
 from cl_runner.__main__ import main
 
-torch.set_num_threads(1)  # the suite runs in several processes,
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # and starts others: threads that wait for a core spin
-# A shell has what it starts in the background ignore Ctrl-C, and nohup has it ignore the terminal's end.
+torch.set_num_threads(1)  # the suite runs in several processes
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # and starts others, and threads that wait for a core spin
+# Shells start background processes with Ctrl-C ignored, and nohup with the terminal's hang-up ignored.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
@@ -52,6 +52,12 @@ def cl_runner(tmp_path, monkeypatch, capsys):
         return status, captured.out + captured.err
 
     return call
+
+
+@pytest.fixture
+def no_picture(monkeypatch):
+    """Draw no accuracy.png: that takes longer than the rest of a small run."""
+    monkeypatch.setattr("cl_runner.trackers.local.draw_accuracy", lambda *_: None)
 
 
 @pytest.fixture

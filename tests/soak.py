@@ -1,8 +1,8 @@
-"""Kill runs at random moments, and see that they end as if they had not been.
+"""Kill runs at random moments, and check that they end as if they had not been killed.
 
-For every strategy one run goes through and its twins are killed (SIGKILL) over and over, whatever they are doing, and
-started again; then weights, matrices, metrics and journals are compared bit for bit. Processes are forked from one that
-has imported everything, which spares each of them four seconds: it has trained nothing itself.
+For every strategy one run is left alone, and its twins are killed (SIGKILL) again and again, whatever they are doing,
+and restarted; then weights, matrices, metrics and journals are compared bit for bit. Processes are forked from one that
+has imported everything, which saves each of them four seconds, but has not trained anything itself.
 
     python tests/soak.py --kills 100 [--strategies ewc,lwf] [--seed 0]
 """
@@ -37,7 +37,7 @@ SETTINGS = ["trainer.checkpoint_every=2", "trainer.log_every=3", "stream.validat
 
 
 class UnaskedEndError(Exception):
-    """A run failed of itself."""
+    """A run failed without having been killed."""
 
 
 def main() -> int:
@@ -73,21 +73,21 @@ def main() -> int:
 
 
 def import_everything(root: Path) -> None:
-    """What is imported only when it is needed: for data sets, for optimizers, for pictures."""
+    """Import what is otherwise imported on demand: for data sets, optimizers and pictures."""
     check(configuration("finetune", None, root))
     nothing = dict.fromkeys(("average_accuracy", "average_forgetting"))
     draw_accuracy(root / "nothing.png", {"accuracy": {"task": [[None]]}, "metrics": nothing}, "task", "nothing")
 
 
 def pretrained(root: Path) -> Path:
-    """Weights with a head, for strategies that hold the pretrained model too."""
+    """Weights with a head, for strategies that use the pretrained model too."""
     cfg = configuration("finetune", None, root / "pretrained")
     finished(begun(cfg, root / "log"), root / "log")
     return folder_of(cfg) / "model.safetensors"
 
 
 def soak(strategy: str, share: int, weights: Path, root: Path) -> tuple[int, int, list[str]]:
-    """At least `share` kills of runs of a strategy: how many, of how many runs, and what came out otherwise."""
+    """Kill a strategy's runs at least `share` times. Returns the number of kills and of runs, and what differed."""
     root.mkdir()
     whole = configuration(strategy, weights, root / "whole")
     since = time.monotonic()
@@ -114,7 +114,7 @@ def configuration(strategy: str, weights: Path | None, root: Path) -> DictConfig
 
 
 def begun(cfg: DictConfig, log: Path) -> int:
-    """A process that carries out the configuration; its id."""
+    """Start a process that carries out the configuration. Returns its id."""
     if process := os.fork():
         return process
     status = 1
@@ -142,7 +142,7 @@ def folder_of(cfg: DictConfig) -> Path:
 
 
 def compared(one: Path, other: Path) -> list[str]:
-    """What two runs differ in."""
+    """The parts in which two runs differ."""
     views: dict[str, Callable[[Path], Any]] = {
         "state": lambda path: RunFolder(path).state,
         "weights": lambda path: {name: value.tolist() for name, value in load_file(path / "model.safetensors").items()},

@@ -1,4 +1,4 @@
-"""The benchmarks, on little."""
+"""The benchmarks, on small inputs."""
 
 import importlib
 from pathlib import Path

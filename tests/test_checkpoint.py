@@ -88,7 +88,7 @@ def test_a_disk_that_is_full_in_the_middle_of_a_tensor_is_named(tmp_path):
 
 @dataclass
 class Unknown:
-    """A class that nobody has let in."""
+    """A class that is not among torch's safe globals."""
 
     value: int = 1
 
@@ -101,7 +101,7 @@ def test_what_could_not_be_read_again_is_refused_when_it_is_saved(tmp_path):
 
 
 class Keeping(Finetune):
-    """Has one attribute of every kind that can be saved."""
+    """A strategy with one attribute of every kind that can be saved."""
 
     saved = ("module", "memory", "generator", "number", "tensors")
 
@@ -113,7 +113,7 @@ class Keeping(Finetune):
 
 
 class Sums:
-    """Has a state of its own, as a memory has."""
+    """An object with a state_dict, as a memory has."""
 
     def __init__(self):
         self.total = 0

@@ -13,7 +13,7 @@ from cl_runner.lock import FolderInUseError, Lock
 
 @pytest.fixture
 def full_disk(monkeypatch):
-    """No file can be brought to the disk any more."""
+    """Make every fsync fail, as on a full disk."""
 
     def fsync(descriptor):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -156,3 +156,19 @@ def test_a_run_is_not_moved_aside_while_it_is_being_run(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["run.1"]
     assert Lock(tmp_path / "run.1").holder is None
     assert not (tmp_path / "run.1" / "lock").exists()
+
+
+def test_of_two_commands_that_move_a_run_aside_at_once_one_moves_it(tmp_path, monkeypatch):
+    folder = RunFolder(tmp_path / "run")
+    with folder.locked():
+        folder.start()
+    locked = RunFolder.locked
+
+    def after_another(folder):
+        folder.path.rename(tmp_path / "run.1")
+        return locked(folder)
+
+    monkeypatch.setattr(RunFolder, "locked", after_another)
+    assert folder.move_aside() is None
+    assert not (tmp_path / "run.2").exists()
+    assert (tmp_path / "run.1" / "status.json").exists()

@@ -1,4 +1,4 @@
-"""What only a device can show; the same code is tested on the CPU by the other files."""
+"""Tests that need a GPU; the other files test the same code on the CPU."""
 
 import json
 from functools import partial

@@ -12,14 +12,16 @@ from pathlib import Path
 
 import pytest
 
-from cl_runner.asked_again import move_aside
 from cl_runner.checkpoint import load
 from cl_runner.folder import CannotWriteError, RunFolder
 from cl_runner.interrupt import Stopped
 from cl_runner.job import carry_out
 from cl_runner.lock import FolderInUseError
+from cl_runner.rerun import move_aside
 from cl_runner.trackers.base import NullTracker
 from tests.test_resume import OFTEN, assert_equal_runs, experiment, without_timing
+
+pytestmark = pytest.mark.usefixtures("no_picture")
 
 ROOT = Path(__file__).parent.parent
 CLI = [sys.executable, "-m", "cl_runner", "model=mlp", "model.widths=[12]", "tracker=local", "device=cpu"]
@@ -27,9 +29,7 @@ STOPPING = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP)
 
 
 @pytest.fixture(autouse=True)
-def _as_it_was(monkeypatch):
-    """Signals' handlers and, since it takes longer than all else that these runs do, no picture."""
-    monkeypatch.setattr("cl_runner.trackers.local.draw_accuracy", lambda *_: None)
+def _handlers_as_they_were():
     before = {number: signal.getsignal(number) for number in STOPPING}
     yield
     for number, handler in before.items():
@@ -37,7 +37,7 @@ def _as_it_was(monkeypatch):
 
 
 def at_step(experiment, step, action):
-    """Have something happen in this process's so-manieth step."""
+    """Call `action` in this process's `step`-th step."""
     strategy, left = experiment.strategy, [step]
     after_step = strategy.after_step
 
@@ -52,7 +52,7 @@ def at_step(experiment, step, action):
 
 
 def in_task(experiment, index, action):
-    """Have something happen while a task is being consolidated."""
+    """Call `action` while a task is being consolidated."""
     strategy = experiment.strategy
     after_task = strategy.after_task
 
@@ -80,10 +80,8 @@ def contents(folder):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A run that nothing happened to: its results, and its folder."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("cl_runner.trackers.local.draw_accuracy", lambda *_: None)
-        return finished(experiment(tmp_path_factory.mktemp("whole"), "strategy=finetune", *OFTEN))
+    """An undisturbed run: its results and its folder."""
+    return finished(experiment(tmp_path_factory.mktemp("whole"), "strategy=finetune", *OFTEN))
 
 
 @pytest.mark.parametrize("number", STOPPING, ids=lambda number: number.name)
@@ -192,7 +190,7 @@ def test_a_running_run_tells_where_it_is_and_that_it_lives(tmp_path, monkeypatch
     assert later > 0
     expected = {"pid": os.getpid(), "task": 1, "tasks": 1, "num_tasks": 5, "step": 13, "hash": made.hash}
     assert {name: status[name] for name in expected} == expected
-    assert {"id", "host", "group", "started", "command", "environment"} <= set(status)
+    assert {"id", "host", "groups", "started", "command", "environment"} <= set(status)
     assert folder.status["tasks"] == 5
 
 
@@ -252,7 +250,7 @@ def test_a_journal_that_cannot_be_written_ends_a_run_with_a_line(tmp_path, whole
 
 
 def _fill(journal):
-    """Let the open descriptor of the journal lead to a device that is always full."""
+    """Redirect the journal's open descriptor to a device that is always full."""
     (descriptor,) = [
         int(link.name)
         for link in Path("/proc/self/fd").iterdir()

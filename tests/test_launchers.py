@@ -13,8 +13,8 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
+from cl_runner import CONF
 from cl_runner.components import imported
-from cl_runner.compose import CONF
 from cl_runner.launchers import Slurm, Worker, carry_out, slots
 from cl_runner.report import status
 from hydra_plugins.cl_runner.launchers import Local
@@ -36,11 +36,11 @@ SIGNALS = {
     "ctrl-c": signal.SIGINT,
     "sigterm": signal.SIGTERM,
     "sighup": signal.SIGHUP,
-}  # what comes in the midst of a job of that name
+}  # the signal sent in the middle of a job of that name
 
 
 class Toy:
-    """A pool whose jobs are over when they are told to be."""
+    """A pool whose jobs end when they are told to."""
 
     outlives = False
 
@@ -119,7 +119,7 @@ def test_the_cores_are_shared_out_among_the_jobs_that_there_are(monkeypatch):
 
 @pytest.fixture
 def queue(tmp_path, monkeypatch):
-    """SLURM's commands as scripts: `sbatch` keeps what it is given, `squeue` shows the file `queue`."""
+    """SLURM's commands as scripts: `sbatch` records its input, `squeue` prints the file `queue`."""
     pytest.importorskip("submitit")
     (tmp_path / "bin").mkdir()
     scripts = {

@@ -275,7 +275,7 @@ def test_what_a_command_cannot_do_is_one_line_and_status_2(cl_runner):
     ("words", "says"),
     [
         (["statsu"], "command line: expected KEY=VALUE or a command, got 'statsu'; did you mean status?"),
-        (["seed=1", "status"], "command line: expected KEY=VALUE, or a command before all else, got 'status'"),
+        (["seed=1", "status"], "command line: expected KEY=VALUE, or a command as the first word, got 'status'"),
         (["seed=1", "--bogus"], "command line: unrecognized arguments: --bogus"),
         (
             ["fisher=exactt"],
@@ -300,7 +300,7 @@ def test_what_a_command_cannot_do_is_one_line_and_status_2(cl_runner):
         (["epoch=1"], "epoch: unknown key; did you mean trainer.epochs?"),
         (["--help", "strategy=lwff"], "strategy: expected one of agem, "),
         (["--help", "-m", "seed=0,1"], "command line: expected no -m (--multirun) where one configuration is shown"),
-        (["--help", "strategy"], "command line: expected KEY=VALUE, or a command before all else, got 'strategy'"),
+        (["--help", "strategy"], "command line: expected KEY=VALUE, or a command as the first word, got 'strategy'"),
         (["--cfg", "job", "lr=0.1"], "lr: unknown key; did you mean optimizer.lr?"),
         (
             ["strategy=finetune", "strategy.strength=1"],

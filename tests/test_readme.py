@@ -1,4 +1,4 @@
-"""What the documents tell people to type."""
+"""The commands and code in the documents work."""
 
 import json
 import re
@@ -28,7 +28,7 @@ def commands(page: str) -> list[str]:
 
 
 def of_experiments() -> list[tuple[str, str]]:
-    """The commands in the heads of the experiments' files."""
+    """The commands in the header comments of the experiments' files."""
     files = sorted((ROOT / "conf" / "experiment").glob("*.yaml"))
     lines = [(file.name, line) for file in files for line in file.read_text().splitlines() if line.startswith("#")]
     return [

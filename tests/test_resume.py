@@ -11,6 +11,8 @@ from cl_runner.config import check
 from cl_runner.folder import RunFolder
 from cl_runner.run import run
 
+pytestmark = pytest.mark.usefixtures("no_picture")
+
 STRATEGIES = sorted(choices()["strategy"])
 SMALL = ["trainer.epochs=1", "tracker=local", "device=cpu"]
 MLP = ["model=mlp", "model.widths=[12]", "model.dropout=0.1"]
@@ -27,7 +29,7 @@ OWN = {
 
 
 class PowerCutError(Exception):
-    """Ends a run at once, as pulling the plug would."""
+    """Ends a run at once, like a power cut."""
 
 
 def overrides_for(strategy, weights):
@@ -65,7 +67,7 @@ def without_timing(path):
 
 
 def cut(experiment, *, steps=None, task=None):
-    """Have an experiment end after so many steps of this process, or once it has consolidated a task."""
+    """Make an experiment end after some steps of this process, or once it has consolidated a task."""
     strategy, left = experiment.strategy, [steps]
     after_step, after_task = strategy.after_step, strategy.after_task
 
@@ -96,15 +98,9 @@ def assert_equal_runs(whole, resumed):
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-@pytest.fixture(autouse=True)
-def _no_picture(monkeypatch):
-    """It takes longer than all else that these runs do."""
-    monkeypatch.setattr("cl_runner.trackers.local.draw_accuracy", lambda *_: None)
-
-
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory):
-    """Weights with a head, for the strategies that hold the pretrained model too."""
+    """Weights with a head, for strategies that use the pretrained model too."""
     folder = tmp_path_factory.mktemp("pretrained")
     _, path = carry_out(experiment(folder, "strategy=finetune"), "weights")
     return path / "model.safetensors"

@@ -4,13 +4,9 @@ from cl_runner.folder import RunFolder
 from cl_runner.job import carry_out
 from tests.test_resume import experiment
 
+pytestmark = pytest.mark.usefixtures("no_picture")
+
 VALIDATED = "stream.validation=0.2"
-
-
-@pytest.fixture(autouse=True)
-def _no_picture(monkeypatch):
-    """It takes longer than all else that these runs do."""
-    monkeypatch.setattr("cl_runner.trackers.local.draw_accuracy", lambda *_: None)
 
 
 def finished(experiment):

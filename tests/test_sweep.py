@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 
 from cl_runner.command import run_submitted
-from cl_runner.compose import asked, compose_jobs, in_order
+from cl_runner.compose import compose_jobs, in_order, parse
 from cl_runner.errors import ConfigError
 from cl_runner.report.groups import group_runs
 from cl_runner.report.runs import read
+from cl_runner.report.status import Board
 from cl_runner.sweep import Job, Sweep, sweeps
+from tests.report import samples
 
 MLP = ["model=mlp"]
 TINY = ["trainer.epochs=1", "strategy=finetune", "model.widths=[4]", "stream.max_tasks=2"]
@@ -27,14 +29,14 @@ with RunFolder(sys.argv[1]).locked():
     sys.stdin.read()
 """
 
-# A method that does as files in the working directory bid.
+# A method controlled by files in the working directory.
 FRAGILE = """
 import signal
 from pathlib import Path
 from cl_runner.strategies import Finetune
 
 class Fragile(Finetune):
-    '''Fine-tuning that breaks where a file says so.'''
+    '''Fine-tuning that fails while `break.<width>` exists.'''
 
     def __init__(self, *, width: int = 0) -> None:
         self.width = width
@@ -54,7 +56,7 @@ FRAGILE_JOBS = ["--config-dir", "conf", "-m", "strategy=fragile", "plugins=[frag
 
 @pytest.fixture
 def fragile(cl_runner, tmp_path, monkeypatch):
-    """A sweep over a strategy that breaks where it is told to: overrides -> (exit status, what it printed)."""
+    """A sweep over a strategy that fails on demand: overrides -> (exit status, what it printed)."""
     (tmp_path / "conf" / "strategy").mkdir(parents=True)
     (tmp_path / "conf" / "strategy" / "fragile.yaml").write_text("_target_: fragile.Fragile\nwidth: 0\n")
     (tmp_path / "fragile.py").write_text(FRAGILE)
@@ -280,7 +282,7 @@ def test_hydra_runs_the_grid_that_was_checked(cl_runner, tmp_path, with_grid):
 )
 def test_what_makes_no_sweep_is_refused(words, message):
     with pytest.raises(ConfigError) as error:
-        asked(in_order([*MLP, *words]))
+        parse(in_order([*MLP, *words]))
     assert str(error.value).startswith(message)
 
 
@@ -333,3 +335,26 @@ def test_what_a_job_said_before_it_had_a_folder_is_not_lost(tmp_path):
     (again,) = sweeps(tmp_path)
     assert again.outcome(again.jobs[0]) == ("failed", "conf: changed")
     assert Path(tmp_path / ".sweep.json.lock").exists() or os.name != "posix"
+
+
+@pytest.mark.parametrize(
+    ("status", "error", "state"),
+    [
+        (None, None, "pending"),
+        (None, "conf: changed", "failed"),
+        ({"state": "pending"}, "conf: changed", "failed"),
+        ({"state": "pending"}, None, "pending"),
+        ({"state": "running"}, "conf: changed", "killed"),
+        ({"state": "failed", "error": "it broke"}, "conf: changed", "failed"),
+    ],
+)
+def test_a_jobs_state_is_the_same_wherever_it_is_shown(tmp_path, status, error, state):
+    samples.write(tmp_path, samples.config(), name="done")  # a report wants a finished run
+    if status is not None:
+        samples.unfinished(tmp_path, "job", **status)
+    sweep = Sweep(tmp_path, "cl-runner -m", [Job(["seed=0"], "job", "01234567", error=error)])
+    sweep.write()
+    (left_out,) = read(tmp_path).left_out
+    shown = {row.name: (row.state, row.reason) for row in Board(tmp_path).rows()}
+    assert sweep.outcome(sweep.jobs[0]) == (left_out.state, left_out.why) == shown["job"]
+    assert left_out.state == state

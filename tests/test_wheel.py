@@ -1,4 +1,4 @@
-"""What a user gets who has no checkout."""
+"""The wheel, as users without a checkout get it."""
 
 import json
 import os
@@ -29,14 +29,14 @@ def installed(tmp_path_factory):
     venv.create(folder / "env")
     python = folder / "env" / "bin" / "python"
     (site,) = (folder / "env" / "lib").glob("python*/site-packages")
-    # pip is the parent environment's; a .pth that is found through a .pth is not read, so the checkout stays out.
+    # pip is the parent environment's. A .pth found through a .pth is not read, so the checkout stays out.
     call(sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index", wheel, cwd=folder)
     (site / "borrowed.pth").write_text(sysconfig.get_path("purelib"))
     return folder
 
 
 def test_it_runs_from_another_folder_with_its_own_configuration(installed, tmp_path):
-    where = call(installed / "env/bin/python", "-c", "from cl_runner.compose import CONF; print(CONF)", cwd=tmp_path)
+    where = call(installed / "env/bin/python", "-c", "from cl_runner import CONF; print(CONF)", cwd=tmp_path)
     assert Path(where.strip()).is_relative_to(installed)
     words = ["model=mlp", "model.widths=[4]", "trainer.epochs=1", "tracker=local", "device=cpu"]
     call(installed / "env/bin/cl-runner", *words, cwd=tmp_path)

@@ -1,4 +1,4 @@
-"""`cl-runner report`: many runs as one table, its pictures and one page."""
+"""`cl-runner report`: summarise many runs in a table, pictures and a page."""
 
 import argparse
 import shlex
@@ -30,7 +30,7 @@ from cl_runner.report.table import (
     to_rich,
 )
 
-MOST_NAMED = 12  # runs that are not in the table, on the terminal; the page names all
+MOST_NAMED = 12  # runs left out of the table that the terminal names; the page names all
 VALIDATION = "validation_accuracy"
 SELECTION = "selection.md"
 PICTURES = ("png", "pdf", "svg")
@@ -64,27 +64,27 @@ def main(argv: list[str]) -> int:
 def parser() -> Parser:
     parser = Parser(
         prog="cl-runner report",
-        usage="%(prog)s DIR [options]",  # in this order: an option of several words would take DIR for one of them
+        usage="%(prog)s DIR [options]",  # DIR first: an option with several values would swallow it
         description="Write DIR/report/ (index.html; table.csv, .md and .tex; runs.csv; pictures) and print its table. "
-        "Runs that differ in their seed only are one row; the columns are the keys in which rows differ.",
+        "Runs that differ only in the seed form one row; the columns are the keys in which rows differ.",
     )
     parser.add_argument("folder", metavar="DIR", type=Path, help="the output_root of one or several commands")
     several = {"nargs": "+", "default": [], "metavar": "KEY"}
-    parser.add_argument("--by", help="group by these keys alone, e.g. strategy.strength fisher", **several)
+    parser.add_argument("--by", help="group by these keys only, e.g. strategy.strength fisher", **several)
     parser.add_argument("--metrics", help="e.g. average_accuracy seconds/train", **{**several, "metavar": "METRIC"})
     parser.add_argument(
-        "--spread", nargs="*", choices=list(SPREADS), default=["std"], help="what stands beside a mean (default: std)"
+        "--spread", nargs="*", choices=list(SPREADS), default=["std"], help="what to show beside a mean (default: std)"
     )
     parser.add_argument(
         "--baseline", default="", help="differences to it on equal seeds: a strategy, or key=value,key=value"
     )
     parser.add_argument("--curve", help="also draw accuracy over these keys, e.g. strategy.strength", **several)
-    parser.add_argument("--pictures", choices=PICTURES, default="png", help="what they are drawn as (default: png)")
+    parser.add_argument("--pictures", choices=PICTURES, default="png", help="their format (default: png)")
     parser.add_argument(
         "--select", action="store_true", help="name the best group of each strategy by validation accuracy alone"
     )
     parser.add_argument(
-        "--tasks", type=_count, metavar="K", help="with --select: look at the first K tasks only, after the K-th"
+        "--tasks", type=_count, metavar="K", help="with --select: only the first K tasks, after the K-th"
     )
     parser.add_argument("--within", help="with --select: choose within each value of these keys", **several)
     return parser
@@ -127,8 +127,8 @@ def _write(
     out: Sequence[LeftOut],
     warnings: Sequence[str],
 ) -> str:
-    """Returns what was written where."""
-    from cl_runner.report import page, pictures  # matplotlib: not before all is known to be well
+    """Write the report's files. Returns a line that says what was written where."""
+    from cl_runner.report import page, pictures  # matplotlib: not before everything is checked
     from cl_runner.trackers.drawing import drawn
 
     folder = asked.folder / REPORT
@@ -161,7 +161,7 @@ def _write(
         for name, content in contents.items():
             write_atomically(folder / name, content)
         for old in (*folder.glob(SELECTION), *folder.glob(f"*.{asked.pictures}")):
-            if old.name not in contents and f'"{old.name}"' in earlier:  # of other runs or keys
+            if old.name not in contents and f'"{old.name}"' in earlier:  # from a report on other runs or keys
                 old.unlink()
     except OSError as error:
         raise ConfigError("DIR", f"expected a folder that can be written, got {str(folder)!r} ({error})") from None
@@ -185,7 +185,7 @@ def _print(table: Table, asked: argparse.Namespace, picks: Sequence[Pick]) -> No
 
 
 def _selection(picks: Sequence[Pick], asked: argparse.Namespace, table: Table) -> tuple[list[str], list[list[str]]]:
-    """Heads and rows: what was chosen, by what, among how many, and how it does on the test sets."""
+    """Heads and rows: what was selected, by what score, from how many, and how it does on the test sets."""
     scale = scale_of(VALIDATION, [pick.validation for pick in picks])
     groups, spread = table.groups, asked.spread
     first = f" of the first {asked.tasks}" if asked.tasks else ""

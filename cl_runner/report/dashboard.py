@@ -1,4 +1,4 @@
-"""`cl-runner dashboard`: save a workspace to Weights & Biases in which runs are compared."""
+"""`cl-runner dashboard`: save a workspace to Weights & Biases that compares runs."""
 
 from functools import partial
 from typing import Any
@@ -19,9 +19,9 @@ def parser() -> Parser:
 
 
 def main(argv: list[str]) -> int:
-    """Save the workspace and print where it is seen. Exit status: 0.
+    """Save the workspace and print its URL. Exit status: 0.
 
-    Raises ConfigError where W&B cannot be reached or wandb-workspaces is not installed.
+    Raises ConfigError if W&B cannot be reached or wandb-workspaces is not installed.
     """
     asked = parser().parse_args(argv)
     try:
@@ -50,7 +50,7 @@ def main(argv: list[str]) -> int:
 
 
 def sections() -> dict[str, list[Any]]:
-    """Title -> panels, from top to bottom. A group's curve is the mean of its runs, in a band of one deviation."""
+    """Title -> panels, from top to bottom. A group's curve is its runs' mean, with a band of one standard deviation."""
     from wandb_workspaces.reports.v2 import BarPlot, LinePlot, MediaBrowser, ParallelCoordinatesPlot
 
     spread: dict[str, Any] = {"groupby_aggfunc": "mean", "groupby_rangefunc": "stddev"}
@@ -74,7 +74,7 @@ def sections() -> dict[str, list[Any]]:
         "Training": [
             over_steps(title="Loss", y=["train/loss/total"], groupby="JobType"),
             over_steps(title="Learning rate", y=["train/lr"], groupby="JobType"),
-            over_steps(title="Images a second", y=["train/images_per_second"], groupby="JobType"),
+            over_steps(title="Images per second", y=["train/images_per_second"], groupby="JobType"),
         ],
     }
 

@@ -1,4 +1,4 @@
-"""Which runs are repetitions of one another, and what tells the others apart."""
+"""Group the runs that repeat one another, and find the keys that tell the groups apart."""
 
 import json
 from collections import defaultdict
@@ -10,23 +10,23 @@ from typing import Any, TypeGuard
 import numpy as np
 
 from cl_runner.errors import ConfigError, did_you_mean
-from cl_runner.identity import called, counted
+from cl_runner.identity import display_name, hashed_part
 from cl_runner.report.runs import LeftOut, Run
 from cl_runner.report.statistics import Summary, forgetting_matrix, mean_of_matrices, summarise
 
-TASKS, GROUP = "tasks", "group"  # columns of what no key of the configuration tells: the stream's length, the hash
-SEED = "${seed}"  # stands where a key follows the seed
-ABSENT = "–"  # where a component has no such key
+TASKS, GROUP = "tasks", "group"  # columns that are no configuration keys: the stream's length, the hash
+SEED = "${seed}"  # replaces a value that follows the seed
+ABSENT = "–"  # for a component without this key
 Settings = dict[str, Any]  # dotted key -> value; a component's own key -> its name
 Value = str | int | float | bool | None
 
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """Runs that differ in their seed only (or, with keys chosen by hand, in what these leave out)."""
+    """Runs that differ only in the seed or, with --by, in other keys too."""
 
-    values: tuple[Value, ...]  # of the keys of its Groups
-    runs: list[Run]  # one a seed, by seed
+    values: tuple[Value, ...]  # of its Groups' keys
+    runs: list[Run]  # one per seed, by seed
 
     @property
     def num_tasks(self) -> int:
@@ -60,10 +60,10 @@ class Group:
 class Groups:
     """All groups, in the order of their values."""
 
-    keys: list[str]  # dotted, in which rows differ; the strategy first
-    shared: list[str]  # the configuration's others
+    keys: list[str]  # dotted: those in which groups differ; the strategy first
+    shared: list[str]  # the configuration's other keys
     groups: list[Group]
-    left_out: list[LeftOut]  # runs whose work is counted already
+    left_out: list[LeftOut]  # runs that repeat another one's work
     pooled: list[str]  # keys in which runs of one group differ
 
     def __iter__(self) -> Iterator[Group]:
@@ -77,9 +77,9 @@ class Groups:
         return short_names(self.keys)
 
     def key(self, name: str, field: str) -> str:
-        """The one of `keys` that `name`, an option's value, names.
+        """The key that `name`, the value of option `field`, refers to.
 
-        Raises ConfigError.
+        Raises ConfigError if there is none, or if groups do not differ in it.
         """
         key = resolve(name, [*self.keys, *self.shared], field, self.keys, "a key in which rows differ")
         if key in self.shared:
@@ -90,21 +90,21 @@ class Groups:
         return group.values[self.keys.index(key)]
 
     def label(self, group: Group) -> str:
-        """ewc strength=100, say."""
+        """Such as "ewc strength=100"."""
         named = zip(self.names[1:], group.values[1:], strict=True)
         said = (f"{name}={shown(value)}" for name, value in named if value != ABSENT)
         return " ".join([shown(group.values[0]), *said])
 
 
 def group_runs(runs: Sequence[Run], by: Sequence[str] = ()) -> Groups:
-    """Runs in groups: by everything but the seed, told apart by the keys that differ; or by the keys of `by` alone.
+    """Group runs by everything but the seed, or by the keys of `by` only.
 
-    Raises ConfigError where a key of `by` is unknown, or its keys leave two runs of one seed in one group.
+    Raises ConfigError if a key of `by` is unknown, or if its keys leave two runs of one seed in one group.
     """
     settings = _settings(runs)
     if by:
         return _by_keys(runs, settings, by)
-    whole = all(run.groups for run in runs)  # an older run's status does not say its group
+    whole = all(run.groups for run in runs)  # a status may not tell its run's groups
     members: dict[tuple, list[int]] = defaultdict(list)
     for index, (run, own) in enumerate(zip(runs, settings, strict=True)):
         for name in run.groups if whole else [json.dumps(own, sort_keys=True)]:
@@ -160,9 +160,9 @@ def resolve(
     rather: Sequence[str],
     what: str = "a key of the configuration",
 ) -> str:
-    """The dotted key that `key` names, itself or by its last parts; one of `rather` where several do.
+    """The dotted key that `key` refers to, in full or by its last parts; if there are several, the one in `rather`.
 
-    Raises ConfigError where there is none, or more than one.
+    Raises ConfigError if there is none, or more than one.
     """
     known = list(known)
     if key in known:
@@ -200,7 +200,7 @@ def _ends(key: str, name: str) -> bool:
 
 
 def shown(value: Value) -> str:
-    """As one would type it: 1e4, not 10000.0; null, true."""
+    """A value as one would type it: 1e4, not 10000.0; null, true."""
     if isinstance(value, float):
         text = f"{value:.6g}"
         mantissa, _, exponent = (f"{value:.5e}" if abs(value) >= 1e4 else text).partition("e")
@@ -213,7 +213,7 @@ def is_number(value: Value) -> TypeGuard[int | float]:
 
 
 def ordering(value: Value) -> tuple[int, float, str]:
-    """Numbers by size before words by letter; what is absent first."""
+    """A sort key: absent values first, then numbers by size, then words alphabetically."""
     if value == ABSENT:
         return (0, 0.0, "")
     if is_number(value):
@@ -230,7 +230,7 @@ def _by_seed(run: Run) -> int:
 
 
 def _one_a_seed(runs: list[Run], left_out: list[LeftOut]) -> list[Run]:
-    """The run finished last of every seed; the others are named."""
+    """The last finished run of each seed; the others are added to `left_out`."""
     kept: dict[int, Run] = {}
     for run in sorted(runs, key=lambda run: run.finished):
         if earlier := kept.get(run.seed):
@@ -240,9 +240,9 @@ def _one_a_seed(runs: list[Run], left_out: list[LeftOut]) -> list[Run]:
 
 
 def _differing(settings: Sequence[Settings]) -> list[str]:
-    """Keys that differ among runs whose components above the key are the same.
+    """Keys that differ among runs with the same components above the key.
 
-    What only the choice of a component brings with it (finetune has no strength) tells nothing apart.
+    A key that comes with the choice of a component (finetune has no strength) does not count as a difference.
     """
 
     def context(own: Settings, key: str) -> tuple:
@@ -273,8 +273,8 @@ def _above(key: str) -> list[str]:
 
 
 def _settings(runs: Sequence[Run]) -> list[Settings]:
-    """Of every run: what changes its numbers, with a mark where a value follows the seed."""
-    settings = [dict(_flat(counted(run.config))) for run in runs]
+    """For each run, the settings that change its numbers, with SEED in place of values that follow the seed."""
+    settings = [dict(_flat(hashed_part(run.config))) for run in runs]
     for own in settings:
         own.pop("seed", None)
     follows = {key: True for own in settings for key, value in own.items() if type(value) is int}
@@ -307,7 +307,7 @@ def _flat(node: dict[str, Any], path: str = "") -> Iterator[tuple[str, Value]]:
         name = f"{path}.{key}" if path else key
         if isinstance(value, dict):
             if "_target_" in value:
-                yield name, called(name, value)
+                yield name, display_name(name, value)
             yield from _flat(value, name)
         elif key != "_target_":
             yield name, value if isinstance(value, str | int | float | bool | None) else json.dumps(value)

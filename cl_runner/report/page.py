@@ -1,4 +1,4 @@
-"""Groups as one HTML page that needs nothing else: no server, no network."""
+"""Show groups as one self-contained HTML page that needs no server and no network."""
 
 import base64
 import json
@@ -17,7 +17,7 @@ from cl_runner.report.statistics import Summary, over_tasks
 from cl_runner.report.table import Cell, Scale, Table, legend
 from cl_runner.trackers.colours import ACCURACY, FORGETTING, LINES
 
-STEP = 1e-4  # of the accuracies in the page's matrices, which are 16-bit integers
+STEP = 1e-4  # resolution of the page's matrices, which are 16-bit integers
 UNMEASURED = -(2**15)
 BANDS = "Bands over tasks, and bars of curves, are one standard deviation."
 
@@ -32,9 +32,10 @@ def make_page(
     picked: Sequence[Group] = (),
     curve: str | None = None,
 ) -> str:
-    """The whole page; `file_names` lie beside it, the runs' folders one up.
+    """The whole page.
 
-    out: runs that are in no row. picked: groups to mark as selected. curve: the key over which the last chart is drawn.
+    out: runs that are in no row. file_names: files beside the page; the runs' folders are one level up.
+    picked: groups to mark as selected. curve: the key on the last chart's x axis.
     """
     groups = table.groups
     first = table.metrics[0]
@@ -56,7 +57,7 @@ def make_page(
         "groups": [_group(table, group, row, group in picked) for group, row in zip(groups, table.rows, strict=True)],
     }
     assets = {"style": _asset("page.css"), "script": _asset("page.js"), "title": escape(title), "data": _embedded(data)}
-    return re.sub(r"{{(\w+)}}", lambda place: assets[place[1]], _asset("page.html"))  # once: data may hold braces
+    return re.sub(r"{{(\w+)}}", lambda place: assets[place[1]], _asset("page.html"))  # one pass: data may hold braces
 
 
 def _group(table: Table, group: Group, row: dict[str, Cell], picked: bool) -> dict[str, Any]:
@@ -94,20 +95,20 @@ def _cell(cell: Cell) -> list[Any]:
 
 
 def _over(matrices: list[np.ndarray], before: int = 0) -> list[list[float | None] | None]:
-    """Mean and standard deviation over seeds, a number a task; no deviation of a single seed."""
+    """Mean and standard deviation over seeds, one number per task; a single seed has no deviation (None)."""
     lines = over_tasks(matrices, before)
     std = lines.std(axis=0, ddof=1) if len(lines) > 1 else None
     return [[_short(v, 4) for v in part.tolist()] if part is not None else None for part in (lines.mean(axis=0), std)]
 
 
 def encode(matrix: np.ndarray) -> str:
-    """Base64 of little-endian 16-bit integers, row by row."""
+    """A matrix as base64 of little-endian 16-bit integers, row by row."""
     steps = np.where(np.isfinite(matrix), np.rint(np.nan_to_num(matrix) / STEP), UNMEASURED)
     return base64.b64encode(steps.astype("<i2").tobytes()).decode()
 
 
 def _range(summaries: Sequence[Summary], scale: Scale) -> list[float]:
-    """What the little axes of the table span: all means and their spread; intervals too, but for those of two seeds."""
+    """The range of the small axes in the table: all means and deviations, and intervals of three or more seeds."""
     ends = [(s.mean, s.mean) for s in summaries if s.n]
     ends += [(s.mean - s.std, s.mean + s.std) for s in summaries if s.n > 1]
     ends += [(s.low, s.high) for s in summaries if s.n > 2]
@@ -118,12 +119,12 @@ def _range(summaries: Sequence[Summary], scale: Scale) -> list[float]:
 
 
 def _short(value: float | None, digits: int = 6) -> float | None:
-    """Six digits say all that a page shows."""
+    """Round to the digits that a page can show."""
     return None if value is None or not math.isfinite(value) else float(f"{value:.{digits}g}")
 
 
 def _embedded(data: dict[str, Any]) -> str:
-    """JSON that may stand in a script element: nothing in it can end the element."""
+    """JSON that is safe in a script element: nothing in it can end the element."""
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     return text.replace("<", "\\u003c")
 

@@ -1,4 +1,4 @@
-"""Groups as pictures (PNG): matrices side by side, accuracy and forgetting over the tasks, curves over a swept key."""
+"""Draw groups: matrices side by side, accuracy and forgetting over the tasks, curves over a swept key."""
 
 import math
 import re
@@ -10,45 +10,38 @@ from typing import Any, Literal
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection, PolyCollection
-from matplotlib.colors import Colormap, LinearSegmentedColormap
 from matplotlib.figure import Figure
 
 from cl_runner.report.groups import ABSENT, Group, Groups, Value, is_number, ordering, short_names, shown
 from cl_runner.report.statistics import over_tasks, summarise
 from cl_runner.report.table import SPREADS, Scale
-from cl_runner.trackers.colours import ACCURACY, FAINT, FORGETTING, INK, LINES
-from cl_runner.trackers.drawing import blank, readable_on, shortened
+from cl_runner.trackers.colours import FAINT, INK, LINES
+from cl_runner.trackers.drawing import ACCURACY, FORGETTING, ColourScale, blank, readable_on, shortened
 
 HEAD = 0.5  # inches above the matrices
-MOST_MATRICES = 48  # groups in one picture; the page has all
-MOST_NUMBERED = 12  # groups whose matrices have numbers in their cells
-MOST_LINES = 10  # told apart by colour; beyond that colour stands for the strategy alone
-MOST_NAMES = 20  # in a legend
+MOST_MATRICES = 48  # groups in one picture; the page shows all
+MOST_NUMBERED = 12  # groups up to which matrices have numbers in their cells
+MOST_LINES = 10  # up to which each has a colour; beyond, each strategy has one
+MOST_NAMES = 20  # in the legend
 DASHES = [(0, (5, 3)), (0, (2, 2)), (0, (8, 3, 2, 3)), (0, (1, 2))]
-LOG_FROM = 20  # ratio of the largest to the smallest value of a swept key from which its axis is logarithmic
+LOG_FROM = 20  # a swept key's axis is logarithmic if its largest value is so many times its smallest
 PERCENT = Scale(100, "%", 1)
-Picture = tuple[str, Figure]  # what its file is called, but for the ending, and what it shows
+Picture = tuple[str, Figure]  # file name without suffix, and figure
 Align = Literal["left", "center", "right"]
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A matrix that every group has, and how it is coloured."""
+    """A matrix that every group has, and its colour scale."""
 
     name: str
     of: Callable[[Group], np.ndarray]
-    colours: Colormap
-    limits: tuple[float, float]
-
-    def colours_of(self, values: np.ndarray) -> np.ndarray:
-        """[N] -> [N, 3], of 0 to 1."""
-        low, high = self.limits
-        return self.colours((values - low) / (high - low))[:, :3]
+    scale: ColourScale
 
 
 @dataclass(frozen=True)
 class Box:
-    """A place in a picture, in inches from its top left."""
+    """A rectangle in a picture, in inches from its top left."""
 
     left: float
     top: float
@@ -57,32 +50,31 @@ class Box:
 
 
 def draw(groups: Groups, curves: Sequence[str], spread: str = "std") -> list[Picture]:
-    """Every picture of a report: matrices, accuracy and forgetting over tasks, a curve for each of the keys `curves`.
+    """Every picture of a report: matrices, accuracy and forgetting over tasks, and a curve for each key in `curves`.
 
-    spread: of bands and bars: std, sem or interval.
-    Raises ConfigError where a key of `curves` does not differ among the groups.
+    curves: keys of the groups. spread: what bands and bars show: std, sem or interval.
     """
     pictures = [("matrices", matrices(groups)), ("accuracy", accuracy_over_tasks(groups, spread))]
     if any(np.isfinite(group.mean_forgetting).any() for group in groups):
         pictures.append(("forgetting", forgetting_over_tasks(groups, spread)))
-    return pictures + [_curve_picture(groups, groups.key(key, "--curve"), spread) for key in curves]
+    return pictures + [_curve_picture(groups, key, spread) for key in curves]
 
 
 def matrices(groups: Groups) -> Figure:
-    """Mean accuracy (0 to 1) and forgetting (-1 to 1) matrix of every group, on the same two scales for all."""
+    """The mean accuracy and forgetting matrices of every group, on the same two colour scales."""
     pictured = list(groups)[:MOST_MATRICES]
     numbered = len(pictured) <= MOST_NUMBERED
     columns = min(len(pictured), 2 if numbered else 4)
     rows = math.ceil(len(pictured) / columns)
-    wide, high, margin = (6.2, 3.0, 0.25) if numbered else (3.1, 1.75, 0.15)  # inches of a group's two matrices
+    wide, high, margin = (6.2, 3.0, 0.25) if numbered else (3.1, 1.75, 0.15)  # inches for a group's two matrices
     figure = blank(wide * columns, high * rows + HEAD)
     axes = _inches(figure)
     left_out = f" · {len(groups) - len(pictured)} groups more in the page" if len(groups) > len(pictured) else ""
     what = f"column: on task · row: after learning task · means over seeds{left_out}"
     _text(axes, margin, HEAD / 2, what, 8, FAINT)
     kinds = (
-        Kind("accuracy", lambda group: group.mean_accuracy, _map(ACCURACY), (0.0, 1.0)),
-        Kind("forgetting", lambda group: group.mean_forgetting, _map(FORGETTING), (-1.0, 1.0)),
+        Kind("accuracy", lambda group: group.mean_accuracy, ACCURACY),
+        Kind("forgetting", lambda group: group.mean_forgetting, FORGETTING),
     )
     for index, group in enumerate(pictured):
         row, column = divmod(index, columns)
@@ -98,21 +90,21 @@ def matrices(groups: Groups) -> Figure:
 
 
 def accuracy_over_tasks(groups: Groups, spread: str = "std") -> Figure:
-    """After every task, the mean accuracy on the tasks so far: mean over seeds, and a band."""
+    """The mean accuracy on the tasks so far, after each task: mean over seeds, with a band."""
     lines = {group: over_tasks([run.accuracy for run in group.runs]) for group in groups}
     return _lines(groups, lines, "accuracy on the tasks so far, %", spread)
 
 
 def forgetting_over_tasks(groups: Groups, spread: str = "std") -> Figure:
-    """After every task, the mean forgetting of the tasks before it: mean over seeds, and a band."""
+    """The mean forgetting of the tasks before it, after each task: mean over seeds, with a band."""
     lines = {group: over_tasks(group.forgetting, before=1) for group in groups}
     return _lines(groups, lines, "forgetting, %", spread)
 
 
 def curve(groups: Groups, key: str, spread: str = "std") -> Figure:
-    """Final accuracy and forgetting over a swept key, a line for what the other keys tell apart, with bars.
+    """Final accuracy and forgetting over a swept key, with error bars and a line for each setting of the other keys.
 
-    A group without the key (no strength, say) is a level line.
+    A group without the key (finetune has no strength, say) is a horizontal line.
     """
     figure = blank(12.5, 4.2)
     others = [other for other in groups.keys if other != key]
@@ -173,13 +165,13 @@ def _curve_line(
 
 
 def _places(values: Sequence[Value]) -> dict[Value, float]:
-    """Numbers stand where they are, words one after another."""
+    """x coordinates: numbers at their value, words one after another."""
     numbers = [float(value) for value in values if is_number(value)]
     return dict(zip(values, numbers if len(numbers) == len(values) else map(float, range(len(values))), strict=True))
 
 
 def _mark(axes: Axes, values: Sequence[Value], places: dict[Value, float]) -> None:
-    """A logarithmic axis where numbers span a factor of 20 or more; zero, without a place on it, stands left of all."""
+    """Set the x axis up: logarithmic from a factor of LOG_FROM on, with zero to the left of the rest."""
     positive = [value for value in places.values() if value > 0]
     if not all(is_number(value) for value in values):
         axes.set_xticks(list(places.values()), [shortened(shown(value), 18) for value in values])
@@ -191,12 +183,12 @@ def _mark(axes: Axes, values: Sequence[Value], places: dict[Value, float]) -> No
 
 
 def _beside(groups: Groups, spread: str) -> str:
-    """What bands and bars are, where there are any."""
+    """What bands and bars show, if there are any."""
     return f"  ({SPREADS[spread].strip()})" if any(len(group.runs) > 1 for group in groups) else ""
 
 
 def _lines(groups: Groups, lines: dict[Group, np.ndarray], label: str, spread: str) -> Figure:
-    """lines: group -> [seeds, T]. Few groups have a colour each and a band; of many, each strategy has a colour."""
+    """lines: group -> [seeds, T]. Few groups get a colour and a band each; with many, each strategy gets a colour."""
     figure = blank(9.0, 4.4)
     axes = figure.add_axes((0.075, 0.13, 0.6, 0.81))
     if len(groups) > MOST_LINES:
@@ -231,7 +223,7 @@ def _many_lines(axes: Axes, groups: Groups, lines: dict[Group, np.ndarray]) -> N
 
 
 def _inches(figure: Figure) -> Axes:
-    """Axes measured in inches from the picture's top left: one for every matrix would take seconds."""
+    """Axes in inches from the picture's top left, for all matrices: one each would take seconds."""
     width, height = figure.get_size_inches()
     axes = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(height, 0))
     axes.set_axis_off()
@@ -239,13 +231,13 @@ def _inches(figure: Figure) -> Axes:
 
 
 def _heat(axes: Axes, box: Box, kind: Kind, matrix: np.ndarray, numbered: bool) -> None:
-    """A matrix with seams between its cells, and numbers in them where they fit."""
+    """Draw a matrix with gaps between its cells, and numbers in them if they fit."""
     size = len(matrix)
     if not np.isfinite(matrix).any():
         _text(axes, box.left + box.width / 2, box.top + box.height / 2, "undefined", 8, FAINT, "center")
         return
     rows, columns = np.nonzero(np.isfinite(matrix))
-    colours = kind.colours_of(matrix[rows, columns])
+    colours = kind.scale.colour(matrix[rows, columns])
     width, height = box.width / size, box.height / size
     _cells(axes, box.left + width * columns, box.top + height * rows, width, height, colours, seam=0.012)
     if not numbered or size > 10:
@@ -258,28 +250,25 @@ def _heat(axes: Axes, box: Box, kind: Kind, matrix: np.ndarray, numbered: bool) 
 def _cells(
     axes: Axes, left: np.ndarray, top: np.ndarray, width: float, height: float, colours: np.ndarray, seam: float = 0.0
 ) -> None:
-    """Rectangles, each but for `seam` at its right and its bottom."""
+    """Draw rectangles, with a gap of `seam` on the right and at the bottom of each."""
     right, bottom = left + width - min(seam, width / 4), top + height - min(seam, height / 4)
     corners = np.stack([left, top, right, top, right, bottom, left, bottom], axis=1).reshape(-1, 4, 2)
     axes.add_collection(PolyCollection(list(corners), facecolors=colours, antialiased=False, linewidths=0))
 
 
 def _scale(axes: Axes, kind: Kind, left: float) -> None:
-    """A bar of colours at the top, its ends named."""
+    """Draw a colour bar at the top, with its limits."""
     steps = np.linspace(0, 0.7, 64, endpoint=False)
-    colours = kind.colours_of(np.linspace(*kind.limits, len(steps)))
+    limits = kind.scale.low, kind.scale.high
+    colours = kind.scale.colour(np.linspace(*limits, len(steps)))
     _cells(axes, left + steps, np.full_like(steps, HEAD / 2 - 0.045), 0.7 / len(steps), 0.09, colours)
-    low, high = (f"{100 * limit:.0f}".replace("-", "−") for limit in kind.limits)
+    low, high = (f"{100 * limit:.0f}".replace("-", "−") for limit in limits)
     _text(axes, left - 0.06, HEAD / 2, f"{kind.name}, %   {low}", 7, FAINT, "right")
     _text(axes, left + 0.76, HEAD / 2, high, 7, FAINT)
 
 
-def _map(colours: list[str]) -> Colormap:
-    return LinearSegmentedColormap.from_list("", colours)
-
-
 def _style(number: int) -> dict[str, Any]:
-    """Colours go round before markers do."""
+    """Colour and marker of a line; the marker changes once all colours are used."""
     return {"color": LINES[number % len(LINES)], "marker": "osD^v"[(number // len(LINES)) % 5]}
 
 
@@ -293,7 +282,7 @@ def _dress(axes: Axes, x: str, y: str) -> None:
 
 
 def _legend(figure: Figure, handles: Sequence[Any], labels: Sequence[str], left: float) -> None:
-    once = {label: handle for handle, label in zip(handles, labels, strict=True)}  # many lines may share a name
+    once = {label: handle for handle, label in zip(handles, labels, strict=True)}  # several lines may share a name
     names = [*list(once)[: MOST_NAMES - 1], f"and {len(once) - MOST_NAMES + 1} more"]
     names = list(once) if len(once) <= MOST_NAMES else names
     drawn = list(once.values())[: len(names)]

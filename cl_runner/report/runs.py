@@ -1,4 +1,4 @@
-"""The runs of a folder: those that are done, and why the others are not."""
+"""Read the runs of a folder: the finished ones, and the reasons why others are left out."""
 
 import json
 import math
@@ -11,26 +11,26 @@ from typing import Any
 import numpy as np
 
 from cl_runner.errors import ConfigError
-from cl_runner.folder import RESULTS_SCHEMA, RunFolder, groups, moved_aside
+from cl_runner.folder import RESULTS_SCHEMA, RunFolder, moved_aside
 from cl_runner.sweep import FILE as SWEEPS
-from cl_runner.sweep import reason
+from cl_runner.sweep import outcome, sweeps
 
-REPORT = "report"  # the folder that a report is written to, among the runs
-SIGNS = {"status.json", "results.json", "config.yaml"}  # a folder that holds one of them is a run's
+REPORT = "report"  # the report's own folder, beside the runs
+SIGNS = {"status.json", "results.json", "config.yaml"}  # a folder with any of these is a run's
 
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """A finished run, as its results.json tells of it."""
+    """A finished run, from its results.json."""
 
     folder: str  # its name
     config: dict[str, Any]
-    groups: tuple[str, ...]  # alike for runs that differ in their seed only; none: its status does not say
-    finished: float  # epoch seconds; 0 where unknown
-    beside: str  # what no hash holds and a run depends on all the same: digests of a folder's images, and of plugins
-    metrics: dict[str, float | None]  # by their flat names, with seconds, seconds/<phase> and peak_memory/<phase>
+    groups: tuple[str, ...]  # shared by runs that differ only in the seed; empty: its status does not say
+    finished: float  # seconds since the epoch; 0 if unknown
+    beside: str  # digests of a folder's images and of plugins, which results depend on but no hash includes
+    metrics: dict[str, float | None]  # by name, including seconds, seconds/<phase> and peak_memory/<phase>
     accuracy: np.ndarray  # float64 [T, T] of the run's own scenario, NaN where nothing was measured
-    validation: np.ndarray | None  # the same on the validation splits; None: they were not looked at
+    validation: np.ndarray | None  # the same on the validation splits; None if not measured
 
     @property
     def seed(self) -> int:
@@ -43,10 +43,10 @@ class Run:
 
 @dataclass(frozen=True)
 class LeftOut:
-    """What lies in the folder, or was asked for, and is in no table."""
+    """A run in the folder, or a job of its sweeps, that is in no table."""
 
     folder: str
-    # pending, running, failed, killed; damaged: its files cannot be read; twice: its work is counted already
+    # pending, running, failed, killed; damaged: its files cannot be read; twice: it repeats another run's work
     state: str
     why: str = ""
     there: bool = True  # the folder exists
@@ -62,23 +62,26 @@ class Found:
 
 
 def read(folder: Path) -> Found:
-    """Every run in `folder`, in the order of their names.
+    """Every run in `folder`, by name.
 
-    Raises ConfigError where there is no finished one.
+    Raises ConfigError if none is finished.
     """
     if not folder.is_dir():
         raise ConfigError("DIR", f"expected a folder of runs, got {str(folder)!r}, which is no folder")
     names = list(run_folders(folder))
-    read_ones = [_read(folder / name) for name in names]
+    errors, left_out = _planned(folder)
+    read_ones = [_read(folder / name, errors.get(name)) for name in names]
     runs = [run for run in read_ones if isinstance(run, Run)]
-    left_out = [run for run in read_ones if isinstance(run, LeftOut)] + list(_never_begun(folder, set(names)))
+    left_out = [run for run in read_ones if isinstance(run, LeftOut)] + left_out
+    for name in [name for name in errors if name not in names]:
+        left_out.append(LeftOut(name, *outcome(RunFolder(folder / name), errors[name]), there=False))
     if not runs:
         raise ConfigError("DIR", f"expected a folder of finished runs, got {str(folder)!r}{_instead(folder, left_out)}")
     return Found(folder, runs, left_out)
 
 
 def run_folders(folder: Path) -> Iterator[str]:
-    """The names of the runs' folders; a run that was moved aside is none."""
+    """The names of the runs' folders, without those that were moved aside."""
     with os.scandir(folder) as entries:
         names = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
     for name in names:
@@ -86,21 +89,28 @@ def run_folders(folder: Path) -> Iterator[str]:
             yield name
 
 
-def _read(path: Path) -> Run | LeftOut:
+def _planned(folder: Path) -> tuple[dict[str, str | None], list[LeftOut]]:
+    """job's folder -> what went wrong outside of its run, for the folder's sweeps; and their plan, if damaged."""
+    try:
+        return {job.folder: job.error for sweep in sweeps(folder) for job in sweep.jobs}, []
+    except (ConfigError, KeyError, TypeError) as error:
+        return {}, [LeftOut(SWEEPS, "damaged", str(error))]
+
+
+def _read(path: Path, error: str | None) -> Run | LeftOut:
+    """`error`: what went wrong outside of the run, according to its sweep."""
     try:
         status = _load(path / "status.json") if (path / "status.json").exists() else {}
         if status.get("state") == "done" or (not status and (path / "results.json").exists()):
             return _run(path, status, _load(path / "results.json"))
-    except (OSError, ValueError) as error:
-        return LeftOut(path.name, "damaged", str(error))
-    if not status:
-        return LeftOut(path.name, "pending")
-    state = RunFolder(path).state  # the lock tells whether one "running" was killed
-    return LeftOut(path.name, state, ", ".join(filter(None, [reason(RunFolder(path), state), _progress(status)])))
+    except (OSError, ValueError) as damage:
+        return LeftOut(path.name, "damaged", str(damage))
+    state, why = outcome(RunFolder(path), error)
+    return LeftOut(path.name, state, ", ".join(filter(None, [why, _progress(status)])))
 
 
 def _load(path: Path) -> dict[str, Any]:
-    """Raises ValueError, which names the file, where it holds no JSON object."""
+    """A file's JSON object. Raises ValueError, which names the file, if it has none."""
     try:
         content = json.loads(path.read_bytes())
     except FileNotFoundError:
@@ -113,7 +123,7 @@ def _load(path: Path) -> dict[str, Any]:
 
 
 def _run(path: Path, status: dict[str, Any], results: dict[str, Any]) -> Run:
-    """Raises ValueError where the results lack what a report needs."""
+    """Raises ValueError if the results lack what a report needs."""
     if results.get("schema") != RESULTS_SCHEMA:
         raise ValueError(f"results.json: expected schema {RESULTS_SCHEMA}, got {results.get('schema')!r}")
     try:
@@ -121,7 +131,7 @@ def _run(path: Path, status: dict[str, Any], results: dict[str, Any]) -> Run:
         return Run(
             folder=path.name,
             config={**config, "seed": int(config["seed"])},
-            groups=tuple(groups(status)),
+            groups=tuple(status.get("groups") or ()),
             finished=status.get("finished") or 0.0,
             beside=json.dumps([status.get("images"), status.get("code")], sort_keys=True),
             metrics=dict(_metrics(results)),
@@ -141,7 +151,7 @@ def _metrics(results: Mapping[str, Any]) -> Iterator[tuple[str, float | None]]:
 
 
 def _matrix(rows: list[list[float | None]]) -> np.ndarray:
-    """[T, T], NaN for null and for what was left out."""
+    """[T, T], with NaN for null and for missing entries."""
     size = max(len(rows), *map(len, rows))
     matrix = np.full((size, size), math.nan)
     for index, row in enumerate(rows):
@@ -156,27 +166,12 @@ def _validation(results: Mapping[str, Any], scenario: str) -> np.ndarray | None:
 
 
 def _progress(status: Mapping[str, Any]) -> str:
-    """How far a run is."""
+    """How far a run has come, for people."""
     return f"{status['tasks']} of {status.get('num_tasks', '?')} tasks" if status.get("tasks") else ""
 
 
-def _never_begun(folder: Path, names: set[str]) -> Iterator[LeftOut]:
-    """Jobs of the folder's sweeps that have left no folder."""
-    try:
-        sweeps = _load(folder / SWEEPS)["sweeps"] if (folder / SWEEPS).exists() else []
-        jobs = {job["folder"] or " ".join(job["overrides"]): job for sweep in sweeps for job in sweep["jobs"]}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        yield LeftOut(SWEEPS, "damaged", str(error))
-        return
-    for name, job in jobs.items():
-        if name not in names:
-            error = str(job.get("error") or "").partition("\n")[0]
-            state = job.get("state") if job.get("state") != "done" else "pending"  # done, and removed since
-            yield LeftOut(name, state or ("failed" if error else "pending"), error, there=False)
-
-
 def _instead(folder: Path, left_out: list[LeftOut]) -> str:
-    """What there is where a folder has no finished run."""
+    """What a folder without finished runs holds instead."""
     if left_out:
         states = [run.state for run in left_out]
         return ", whose runs are " + ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))

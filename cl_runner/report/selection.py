@@ -1,4 +1,4 @@
-"""Choosing hyper-parameters without peeking: by validation accuracy, on the first tasks only where that is wanted."""
+"""Select hyper-parameters without test data: by validation accuracy, optionally on the first tasks only."""
 
 import math
 from collections import defaultdict
@@ -16,19 +16,19 @@ ROOM = (".memory.size", ".memory.per")
 
 @dataclass(frozen=True, eq=False)
 class Pick:
-    """The group of the highest mean validation accuracy among those that share `values`."""
+    """The group with the highest mean validation accuracy among those that share `values`."""
 
-    values: tuple[Value, ...]  # of the keys within which there was a choice
+    values: tuple[Value, ...]  # of the keys that the candidates share
     group: Group
     validation: Summary
     candidates: int
 
 
 def select(groups: Groups, tasks: int | None, within: Sequence[str]) -> tuple[list[Pick], list[str]]:
-    """A pick for each strategy (or each value of `within`), and warnings. Test accuracy is never looked at.
+    """A pick for each strategy (or each value of `within`), and warnings. Test accuracy is never used.
 
-    tasks: look at the validation splits of the first so many tasks, after the last of these was learned; None: all.
-    Raises ConfigError where a run had no validation split, or fewer tasks.
+    tasks: use the validation splits of only the first `tasks` tasks, after the last of these was learned; None: all.
+    Raises ConfigError if a run has no validation split, or fewer tasks.
     """
     keys = [groups.key(key, "--within") for key in within] or [key for key in groups.keys if _given(key)]
     rivals: dict[tuple[Value, ...], list[Group]] = defaultdict(list)
@@ -55,7 +55,7 @@ def select(groups: Groups, tasks: int | None, within: Sequence[str]) -> tuple[li
 def validation_accuracy(run: Run, tasks: int | None) -> float | None:
     """Mean over the first `tasks` tasks' validation splits, after the last of these was learned.
 
-    None where it was not measured then: joint training, say, is measured once, after the last task.
+    None if it was not measured then: joint training, say, is measured only after the last task.
     Raises ConfigError.
     """
     last = tasks or run.num_tasks
@@ -75,8 +75,7 @@ def validation_accuracy(run: Run, tasks: int | None) -> float | None:
 
 
 def _given(key: str) -> bool:
-    """Whether nobody chooses between values of this key: they say what is to be learned, and with how much room for
-    the past. The strategy is what is compared."""
+    """Whether a key is not up for selection: it defines the task, or the room for memory, or the strategy compared."""
     task = key.partition(".")[0] == "stream" and key not in LOOKS
     return task or key in ("strategy", TASKS) or key.endswith(ROOM)
 

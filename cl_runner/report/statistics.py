@@ -1,9 +1,8 @@
-"""What a handful of seeds says of a number: mean, spread, standard error, Student's 95 % interval."""
+"""Statistics over a handful of seeds: mean, standard deviation, standard error, Student's 95 % interval."""
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 
@@ -12,7 +11,7 @@ LEVEL = 0.95  # of every interval
 
 @dataclass(frozen=True)
 class Summary:
-    """Of n values. What one value alone cannot tell (spread and interval) is NaN; so is everything of none."""
+    """Statistics of n values. Spread and interval of a single value are NaN; so is everything for no values."""
 
     n: int
     mean: float
@@ -22,12 +21,12 @@ class Summary:
     high: float
 
     def half(self, spread: str) -> float:
-        """What is drawn to either side of the mean: std, sem, or half of the interval."""
+        """The half-width drawn on either side of the mean: std, sem, or half of the interval."""
         return {"std": self.std, "sem": self.sem, "interval": self.high - self.mean}[spread]
 
 
 def summarise(values: Sequence[float | None]) -> Summary:
-    """Of the values that are there: None is one that was not measured."""
+    """The summary of the values that are not None, which stands for not measured."""
     known = [value for value in values if value is not None]
     n = len(known)
     mean = math.fsum(known) / n if n else math.nan
@@ -40,37 +39,20 @@ def summarise(values: Sequence[float | None]) -> Summary:
 
 
 def paired_difference(values: Mapping[int, float | None], baseline: Mapping[int, float | None]) -> Summary:
-    """Of value minus baseline, seed by seed; only seeds that both have make a pair."""
+    """The summary of value minus baseline, seed by seed, over the seeds that both have."""
     pairs = [(values[seed], baseline[seed]) for seed in sorted(values.keys() & baseline.keys())]
     return summarise([one - other for one, other in pairs if one is not None and other is not None])
 
 
-@lru_cache
-def t_quantile(freedom: int, level: float = LEVEL) -> float:
-    """t with P(|T| <= t) = level, for Student's T with `freedom` >= 1 degrees of freedom."""
-    low, high = 0.0, math.pi / 2  # of the angle atan(t / sqrt(freedom)), which has an end where t has none
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if _within(middle, freedom) < level else (low, middle)
-    return math.tan(low) * math.sqrt(freedom)
+def t_quantile(freedom: int) -> float:
+    """t with P(|T| <= t) = LEVEL, for Student's T with `freedom` >= 1 degrees of freedom."""
+    from scipy.special import stdtrit  # slow to import, and one seed has no interval
 
-
-def _within(angle: float, freedom: int) -> float:
-    """P(|T| <= sqrt(freedom) tan(angle)), a finite sum: Abramowitz & Stegun, 1964, 26.7.3 and 26.7.4."""
-    odd = freedom % 2
-    cosine = math.cos(angle)
-    term = total = cosine if odd else 1.0
-    for k in range(2 + odd, freedom, 2):
-        term *= (k - 1) / k * cosine**2
-        total += term
-    total *= math.sin(angle)
-    if not odd:
-        return total
-    return 2 / math.pi * (angle + (total if freedom > 1 else 0.0))
+    return float(stdtrit(freedom, (1 + LEVEL) / 2))
 
 
 def forgetting_matrix(accuracy: np.ndarray) -> np.ndarray:
-    """[T, T], NaN on and above the diagonal: `cl_runner.metrics.forgetting_matrix` of an array, without torch."""
+    """`cl_runner.metrics.forgetting_matrix` for an array, without torch, which is slow to import."""
     below = np.tril(np.ones_like(accuracy, dtype=bool), -1)
     learned = np.where(np.tril(np.ones_like(below)), np.nan_to_num(accuracy, nan=-np.inf), -np.inf)
     best = np.full_like(accuracy, -np.inf)
@@ -79,14 +61,14 @@ def forgetting_matrix(accuracy: np.ndarray) -> np.ndarray:
 
 
 def mean_of_matrices(matrices: Sequence[np.ndarray]) -> np.ndarray:
-    """Entry by entry, [T, T]; NaN where one of them has none: a mean of fewer seeds would not compare."""
+    """Entry-wise mean, [T, T]; NaN where any matrix has NaN: a mean of fewer seeds would not be comparable."""
     return np.mean(np.stack(matrices), axis=0)
 
 
 def over_tasks(matrices: Sequence[np.ndarray], before: int = 0) -> np.ndarray:
-    """[seeds, T]: the mean of every row over the tasks learned by then, but for the last `before` of them.
+    """[seeds, T]: the mean of each row over the tasks learned by then, without the last `before` of them.
 
-    NaN where an entry of these was not measured, or where there is none.
+    NaN if any of these entries was not measured, or if there are none.
     """
     stack = np.stack(matrices)
     ends = range(1 - before, stack.shape[1] + 1 - before)

@@ -1,4 +1,4 @@
-"""`cl-runner status DIR`: every run below a folder, and what has become of it."""
+"""`cl-runner status DIR`: show every run below a folder and its state."""
 
 import json
 import os
@@ -19,22 +19,22 @@ from rich.text import Text
 from cl_runner.arguments import Parser
 from cl_runner.errors import ConfigError
 from cl_runner.folder import RunFolder, moved_aside
-from cl_runner.sweep import FILE, STATES, Sweep, reason, sweeps
+from cl_runner.sweep import FILE, STATES, not_shared, outcome, sweeps
 
-EVERY = 2.0  # seconds between two looks
-TAIL = 1 << 16  # bytes at the journal's end among which the last task's row is looked for first
+EVERY = 2.0  # seconds between two updates
+TAIL = 1 << 16  # bytes at the journal's end that are searched first for the last task's row
 BAD = ("failed", "killed")
 COLOURS = {"running": "cyan", "done": "green", "failed": "bold red", "killed": "bold red", "pending": "dim"}
-WORDS, NUMBERS = ("differs by", "reason"), ("task", "step", "accuracy", "heard of")  # columns
-URGENCY = ("running", "failed", "killed", "pending", "done")  # what is shown first where not all fits
+WORDS, NUMBERS = ("differs by", "reason"), ("task", "step", "accuracy", "last seen")  # columns
+URGENCY = ("running", "failed", "killed", "pending", "done")  # what is shown first if not all fits
 
 
 @dataclass(frozen=True)
 class Row:
-    """One run as the table shows it.
+    """A row of the table: one run.
 
-    accuracy: of the tasks learned so far. heartbeat: seconds since the epoch. words: its command's. differs: the words
-    by which it differs from the others of its sweep, or without one from the others beside it.
+    accuracy: on the tasks learned so far. heartbeat: seconds since the epoch. words: of its command.
+    differs: those words that not all jobs of its sweep share, or without a sweep not all runs beside it.
     """
 
     name: str
@@ -52,17 +52,17 @@ class Row:
 def parser() -> Parser:
     parser = Parser(
         prog="cl-runner status",
-        description="Every run below a folder, and how it goes; exit status 1 if one failed or was killed.",
+        description="Show every run below a folder and its state; exit status 1 if one failed or was killed.",
     )
-    parser.add_argument("folder", nargs="?", default="outputs", help="where the runs lie (default: %(default)s)")
-    parser.add_argument("--watch", action="store_true", help="go on showing it until nothing runs or waits any more")
+    parser.add_argument("folder", nargs="?", default="outputs", help="where the runs are (default: %(default)s)")
+    parser.add_argument("--watch", action="store_true", help="keep updating until no run is running or pending")
     return parser
 
 
 def main(argv: list[str]) -> int:
-    """Print the table, again and again with --watch. Exit status: 1 where a run failed or was killed, else 0.
+    """Print the table, or keep updating it with --watch. Exit status: 1 if a run failed or was killed, else 0.
 
-    Raises ConfigError for a folder that is not there.
+    Raises ConfigError if the folder does not exist.
     """
     options = parser().parse_args(argv)
     root = Path(options.folder)
@@ -70,15 +70,16 @@ def main(argv: list[str]) -> int:
         raise ConfigError("status", f"expected a folder, got {options.folder!r}")
     board = Board(root)
     if options.watch and Console().is_terminal:
-        _watch(board)
+        rows = _watch(board)
     else:
         rows = board.rows()
         terminal = Console() if Console().is_terminal else Console(width=1000)  # a pipe has no edge to break lines at
         terminal.print(_shown(rows, terminal.width))
-    return int(any(row.state in BAD for row in board.rows()))
+    return int(any(row.state in BAD for row in rows))
 
 
-def _watch(board: "Board") -> None:
+def _watch(board: "Board") -> list[Row]:
+    """Show the board until no run is running or pending, or Ctrl-C. Returns the rows last shown."""
     console = Console()
     with Live(console=console, auto_refresh=False) as live:
         while True:
@@ -86,64 +87,60 @@ def _watch(board: "Board") -> None:
             fits = rows[: max(1, console.height - 6)]
             live.update(_shown(fits, console.width, hidden=len(rows) - len(fits)), refresh=True)
             if not any(row.state in ("running", "pending") for row in rows):
-                return
+                return rows
             try:
                 time.sleep(EVERY)
             except KeyboardInterrupt:
-                return
+                return rows
 
 
 class Board:
-    """The runs below a folder. What has ended is read once."""
+    """The runs below a folder. Runs that have ended are read only once."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self._ended: dict[Path, tuple[int, Row]] = {}  # folder -> when its status was written, what it said
+        self._ended: dict[Path, tuple[Any, Row]] = {}  # folder -> (what the row depends on, the row)
 
     def rows(self) -> list[Row]:
-        """Every run, and every job of a sweep that has no folder yet: a folder's sweeps in their own order, then what
-        is in none, by name."""
-        rows: dict[Path, Row] = {}
-        planned: dict[Path, Row] = {}
+        """Every run, and every job of a sweep without a folder, folder by folder: first the sweeps' jobs in their own
+        order, then other runs by name."""
+        runs: list[Path] = []
+        differs: dict[Path, str] = {}
+        errors: dict[Path, str | None] = {}
         for path, names in _folders(self.root):
             if "status.json" in names:
-                rows[path] = self._row(path)
+                runs.append(path)
             if FILE in names:
-                for sweep in sweeps(path):  # a run is told by the keys of the sweep that made it, not of a later one
-                    for job, row in self._planned(sweep).items():
-                        planned[job] = replace(row, differs=planned.get(job, row).differs or row.differs)
-        differs = {path: row.differs for path, row in planned.items()}
-        apart = _apart({path: row.words for path, row in rows.items() if path not in planned})
-        together = {**planned, **{path: replace(row, differs=(differs | apart)[path]) for path, row in rows.items()}}
-        number = {path: place for place, path in enumerate(planned)}
-        order = sorted(together, key=lambda path: (path.parent, number.get(path, len(number)), path.name))
-        return [together[path] for path in order if not moved_aside(path)]
+                for sweep in sweeps(path):
+                    own = sweep.differing()
+                    for job in sweep.jobs:
+                        folder = path / job.folder
+                        # The sweep that made a run names it, not a later one.
+                        differs[folder] = differs.get(folder) or own[job.folder]
+                        errors[folder] = job.error
+        number = {path: place for place, path in enumerate(differs)}
+        order = sorted({*runs, *differs}, key=lambda path: (path.parent, number.get(path, len(number)), path.name))
+        rows = {path: self._row(path, errors.get(path)) for path in order if not moved_aside(path)}
+        differs |= _apart({path: row.words for path, row in rows.items() if path not in differs})
+        return [replace(row, differs=differs[path]) for path, row in rows.items()]
 
-    def _planned(self, sweep: Sweep) -> dict[Path, Row]:
-        """The jobs of a sweep, as they are without a folder: not begun, or never come that far."""
-        rows, differing = {}, sweep.differing()
-        for job in sweep.jobs:
-            path = sweep.root / job.folder
-            why, differs = job.error or "", differing[job.folder]
-            state = "pending" if job.state in (None, "done") else job.state  # done, and removed since
-            rows[path] = Row(self._name(path), state, reason=why, differs=differs)
-        return rows
-
-    def _row(self, path: Path) -> Row:
-        written = (path / "status.json").stat().st_mtime_ns
-        if path in self._ended and self._ended[path][0] == written:
+    def _row(self, path: Path, error: str | None) -> Row:
+        """`error`: what went wrong outside of the run, which may have no folder, according to its sweep."""
+        status = path / "status.json"
+        made_from = status.stat().st_mtime_ns if status.exists() else None, error
+        if path in self._ended and self._ended[path][0] == made_from:
             return self._ended[path][1]
         try:
-            row = self._read(path)
+            row = self._read(path, error)
         except ConfigError as damaged:
             return Row(self._name(path), "failed", reason=f"{Path(damaged.field).name}: {damaged.message}")
         if row.state in ("done", "failed"):
-            self._ended[path] = written, row
+            self._ended[path] = made_from, row
         return row
 
-    def _read(self, path: Path) -> Row:
+    def _read(self, path: Path, error: str | None) -> Row:
         run = RunFolder(path)
-        status, state = run.status, run.state
+        status, (state, why) = run.status, outcome(run, error)
         return Row(
             self._name(path),
             state,
@@ -152,7 +149,7 @@ class Board:
             status.get("step"),
             _accuracy(run, state),
             status.get("heartbeat") if state in ("running", "killed") else None,
-            "" if state == "running" else reason(run, state),
+            "" if state == "running" else why,
             tuple(shlex.split(status.get("command", ""))),
         )
 
@@ -161,19 +158,19 @@ class Board:
 
 
 def _folders(root: Path) -> Iterator[tuple[Path, list[str]]]:
-    """Every folder below, and the names in it. What lies in a run's folder is no run."""
+    """Every folder below `root` and the names in it; run folders are not searched."""
     for path, folders, names in os.walk(root):
         folders[:] = [] if "status.json" in names else [name for name in folders if not name.startswith(".")]
         yield Path(path), names
 
 
 def _apart(words: dict[Path, tuple[str, ...]]) -> dict[Path, str]:
-    """Of every run its words, without those that all runs beside it have."""
-    beside: dict[Path, list[set[str]]] = {}
-    for path, own in words.items():
-        beside.setdefault(path.parent, []).append(set(own))
-    common = {parent: set.intersection(*all_words) for parent, all_words in beside.items()}
-    return {path: shlex.join(word for word in own if word not in common[path.parent]) for path, own in words.items()}
+    """The words of each run's command, without those that all runs beside it share."""
+    apart: dict[Path, str] = {}
+    for parent in {path.parent for path in words}:
+        beside = [path for path in words if path.parent == parent]
+        apart |= zip(beside, map(shlex.join, not_shared([words[path] for path in beside])), strict=True)
+    return apart
 
 
 def _accuracy(run: RunFolder, state: str) -> float | None:
@@ -183,7 +180,7 @@ def _accuracy(run: RunFolder, state: str) -> float | None:
 
 
 def _last_task(journal: Path) -> dict[str, Any]:
-    """The last task's row of a journal that may be being written to."""
+    """The last task's row of a journal that a run may be writing to; {} if there is none."""
     if not journal.exists():
         return {}
     size, tail = journal.stat().st_size, TAIL
@@ -199,12 +196,12 @@ def _last_task(journal: Path) -> dict[str, Any]:
 
 
 def _shown(rows: list[Row], width: int, hidden: int = 0) -> Group:
-    """What is printed of them; `hidden`: how many more there are."""
+    """The table and the counts; `hidden`: how many more runs there are."""
     return Group(*([_table(rows, width)] if rows else []), _counts(rows, hidden))
 
 
 def _table(rows: list[Row], width: int) -> Table:
-    """Columns that say something; names stand whole, to be copied, where a terminal of that width has room for them."""
+    """A table without empty columns. Names are kept whole, to be copied, if a terminal of that width has room."""
     now = time.time()
     cells = [
         {
@@ -214,7 +211,7 @@ def _table(rows: list[Row], width: int) -> Table:
             "task": "" if row.task is None else f"{row.task}/{row.num_tasks if row.num_tasks is not None else '?'}",
             "step": "" if row.step is None else f"{row.step:,}",
             "accuracy": "" if row.accuracy is None else f"{100 * row.accuracy:.1f} %",
-            "heard of": "" if row.heartbeat is None else f"{_ago(now - row.heartbeat)} ago",
+            "last seen": "" if row.heartbeat is None else f"{_ago(now - row.heartbeat)} ago",
             "reason": Text(row.reason),
         }
         for row in rows

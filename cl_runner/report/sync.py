@@ -1,4 +1,4 @@
-"""`cl-runner sync DIR`: send to Weights & Biases the runs that it does not have whole."""
+"""`cl-runner sync DIR`: upload to Weights & Biases the runs that it lacks, in whole or in part."""
 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,12 +15,12 @@ AT_ONCE = 4  # runs
 def parser() -> Parser:
     parser = Parser(prog="cl-runner sync", description=__doc__)
     parser.add_argument("dir", metavar="DIR", type=Path, help="a run's folder, or one with runs below it")
-    parser.add_argument("--dry-run", action="store_true", help="only say what would be sent")
+    parser.add_argument("--dry-run", action="store_true", help="only print what would be sent")
     return parser
 
 
 def main(argv: list[str]) -> int:
-    """Exit status: 0 all sent, 1 not all.
+    """Upload. Exit status: 0 if all runs were sent, 1 if not.
 
     Raises ConfigError.
     """
@@ -43,7 +43,7 @@ def main(argv: list[str]) -> int:
 
 
 def kept_runs(root: Path) -> list[Path]:
-    """The runs at or below `root` that were tracked with W&B; those below that have been made again since are none."""
+    """The runs at or below `root` that were tracked with W&B, without those below it that were moved aside."""
     runs = {log.parents[2] for log in root.glob("**/wandb/*run-*/run-*.wandb")}
     return sorted(run for run in runs if run == root or not moved_aside(run))
 

@@ -1,4 +1,4 @@
-"""Groups as one table: for the terminal, CSV, Markdown, LaTeX."""
+"""Show groups as a table: on the terminal, as CSV, Markdown or LaTeX."""
 
 import csv
 import math
@@ -12,27 +12,27 @@ from rich.text import Text
 from cl_runner.errors import ConfigError, hint
 from cl_runner.report.groups import ABSENT, Group, Groups, Value, is_number, shown
 from cl_runner.report.statistics import Summary, paired_difference
+from cl_runner.trackers.names import is_share
 
 DEFAULT_METRICS = ("average_accuracy", "average_forgetting", "drift_agreement", "drift_kl", "seconds")
-PERCENT = ("accuracy", "forgetting", "transfer", "agreement")
-SPREADS = {  # what may stand beside a mean, and how
+SPREADS = {  # what may be shown beside a mean
     "std": " ± standard deviation over seeds",
     "sem": " ± standard error",
     "interval": " [Student's 95 % interval]",
 }
-Baselines = dict[Group, Group]  # every group -> the one it is compared with; itself: it is the baseline
+Baselines = dict[Group, Group]  # group -> the one it is compared with; itself for a baseline
 
 
 @dataclass(frozen=True)
 class Scale:
-    """How a metric's numbers are written."""
+    """How a metric's numbers are formatted."""
 
     factor: float
     unit: str
     digits: int
 
     def text(self, value: float, sign: str = "-") -> str:
-        """`sign` "+": of a difference."""
+        """A number, formatted; `sign` is "+" for a difference."""
         if math.isnan(value):
             return "–"
         rounded = round(self.factor * value, self.digits) + 0.0  # never minus zero
@@ -44,22 +44,22 @@ class Cell:
     """One metric of one group."""
 
     summary: Summary
-    difference: Summary | None  # to the baseline; None: there is none, or the group is it
+    difference: Summary | None  # to the baseline; None without one, or for the baseline itself
 
 
 @dataclass(frozen=True)
 class Table:
-    """Numbers and how they are written; `rows` stand as `groups` do."""
+    """Numbers and their formats; `rows` are in the order of `groups`."""
 
     groups: Groups
     metrics: list[str]
     scales: dict[str, Scale]
     rows: list[dict[str, Cell]]
-    baseline: str  # what was asked for; empty for none
+    baseline: str  # as given on the command line; empty for none
     baselines: Baselines
 
     def heads(self) -> list[str]:
-        """Of the columns that a person reads."""
+        """Column heads, for people."""
         heads = list(self.groups.names)
         for metric in self.metrics:
             heads.append(f"{metric} ({self.scales[metric].unit})" if self.scales[metric].unit else metric)
@@ -68,7 +68,7 @@ class Table:
         return [*heads, "n"]
 
     def cells(self, spread: Sequence[str]) -> list[list[str]]:
-        """What a person reads: mean and what `spread` says of it, a line a group."""
+        """Cells for people, one row per group: means with the kinds of spread in `spread`."""
         rows = []
         for group, row in zip(self.groups, self.rows, strict=True):
             cells = [shown(value) for value in group.values]
@@ -83,7 +83,7 @@ class Table:
 
 
 def make_table(groups: Groups, metrics: Sequence[str] = (), baseline: str = "") -> Table:
-    """Raises ConfigError where a metric is unknown, or the baseline is none or several."""
+    """The table of these groups. Raises ConfigError if a metric is unknown, or the baseline missing or ambiguous."""
     chosen = _metrics(groups, metrics)
     baselines = find_baselines(groups, baseline) if baseline else {}
     rows = [{metric: _cell(group, metric, baselines.get(group)) for metric in chosen} for group in groups]
@@ -99,7 +99,7 @@ def _cell(group: Group, metric: str, baseline: Group | None) -> Cell:
 
 
 def _metrics(groups: Groups, asked: Sequence[str]) -> list[str]:
-    """Those asked for, or of the usual ones those that any run has."""
+    """The metrics asked for, or by default the usual ones that any run has."""
     runs = [run for group in groups for run in group.runs]
     known = dict.fromkeys(metric for run in runs for metric in run.metrics)
     for metric in asked:
@@ -111,11 +111,11 @@ def _metrics(groups: Groups, asked: Sequence[str]) -> list[str]:
 
 
 def scale_of(metric: str, summaries: Sequence[Summary]) -> Scale:
-    """Percent where it is a share; as many digits as let the spread be seen."""
+    """Percent for shares; enough digits to show the spread."""
     if metric.startswith("peak_memory"):
         return Scale(1e-6, "MB", 0)
     means = [abs(summary.mean) for summary in summaries if summary.n]
-    if any(word in metric for word in PERCENT):
+    if is_share(metric):
         visible = not any(1e-9 < summary.std < 5e-4 for summary in summaries)  # below: rounding
         return Scale(100, "%", 1 if visible else 2)
     largest = max(means, default=0.0)
@@ -125,7 +125,7 @@ def scale_of(metric: str, summaries: Sequence[Summary]) -> Scale:
 
 
 def said(summary: Summary, scale: Scale, spread: Sequence[str]) -> str:
-    """95.8 ± 1.0 [93.3, 98.3]"""
+    """Such as "95.8 ± 1.0 [93.3, 98.3]"."""
     text = scale.text(summary.mean)
     if summary.n < 2:
         return text
@@ -136,7 +136,7 @@ def said(summary: Summary, scale: Scale, spread: Sequence[str]) -> str:
 
 
 def said_difference(difference: Summary | None, scale: Scale) -> str:
-    """+4.3 [2.1, 6.5] (3)"""
+    """Such as "+4.3 [2.1, 6.5] (3)"."""
     if difference is None:
         return ""
     text = scale.text(difference.mean, sign="+")
@@ -152,17 +152,17 @@ def said_interval(summary: Summary, scale: Scale) -> str:
 
 
 def legend(table: Table, spread: Sequence[str]) -> str:
-    """What the cells of a table hold."""
+    """What a table's cells show, for people."""
     beside = "".join(words for kind, words in SPREADS.items() if kind in spread)
     differences = f"; Δ: mean difference to {table.baseline} on equal seeds [its 95 % interval] (pairs)"
-    return f"Mean{beside} of n runs, of fewer where n= says so{differences if table.baseline else ''}."
+    return f"Mean{beside} of n runs (fewer where n= is given){differences if table.baseline else ''}."
 
 
 def find_baselines(groups: Groups, asked: str) -> Baselines:
-    """The group that each is compared with: `asked` is a strategy, or key=value,...
+    """The group that each one is compared with; `asked` is a strategy, or key=value,...
 
-    Where several are meant, every group has the one that agrees with it in all other keys.
-    Raises ConfigError where none is meant, all are, or several for one group.
+    If several groups match `asked`, each group is compared with the one that agrees with it in all other keys.
+    Raises ConfigError if no group matches, or all do, or several for one group.
     """
     wanted = _wanted(groups, asked)
     meant = [group for group in groups if all(_is(groups.value(group, key), value) for key, value in wanted.items())]
@@ -190,7 +190,7 @@ def find_baselines(groups: Groups, asked: str) -> Baselines:
 
 
 def _wanted(groups: Groups, asked: str) -> dict[str, str]:
-    """finetune -> {"strategy": "finetune"}; strategy=ewc,strength=100 as it says."""
+    """Key -> value: {"strategy": "finetune"} for "finetune", or as in "strategy=ewc,strength=100"."""
     wanted = {}
     for part in asked.split(","):
         name, _, value = part.rpartition("=")
@@ -202,7 +202,7 @@ def _wanted(groups: Groups, asked: str) -> dict[str, str]:
 
 
 def _is(value: Value, wanted: str) -> bool:
-    """1e4 is 10000.0."""
+    """Whether a value is the one given as text; 1e4 is 10000.0."""
     if is_number(value):
         try:
             return float(wanted) == value
@@ -222,7 +222,7 @@ def _listed(labels: Iterable[str], most: int = 8) -> str:
 
 
 def to_csv(table: Table) -> str:
-    """Every number there is, unrounded and in its own unit (an accuracy is a share of 1)."""
+    """All numbers, unrounded and in their own units (an accuracy is between 0 and 1)."""
     parts: dict[str, Callable[[Summary], float]] = {
         "": lambda summary: summary.mean,
         "_std": lambda summary: summary.std,
@@ -251,7 +251,7 @@ def to_csv(table: Table) -> str:
 
 
 def runs_to_csv(groups: Groups) -> str:
-    """A row for every run, with all that it has measured: for tests and plots of one's own."""
+    """One row per run with all of its metrics, for statistical tests and plots of one's own."""
     metrics = list(dict.fromkeys(name for group in groups for run in group.runs for name in run.metrics))
     file = StringIO()
     writer = csv.writer(file, lineterminator="\n")
@@ -280,7 +280,7 @@ def markdown(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def to_latex(table: Table, spread: Sequence[str]) -> str:
-    r"""A tabular with the rules of booktabs, to be drawn in by \input."""
+    r"""A tabular with booktabs rules, for \input."""
     keys = len(table.groups.keys)
     heads = table.heads()
 
@@ -315,7 +315,7 @@ def _tex(text: str) -> str:
 
 
 def to_rich(heads: Sequence[str], rows: Iterable[Sequence[str]], keys: int) -> RichTable:
-    """For a terminal: the first `keys` columns to the left; intervals stand dim, below their means."""
+    """A table for the terminal: the first `keys` columns left-aligned, intervals dimmed below their means."""
     rich = RichTable(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     for index, head in enumerate(heads):
         rich.add_column(head.replace(" (", "\n("), justify="left" if index < keys else "right", overflow="fold")

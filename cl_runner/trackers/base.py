@@ -1,4 +1,4 @@
-"""What a tracker is: it hears of a run as it happens, and has no say in it."""
+"""The interface of trackers: they are told about a run as it happens, and have no influence on it."""
 
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -9,21 +9,21 @@ from typing import Any, Protocol
 
 @dataclass(frozen=True)
 class RunInfo:
-    """What stands fixed before a run's first step."""
+    """What is fixed before a run's first step."""
 
     folder: Path
     name: str  # for people, e.g. "ewc strength=100 · split_cifar100 · s0"
-    group: str  # alike for runs that differ in their seed only
-    id: str  # of this run in its folder: kept when it resumes
+    group: str  # shared by runs that differ only in the seed
+    id: str  # of this run: kept when it resumes
     config: dict[str, Any]  # resolved, plain values
     num_tasks: int
-    scenario: str  # the run's own
+    scenario: str  # the run's own scenario
     resumed: bool
-    command: str  # starts this run, and takes it up again
+    command: str  # starts this run, and resumes it
 
 
 class Tracker(Protocol):
-    """Hears of a run as it happens. Rows are plain JSON values; `seq` numbers them from the run's beginning.
+    """Is told about a run as it happens. Rows are plain JSON values; `seq` numbers them from the run's beginning.
 
     A step row: kind "step", seq, task, epoch, step (since the run began), task_step, task_steps, loss (name -> value,
     "total" among them), lr, timing. A task row: kind "task", seq, task, num_tasks, accuracy (scenario -> [T], null for
@@ -37,7 +37,7 @@ class Tracker(Protocol):
     def task(self, row: dict[str, Any]) -> None: ...
 
     def finish(self, results: dict[str, Any]) -> None:
-        """The run ended well; `results` is the content of results.json."""
+        """The run succeeded; `results` is the content of results.json."""
         ...
 
     def close(self, failed: bool = False, preempted: bool = False) -> None:
@@ -48,12 +48,12 @@ class Tracker(Protocol):
         ...
 
     def line(self) -> str:
-        """What the terminal says of this tracker when all is over; empty for nothing."""
+        """A line for the terminal when the run is over; empty for none."""
         ...
 
 
 class NullTracker:
-    """Hears nothing. A tracker derives from it and overrides what it wants to hear."""
+    """Ignores everything. Trackers derive from it and override the methods that they need."""
 
     def start(self, run: RunInfo) -> None: ...
 
@@ -69,8 +69,8 @@ class NullTracker:
         return ""
 
 
-class Many:
-    """Several trackers, each told in turn."""
+class Many(NullTracker):
+    """Several trackers, told one after the other."""
 
     def __init__(self, trackers: Sequence[Tracker]) -> None:
         self.trackers = trackers
@@ -92,9 +92,6 @@ class Many:
             tracker.finish(results)
 
     def close(self, failed: bool = False, preempted: bool = False) -> None:
-        with ExitStack() as stack:  # one that raises must not keep the others open
+        with ExitStack() as stack:  # one that raises must not keep the others from closing
             for tracker in reversed(self.trackers):
                 stack.callback(tracker.close, failed, preempted)
-
-    def line(self) -> str:
-        return "\n".join(filter(None, (tracker.line() for tracker in self.trackers)))

@@ -1,78 +1,40 @@
-"""The terminal: bars while a run goes, a line a task, tables at the end."""
+"""Show a run on the terminal: progress bars, a line per task, tables at the end."""
 
 import logging
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console as Terminal
-from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
 from cl_runner.trackers.base import NullTracker, RunInfo
+from cl_runner.trackers.names import is_share
 
 log = logging.getLogger("cl_runner")
 
 Rows = list[list[float | None]]
 
-PIPE_WIDTH = 120  # columns where there is no terminal: a log file, a CI page
-BETWEEN = "evaluating and consolidating"  # what goes on where no batch is learned
+PIPE_WIDTH = 120  # columns if there is no terminal: a log file, a CI page
+BETWEEN = "evaluating and consolidating"  # what a run does when it learns no batch
 LOW, HIGH = (176, 112, 64), (40, 150, 160)  # text colours of accuracy 0 and 1: legible on black and on white
 
 
 def the_console() -> Terminal:
-    """The process's terminal, to be shared by tables, bars and log records."""
+    """The process's terminal, shared by tables, bars and log records."""
     console = Terminal()
     return console if console.is_terminal else Terminal(width=PIPE_WIDTH)
 
 
-@contextmanager
-def log_to(console: Terminal) -> Iterator[None]:
-    """Show what the project logs, from INFO up, without breaking the bars on the same console."""
-    handler = RichHandler(logging.INFO, console, show_path=False, omit_repeated_times=False, log_time_format="%H:%M:%S")
-    with _handled_by(handler):
-        yield
-
-
-class _LogFile(logging.FileHandler):
-    """Says nothing of a disk that is full: the run itself meets it, and says so in a line."""
-
-    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
-        ...
-
-
-@contextmanager
-def log_file(folder: Path) -> Iterator[None]:
-    """Append everything the project logs to `run.log`."""
-    handler = _LogFile(folder / "run.log", encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    with _handled_by(handler):
-        yield
-
-
-@contextmanager
-def _handled_by(handler: logging.Handler) -> Iterator[None]:
-    level = log.level
-    log.addHandler(handler)
-    log.setLevel(logging.DEBUG)  # each handler has a level of its own
-    try:
-        yield
-    finally:
-        log.removeHandler(handler)
-        log.setLevel(level)
-        handler.close()
-
-
 class Console(NullTracker):
-    """Shows a run on `console`. Bars only where somebody looks: in a pipe or a log there is a line a task instead.
+    """Shows a run on `console`: a line per task and, only on a terminal, progress bars.
 
-    wandb_line: asked for its one line when all is over. place: which job of a sweep it is, "3/16".
+    wandb_line: called for W&B's line when the run is over. place: the job's number in its sweep, such as "3/16".
     """
 
     def __init__(
@@ -124,7 +86,7 @@ class Console(NullTracker):
         self._progress.reset(self._bars["batches"], note=BETWEEN)
         now = time.monotonic()
         parts = {
-            "task": f"{row['task']} ({row['task'] + 1}/{row['num_tasks']})",  # the number by which matrices call it
+            "task": f"{row['task']} ({row['task'] + 1}/{row['num_tasks']})",  # numbered as in the matrices
             "accuracy": f"{percent(row['accuracy'][self._run.scenario][row['task']])} %",
             "average": f"{percent(row['metrics']['average_accuracy'])} %",
             "forgetting": f"{percent(row['metrics']['average_forgetting'])} %",
@@ -133,7 +95,7 @@ class Console(NullTracker):
         self._since = now
         line = Text("   ").join(Text.assemble((name, "dim"), f" {value:>6}") for name, value in parts.items())
         self.console.print(line)
-        log.debug("%s", line.plain)  # for run.log: the terminal has it already
+        log.debug("%s", line.plain)  # for run.log: the terminal shows it already
 
     def finish(self, results: dict[str, Any]) -> None:
         self._stop_bars()
@@ -156,25 +118,25 @@ class Console(NullTracker):
 
 
 def show_results(results: dict[str, Any], folder: Path, console: Terminal) -> None:
-    """A finished run as it was shown when it ended; `results` is the content of results.json."""
+    """Show a finished run as when it ended; `results` is the content of results.json."""
     show_tables(results, results["config"]["stream"]["scenario"], console)
     show_whereabouts(folder, "", console)
 
 
 def show_tables(results: dict[str, Any], scenario: str, console: Terminal) -> None:
-    """The run's own accuracy matrix, every metric that is defined, and where the time went."""
+    """Show the run's own accuracy matrix, every defined metric, and the seconds by phase."""
     rows = results["accuracy"][scenario]
     digits = next((digits for digits in (1, 0) if _matrix_width(len(rows), digits) <= console.width), None)
     console.print(_per_task(rows) if digits is None else _matrix(rows, digits, f"accuracy, {scenario}, %"))
     console.print(_metrics(results["metrics"], [scenario, *(name for name in results["accuracy"] if name != scenario)]))
     phases = {phase: f"{phase} {value:.1f}" for phase, value in results["seconds"].items()}
-    fisher = phases.pop("fisher", "")  # part of other phases: not one more to add up
+    fisher = phases.pop("fisher", "")  # part of other phases, so not to be added to them
     seconds = " · ".join(phases.values()) + (f" ({fisher})" if fisher else "")
     console.print(Text.assemble(("seconds  ", "dim"), seconds), soft_wrap=True)
 
 
 def show_whereabouts(folder: Path, wandb_line: str, console: Terminal) -> None:
-    """The run's folder, and W&B's line; never wrapped, so that they can be copied."""
+    """Show the run's folder and W&B's line, unwrapped so that they can be copied."""
     console.print(Text.assemble(("folder   ", "dim"), str(folder)), soft_wrap=True)
     if wandb_line:
         console.print(Text(wandb_line), soft_wrap=True)
@@ -189,7 +151,7 @@ def _matrix_width(tasks: int, digits: int) -> int:
 
 
 def _matrix(rows: Rows, digits: int, title: str) -> Table:
-    """Tasks learned down, tasks measured across; a task's own row in bold."""
+    """A row per task learned, a column per task measured; the diagonal is bold."""
     table = Table(box=SIMPLE_HEAD, title=title, title_style="bold", title_justify="left")
     table.add_column("after", justify="right", style="dim")
     for task in range(len(rows)):
@@ -208,7 +170,7 @@ def _cell(value: float | None, digits: int, bold: bool) -> Text:
 
 
 def _per_task(rows: Rows) -> Table:
-    """For a stream too long for its matrix to fit: each task as it was learned, and in the end."""
+    """For a matrix that is too wide: each task's accuracy when it was learned, and at the end."""
     table = Table(box=SIMPLE_HEAD)
     for name in ("task", "learned, %", "in the end, %"):
         table.add_column(name, justify="right")
@@ -218,7 +180,7 @@ def _per_task(rows: Rows) -> Table:
 
 
 def _metrics(metrics: dict[str, float | None], scenarios: list[str]) -> Table:
-    """A row a metric that is defined, a column a scenario, the run's own first; what has none stands in the first."""
+    """A row per defined metric, a column per scenario; the run's own comes first, with metrics of no scenario."""
     table = Table(box=SIMPLE_HEAD)
     table.add_column("metric")
     for scenario in scenarios:
@@ -231,8 +193,6 @@ def _metrics(metrics: dict[str, float | None], scenarios: list[str]) -> Table:
 
 
 def _value(name: str, value: float | None) -> str:
-    """In percent what is a share of right answers, or a difference of two."""
-    is_share = name.endswith(("accuracy", "forgetting", "transfer", "agreement"))
     if value is None:
         return "–"
-    return f"{percent(value)} %" if is_share else f"{value:.4g}"
+    return f"{percent(value)} %" if is_share(name) else f"{value:.4g}"

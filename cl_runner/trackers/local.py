@@ -1,4 +1,4 @@
-"""The run's folder: the truth, of which every other tracker is a view."""
+"""Track a run in its own folder, the source of truth of which every other tracker is a view."""
 
 import csv
 import io
@@ -15,9 +15,9 @@ JOURNAL = "steps.jsonl"
 
 
 class Local(NullTracker):
-    """Writes `steps.jsonl` as the run goes, and `accuracy.csv`, `accuracy.png`, `results.json` when it is done.
+    """Writes `steps.jsonl` during the run, and `accuracy.csv`, `accuracy.png` and `results.json` when it is done.
 
-    Rows beyond those that a checkpoint vouches for come from steps that will be taken again: `rewind` cuts them off.
+    Journal rows later than the checkpoint come from steps that will be repeated: `rewind` cuts them off.
     """
 
     def __init__(self) -> None:
@@ -29,7 +29,7 @@ class Local(NullTracker):
         run.folder.mkdir(parents=True, exist_ok=True)
         self._run = run
         with writing(run.folder / JOURNAL):
-            self._journal = io.FileIO(run.folder / JOURNAL, "a")  # unbuffered: nothing is left to be written at its end
+            self._journal = io.FileIO(run.folder / JOURNAL, "a")  # unbuffered: closing it has nothing left to write
         if not run.resumed:
             self.rewind(0)
         elif self._offset is not None:
@@ -37,7 +37,7 @@ class Local(NullTracker):
 
     @property
     def offset(self) -> int:
-        """Bytes of the journal so far, safely on disk: what a checkpoint may vouch for."""
+        """The journal's size in bytes, once it is safely on disk: what a checkpoint may record."""
         if self._journal is None:
             return self._offset or 0
         with writing(Path(str(self._journal.name))):
@@ -45,11 +45,11 @@ class Local(NullTracker):
         return self._journal.tell()
 
     def rewind(self, offset: int) -> None:
-        """Forget the journal's rows beyond `offset` bytes; before `start` or after it."""
+        """Drop the journal's rows beyond `offset` bytes; may be called before or after `start`."""
         self._offset = offset
         if self._journal is not None:
             size = os.fstat(self._journal.fileno()).st_size
-            self._journal.truncate(min(offset, size))  # never longer: that would fill it with zero bytes
+            self._journal.truncate(min(offset, size))  # never extend it, which would append zero bytes
             self._journal.seek(0, os.SEEK_END)
 
     def step(self, row: dict[str, Any]) -> None:
@@ -80,14 +80,14 @@ class Local(NullTracker):
 
 
 def read_journal(folder: Path) -> list[dict[str, Any]]:
-    """The journal's rows; a last line that a killed process left torn is not one."""
+    """The journal's rows, without an incomplete last line from a killed process."""
     path = folder / JOURNAL
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith(b"\n")]
 
 
 def to_json(value: Any, indent: int | None = None) -> str:
-    """Strict JSON: a number that is not finite becomes null."""
+    """Strict JSON, in which numbers that are not finite are null."""
     return json.dumps(_finite(value), allow_nan=False, ensure_ascii=False, indent=indent)
 
 
@@ -100,7 +100,7 @@ def _finite(value: Any) -> Any:
 
 
 def write_accuracy(path: Path, accuracy: dict[str, list[list[float | None]]]) -> None:
-    """One line for each entry that was measured: scenario, after_task, task, accuracy; tasks counted from 0."""
+    """Write a CSV line for each measured entry: scenario, after_task, task, accuracy; tasks are counted from 0."""
     table = io.StringIO()
     writer = csv.writer(table)
     writer.writerow(["scenario", "after_task", "task", "accuracy"])
@@ -110,12 +110,12 @@ def write_accuracy(path: Path, accuracy: dict[str, list[list[float | None]]]) ->
 
 
 def entries(rows: list[list[float | None]]) -> list[tuple[int, int, float]]:
-    """(after_task, task, accuracy) of what was measured in a matrix."""
+    """(after_task, task, accuracy) for each measured entry of a matrix."""
     return [(i, j, value) for i, row in enumerate(rows) for j, value in enumerate(row) if value is not None]
 
 
 def draw_accuracy(path: Path, results: dict[str, Any], scenario: str, name: str) -> None:
-    """The picture of the run's own matrix, as PNG."""
+    """Draw the run's own matrix as PNG."""
     from cl_runner.trackers.drawing import drawn  # matplotlib: not before the first step
     from cl_runner.trackers.figures import accuracy_figure
 

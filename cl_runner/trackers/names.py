@@ -1,4 +1,4 @@
-"""What people call a run."""
+"""Names for people: of runs, and of the metrics that are shown in percent."""
 
 import shlex
 from collections import Counter
@@ -8,28 +8,34 @@ from typing import Any
 
 import yaml
 
-from cl_runner.identity import CONDUCT, parts
+from cl_runner.identity import EXECUTION, parts
 
-LEFT_OUT = {"seed", "plugins", "hydra", *CONDUCT}  # not what a run is
-IN_THE_NAME = {"strategy", "stream"}  # the choices; their values are for the name to say
+LEFT_OUT = {"seed", "plugins", "hydra", *EXECUTION}  # they do not characterise a run
+IN_THE_NAME = {"strategy", "stream"}  # the name shows these choices anyway
+SHARES = ("accuracy", "forgetting", "transfer", "agreement")  # how a metric's name ends, before any /scenario
 
 
 def run_name(config: dict[str, Any], overrides: Sequence[str]) -> str:
-    """E.g. "ewc strength=100 · split_cifar100 · s0": the strategy with what was set by hand, the stream, the seed."""
+    """E.g. "ewc strength=100 · split_cifar100 · s0": the strategy with the overrides, the stream, the seed."""
     strategy, stream, _ = parts(config)
     chosen = dict(override.split("=", 1) for override in overrides if "=" in override)
     strategy, stream = chosen.get("strategy", strategy), chosen.get("stream", stream)
     return " · ".join([" ".join([strategy, *_said(overrides)]), stream, f"s{config['seed']}"])
 
 
+def is_share(metric: str) -> bool:
+    """Whether a metric is a share of right answers, or a difference of two, and so is shown in percent."""
+    return metric.partition("/")[0].endswith(SHARES)
+
+
 def overrides_of(run: Path) -> list[str]:
-    """What was set on the command line for this run, as Hydra left it in the run's folder."""
+    """This run's overrides, as Hydra recorded them in the run's folder."""
     path = run / ".hydra" / "overrides.yaml"
     return yaml.safe_load(path.read_text(encoding="utf-8")) or [] if path.exists() else []
 
 
 def command_of(run: Path, argv: Sequence[str]) -> str:
-    """What makes this run alone: the command line `argv` of the process, of a sweep its own job's."""
+    """The command that makes this run alone, given the process's `argv`: for a sweep, that of the run's own job."""
     words = list(argv)
     if "--multirun" in words:
         place = words.index("--config-dir") if "--config-dir" in words else len(words)
@@ -38,8 +44,10 @@ def command_of(run: Path, argv: Sequence[str]) -> str:
 
 
 def _said(overrides: Sequence[str]) -> list[str]:
-    """E.g. "strength=100" for "++strategy.strength=100", "~l2" for "~strategy@strategy.parts.l2"; of several words on
-    one key the last, which counts; nothing for what a name need not say."""
+    """E.g. "strength=100" for "++strategy.strength=100", "~l2" for "~strategy@strategy.parts.l2".
+
+    Of several overrides of one key the last counts; those that a name need not show are left out.
+    """
     last: dict[str, str] = {}
     for override in overrides:
         word, _, value = override.lstrip("+").partition("=")

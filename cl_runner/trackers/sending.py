@@ -1,4 +1,4 @@
-"""What lies in a run's folder for Weights & Biases, and sending it later."""
+"""The W&B logs in a run's folder, and uploading them later."""
 
 import os
 import subprocess
@@ -6,20 +6,20 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-MARK = ".wandb.synced"  # wandb's own: beside a log that W&B has whole
-HEADER = 7  # bytes: a log that is no longer holds nothing
+MARK = ".wandb.synced"  # wandb's own mark, beside a log that has been uploaded completely
+HEADER = 7  # bytes: a log no longer than this is empty
 
 
 def folders(run: Path, run_id: str = "*") -> list[Path]:
-    """wandb's folders in a run's, in the order in which they were begun: one for each process that worked on it."""
+    """wandb's folders in a run's folder, oldest first: one for each process that worked on the run."""
     logs = run.resolve().glob(f"wandb/*run-*/run-{run_id}.wandb")
     return [log.parent for log in sorted((log for log in logs if log.stat().st_size > HEADER), key=_begun)]
 
 
 def unsent(run: Path) -> list[Path]:
-    """What to send so that W&B has the run whole: its first folder that W&B lacks, and those after it.
+    """The folders to upload to complete the run on W&B: the first that W&B lacks, and all after it.
 
-    What comes later has the last word on how a run ended. Of rows with one step, W&B keeps one.
+    The last upload decides how the run appears to have ended. Of several rows with the same step, W&B keeps one.
     """
     every = folders(run)
     missing = [number for number, folder in enumerate(every) if not list(folder.glob(f"*{MARK}"))]
@@ -27,22 +27,22 @@ def unsent(run: Path) -> list[Path]:
 
 
 def mark_sent(sent: Sequence[Path]) -> None:
-    """Tell `wandb sync`, and `unsent`, that W&B has these."""
+    """Mark folders as uploaded, for `wandb sync` and `unsent`."""
     for folder in sent:
         for log in folder.glob("*.wandb"):
             log.with_suffix(MARK).touch()
 
 
 def send(run: Path) -> str | None:
-    """Send what W&B lacks of a run. Returns what went wrong, in a line."""
-    errors = [_sync(folder) for folder in unsent(run)]  # one by one: wandb keeps no order between offline and online
+    """Upload what W&B lacks of a run. Returns what went wrong, in one line, or None."""
+    errors = [_sync(folder) for folder in unsent(run)]  # one by one: wandb does not keep offline and online in order
     return next(filter(None, errors), None)
 
 
 def _sync(folder: Path) -> str | None:
     options = ["--include-online", "--include-synced"]
     command = [sys.executable, "-m", "wandb", "sync", *options, str(folder)]
-    place = {**os.environ, "WANDB_DIR": str(folder.parents[1])}  # its logs: beside the run's, not wherever one stands
+    place = {**os.environ, "WANDB_DIR": str(folder.parents[1])}  # puts its logs beside the run's
     said = subprocess.run(
         command, capture_output=True, text=True, stdin=subprocess.DEVNULL, env=place
     ).stderr.splitlines()
@@ -53,5 +53,5 @@ def _sync(folder: Path) -> str | None:
 
 
 def _begun(log: Path) -> tuple[str, float]:
-    """The second in its folder's name, e.g. offline-run-20261124_031325-0f3ac1, and what orders those of one second."""
+    """A sort key: the time in the folder's name, e.g. offline-run-20261124_031325-0f3ac1, then that of the file."""
     return log.parent.name.removeprefix("offline-"), log.stat().st_mtime

@@ -1,6 +1,6 @@
 """Weights & Biases (https://docs.wandb.ai): a view of the run's folder, where runs are compared.
 
-It never ends a run: whatever goes wrong here is told once, and from then on this tracker is silent.
+It never ends a run: on the first error it warns, and is silent from then on.
 """
 
 import contextlib
@@ -31,10 +31,10 @@ log = logging.getLogger("cl_runner")
 
 PROBE_SECONDS = 3.0
 INIT_SECONDS = 20.0
-FINISH_SECONDS = 30.0  # the rest of a run's data stays in its folder, for `cl-runner sync`
-PREEMPTED_SECONDS = 5.0  # the same, where the machine is about to be taken away
-GRACE_SECONDS = 5.0  # for wandb to keep to those by itself
-PATIENCE_SECONDS = 30.0  # a row that took longer was the last
+FINISH_SECONDS = 30.0  # after that, `cl-runner sync` can send the rest from the run's folder
+PREEMPTED_SECONDS = 5.0  # the same, if the machine is about to be taken away
+GRACE_SECONDS = 5.0  # for wandb to stop at that limit by itself
+PATIENCE_SECONDS = 30.0  # a row that takes longer is the last
 
 P = ParamSpec("P")
 
@@ -42,7 +42,7 @@ P = ParamSpec("P")
 def guarded(
     method: Callable[Concatenate["Wandb", P], None],
 ) -> Callable[Concatenate["Wandb", P], None]:
-    """Do it unless W&B has failed before; an error is a warning, and the end of it."""
+    """Skip the method once W&B has failed; turn its first error into a warning."""
 
     def attempt(self: "Wandb", *args: P.args, **kwargs: P.kwargs) -> None:
         if self.failure is None:
@@ -55,10 +55,10 @@ def guarded(
 
 
 class Wandb(NullTracker):
-    """Sends every row to Weights & Biases, under the row's `seq` as W&B's step.
+    """Sends every row to Weights & Biases, with its `seq` as W&B's step.
 
-    mode: "auto" is online if there is an API key and the server answers, else offline; WANDB_MODE decides where it is
-    set. "online" does not ask the server first, and still goes offline when it fails.
+    mode: "auto" is online if there is an API key and the server answers, else offline, unless WANDB_MODE decides.
+    "online" does not probe the server first, but still falls back to offline if it fails.
     """
 
     def __init__(
@@ -71,22 +71,22 @@ class Wandb(NullTracker):
     ) -> None:
         self.project, self.entity, self.mode = project, entity, mode
         self.tags, self.notes = list(tags or []), notes
-        self.failure: str | None = None  # why it went silent
+        self.failure: str | None = None  # why it is silent
         self._wandb: Any = None  # the module
         self._run: Any = None  # wandb's run
-        self._mode, self._url, self._folder = "", "", Path()  # how it went, where it is seen, the run's folder
+        self._mode, self._url, self._folder = "", "", Path()  # the actual mode, the run's URL and folder
         self._next = 0  # the first seq that W&B does not have
-        self._heard = 0  # rows: those of the journal, whether W&B has them or not
-        self._cut_off = False  # it stopped before W&B had everything
+        self._heard = 0  # the seq after the last row of the journal, whether W&B has it or not
+        self._cut_off = False  # it was closed before W&B had everything
         self._name, self._scenario = "", ""
         self._accuracy: dict[str, list[list[float | None]]] = {}  # scenario -> the matrix so far
-        self._environment: dict[str, str | None] = {}  # as it was
+        self._environment: dict[str, str | None] = {}  # variables as they were
 
     @guarded
     def start(self, run: RunInfo) -> None:
         import wandb  # slow, and not needed to build or check a tracker
 
-        wandb.setup(wandb.Settings(silent=True))  # the terminal is the console tracker's
+        wandb.setup(wandb.Settings(silent=True))  # the console tracker uses the terminal
         self._wandb, self._name, self._scenario, self._folder = wandb, run.name, run.scenario, run.folder
         self._keep_files_in(run.folder.resolve() / "wandb")
         earlier = sending.folders(run.folder, run.id)
@@ -110,7 +110,7 @@ class Wandb(NullTracker):
 
     @guarded
     def finish(self, results: dict[str, Any]) -> None:
-        """The flat summary by which runs are compared, then one long table: it can fail on its own."""
+        """Send the summary for comparing runs, then one long table, which may fail on its own."""
         summary = dict(results["metrics"])
         for part in ("seconds", "peak_memory"):
             summary |= {f"{part}/{phase}": value for phase, value in results[part].items()}
@@ -120,7 +120,7 @@ class Wandb(NullTracker):
         )
 
     def close(self, failed: bool = False, preempted: bool = False) -> None:
-        """W&B shows a preempted run as such if it was marked and did not end well."""
+        """End W&B's run, which shows as preempted if it was marked and its exit status is not 0."""
         run, self._run = self._run, None
         try:
             if run is not None:
@@ -141,7 +141,7 @@ class Wandb(NullTracker):
                 os.environ[name] = value
 
     def line(self) -> str:
-        """Where the run is seen, or how to send it there."""
+        """The run's URL, or how to upload it."""
         sync = f"cl-runner sync {shlex.quote(str(self._folder))}"
         if self.failure is not None:
             rest = f"; send what it has with: {sync}" if self._mode else ""
@@ -153,7 +153,7 @@ class Wandb(NullTracker):
         return f"W&B: offline; send it with: {sync}" if self._mode == "offline" else ""
 
     def _keep_files_in(self, folder: Path) -> None:
-        """wandb would stage tables and pictures under the user's home."""
+        """Keep wandb from staging tables and pictures in the user's home."""
         for name, part in (("WANDB_DATA_DIR", "data"), ("WANDB_CACHE_DIR", "cache")):
             self._environment[name] = os.environ.get(name)
             os.environ[name] = str(folder / part)
@@ -179,15 +179,15 @@ class Wandb(NullTracker):
             if mode != "online":
                 raise
             log.warning("W&B: cannot go online, so the run is kept offline (%s)", error)
-            self._wandb.teardown()  # the half-made run would stand in the way of one with its id
-            sending.mark_sent(sending.folders(run.folder, run.id)[len(earlier) :])  # nothing is in it
+            self._wandb.teardown()  # the half-made run would block another with its id
+            sending.mark_sent(sending.folders(run.folder, run.id)[len(earlier) :])  # it is empty
             self._run, mode = self._open(run, "offline", bool(earlier)), "offline"
         self._mode = mode
         self._url = self._run.url if mode == "online" else ""
 
     def _open(self, run: RunInfo, mode: str, resume: bool) -> Any:
-        """Online, a run that was begun before goes on where W&B has it. Offline, where W&B is cannot be known: every
-        folder holds all of the run so far, and takes the place of what W&B has when it is sent."""
+        """Open W&B's run. Online, an earlier one is resumed at W&B's last row. Offline, that row is unknown, so every
+        folder holds the whole run so far, and replaces what W&B has when it is uploaded."""
         strategy, stream, model = parts(run.config)
         wished = {
             "console": "off",
@@ -195,7 +195,7 @@ class Wandb(NullTracker):
             "init_timeout": INIT_SECONDS,
             "finish_timeout": FINISH_SECONDS,
             "finish_timeout_raises": True,
-            "x_transaction_log_flush_interval": 1.0,  # a killed run then loses one second, not fifteen
+            "x_transaction_log_flush_interval": 1.0,  # a killed run then loses one second of rows, not fifteen
         }
         known = {name: value for name, value in wished.items() if name in self._wandb.Settings.model_fields}
         return self._wandb.init(
@@ -216,13 +216,13 @@ class Wandb(NullTracker):
         )
 
     def _send_pictures_of(self, folders: list[Path]) -> None:
-        """A row that W&B has may have lost its picture on the way."""
+        """Send the earlier folders' pictures again: W&B may have a row without its picture."""
         for files in (folder / "files" for folder in folders):
             for picture in files.glob("media/images/**/*.png"):
                 self._run.save(glob.escape(str(picture)), base_path=str(files), policy="now")
 
     def _replay(self, folder: Path) -> None:
-        """Send what the folder has and W&B does not: a killed run's last seconds or, offline, all that came before."""
+        """Send the journal's rows that W&B lacks: a killed run's last seconds or, offline, all earlier rows."""
         for row in read_journal(folder):
             if row["kind"] == "task":
                 self._task(row)
@@ -240,7 +240,7 @@ class Wandb(NullTracker):
             unmeasured = [[None] * row["num_tasks"] for _ in range(row["num_tasks"])]
             self._accuracy.setdefault(scenario, unmeasured)[row["task"]] = accuracies
         values = {"task": row["task"]}
-        if row["seq"] >= self._next:  # they take a while to draw
+        if row["seq"] >= self._next:  # they are slow to draw
             values |= self._pictures(row["metrics"])
         values |= {f"eval/acc/task_{j}": accuracy for j, accuracy in enumerate(row["accuracy"][self._scenario])}
         values |= {f"eval/{name}": value for name, value in row["metrics"].items()}
@@ -257,7 +257,7 @@ class Wandb(NullTracker):
         }
 
     def _log_table(self, rows: list[tuple[str, int, int, float]]) -> None:
-        """As an artifact, a table needs the server at once; as a file of the run, it waits for it like a row."""
+        """Send a table: as an artifact, which needs the server now, or else as a file, which can wait like a row."""
         table = self._wandb.Table(columns=["scenario", "after_task", "task", "accuracy"], data=rows)
         try:
             if self._mode == "online" and not answers(self._run.settings.base_url):
@@ -268,9 +268,9 @@ class Wandb(NullTracker):
             self._log(self._heard, {"accuracy": table})
 
     def _log(self, seq: int, values: dict[str, Any]) -> None:
-        """Send a row, unless W&B has it: a run that went back to a checkpoint tells rows a second time.
+        """Send a row unless W&B has it: a run that went back to a checkpoint repeats rows.
 
-        Raises TimeoutError where patience is lost.
+        Raises TimeoutError if it took too long.
         """
         self._heard = seq + 1
         if seq < self._next:
@@ -288,7 +288,7 @@ class Wandb(NullTracker):
 
 
 def within(seconds: float, do: Callable[..., None], *arguments: Any) -> None:
-    """Call `do`. Raises what it raises, and TimeoutError if it is not done in time; it then goes on unseen."""
+    """Call `do`. Raises what it raises, or TimeoutError if it takes too long; it then goes on in the background."""
     done: Future[None] = Future()
 
     def work() -> None:
@@ -302,7 +302,7 @@ def within(seconds: float, do: Callable[..., None], *arguments: Any) -> None:
 
 
 def out_of_reach() -> str | None:
-    """Why nothing can be sent to W&B now; None if it can."""
+    """Why nothing can be sent to W&B now, or None."""
     import wandb
 
     settings = wandb.setup(wandb.Settings(silent=True)).settings
@@ -315,14 +315,14 @@ def out_of_reach() -> str | None:
 
 
 def default_entity() -> str:
-    """The user or team under whom W&B files what names nobody."""
+    """The user or team that W&B uses where none is named."""
     import wandb
 
     return wandb.Api().default_entity or ""
 
 
 def has_key(settings: Any) -> bool:
-    """Whether wandb would find a key without asking for one: in its settings, the environment or ~/.netrc."""
+    """Whether wandb finds a key without prompting: in its settings, the environment or ~/.netrc."""
     if settings.api_key or getattr(settings, "identity_token_file", None):
         return True
     try:
@@ -333,12 +333,12 @@ def has_key(settings: Any) -> bool:
 
 
 def answers(url: str) -> bool:
-    """Whether a server is there: any HTTP answer counts, 404 too."""
+    """Whether a server answers: any HTTP status counts, even 404."""
     return status_of(url) is not None
 
 
 def status_of(url: str) -> int | None:
-    """What a server answers; None for nothing. Never takes longer than PROBE_SECONDS."""
+    """The status a server answers with, or None; takes at most PROBE_SECONDS."""
     heard: list[int] = []
 
     def ask() -> None:
@@ -349,7 +349,7 @@ def status_of(url: str) -> int | None:
             except urllib.error.HTTPError as error:
                 heard.append(error.code)
 
-    asking = threading.Thread(target=ask, daemon=True)  # no time limit holds a name look-up
+    asking = threading.Thread(target=ask, daemon=True)  # a DNS look-up obeys no timeout
     asking.start()
     asking.join(PROBE_SECONDS)
     return heard[0] if heard else None

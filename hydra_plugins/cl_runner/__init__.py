@@ -1,1 +1,1 @@
-"""What Hydra finds by itself: it looks for launchers and sweepers in `hydra_plugins` alone."""
+"""Launchers and sweepers, which Hydra discovers in the namespace `hydra_plugins` only."""

@@ -1,6 +1,6 @@
-"""Launchers as Hydra knows them: settings in conf/hydra/launcher, the work in `cl_runner.launchers`.
+"""Hydra's launchers: their settings are in conf/hydra/launcher, their work is done in `cl_runner.launchers`.
 
-Hydra reads this file whenever it starts: nothing heavy is imported before it is needed.
+Hydra imports this file whenever it starts, so nothing heavy is imported before it is needed.
 """
 
 import os
@@ -22,9 +22,9 @@ from cl_runner.ranges import Count
 
 
 class Processes(Launcher):
-    """Every job in a process of its own, which asks for it anew by its overrides.
+    """Runs every job in a process of its own, which composes its configuration anew from the overrides.
 
-    finds_running: whether a job that runs already is to be waited for, as one of an earlier time.
+    finds_running: whether to launch jobs that are already running, since the launcher then finds and awaits them.
     """
 
     finds_running = False
@@ -48,10 +48,10 @@ class Processes(Launcher):
 
     @abstractmethod
     def pool(self, jobs: int) -> tuple[Any, int]:
-        """Where the jobs run, and how many of them at once."""
+        """Where the jobs run, and how many at a time."""
 
     def _options(self) -> list[str]:
-        """What a job's process is told beside the overrides of its own."""
+        """A job's command line before its own overrides."""
         sources = {source.provider: source.path for source in self.config.hydra.runtime.config_sources}
         folder = ["--config-dir", sources["command-line"]] if "command-line" in sources else []
         mine = ("hydra.launcher", "hydra/launcher", "hydra.sweeper", "hydra/sweeper", "hydra.mode")
@@ -62,13 +62,13 @@ class Processes(Launcher):
 
 
 def _returned(result: str | None) -> JobReturn:
-    if result is None:  # what has become of the run stands in its folder
+    if result is None:  # the run's folder tells its state
         return JobReturn(status=JobStatus.COMPLETED)
     return JobReturn(status=JobStatus.FAILED, _return_value=RuntimeError(result))
 
 
 class Local(Processes):
-    """Processes on this machine (submitit), at most `at_once` of them at any time, `per_gpu` of them on a GPU."""
+    """Processes on this machine (submitit), at most `at_once` at a time and `per_gpu` per GPU."""
 
     def __init__(
         self,
@@ -92,7 +92,7 @@ class Local(Processes):
 
 
 class Slurm(Processes):
-    """Jobs of a SLURM cluster (submitit), requeued when they are preempted and when their time is up."""
+    """Jobs on a SLURM cluster (submitit), requeued when preempted or out of time."""
 
     finds_running = True
 
@@ -165,7 +165,7 @@ def _need(extra: str, package: str) -> None:
 
 
 def _cores() -> int:
-    """What this process may use; not every system says that."""
+    """The cores that this process may use, or all where the system does not tell."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

@@ -1,6 +1,6 @@
-"""Sweepers as Hydra knows them: a grid whose jobs are all known, and a search that asks for one after the other.
+"""Hydra's sweepers: a grid, whose jobs are all known in advance, and a search, which asks for them one by one.
 
-Hydra reads this file whenever it starts: nothing heavy is imported before it is needed.
+Hydra imports this file whenever it starts, so nothing heavy is imported before it is needed.
 """
 
 import hashlib
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 class Planned(Sweeper):
-    """What sweepers share: jobs that stand in the sweep's plan are handed to the launcher."""
+    """What the sweepers share: they pass jobs in the sweep's plan to the launcher."""
 
     def __init__(self, params: dict[str, str] | None = None) -> None:
         self.params = dict(params or {})
@@ -47,9 +47,9 @@ class Planned(Sweeper):
         )
 
     def launch(self, jobs: "Sequence[Job]") -> None:
-        """Have the jobs carried out that still are to be; what went wrong outside of their runs is kept in the plan."""
-        # Within this process they come one by one, so that each is looked at when its turn has come. Processes of
-        # their own look themselves.
+        """Carry out the jobs that are not done; what goes wrong outside of their runs is recorded in the plan."""
+        # Within this process they are launched one by one, so that each is checked when its turn comes. Jobs in
+        # processes of their own check themselves.
         alone = type(self.launcher).__name__ == "BasicLauncher"
         over = ("done",) if getattr(self.launcher, "finds_running", False) else ("done", "running")
         for batch in [[job] for job in jobs] if alone else [list(jobs)]:
@@ -60,13 +60,13 @@ class Planned(Sweeper):
                 for job, ended in zip(todo, self.launcher.launch(overrides, first), strict=True):
                     if ended.status is JobStatus.FAILED:
                         self._failed(job, ended._return_value)
-                        ended._return_value = None  # whose traceback holds all that the run was made of
+                        ended._return_value = None  # its traceback keeps the whole run in memory
 
     def _unchanged(self, job: "Job") -> bool:
-        """Whether the job's overrides still ask for what they asked for when the sweep was planned."""
+        """Whether the job's overrides still compose to what they did when the sweep was planned."""
         try:
             now = self.loader.load_sweep_config(self.config, job.overrides).hydra.sweep.subdir
-        except Exception as error:  # of whatever stands in a file by now
+        except Exception as error:  # whatever the files contain by now
             why = str(error).partition("\n")[0]
             self._failed(job, ConfigError("conf", f"changed since submission, and cannot be read now: {why}"))
             return False
@@ -80,16 +80,16 @@ class Planned(Sweeper):
 
 
 class Grid(Planned):
-    """The product of all values, checked and planned before Hydra came to know of it."""
+    """The product of all values, checked and planned before Hydra started."""
 
     def sweep(self, arguments: list[str]) -> None:
         self.launch(self.plan.jobs)
 
 
 class Optuna(Planned):
-    """A search for the highest validation accuracy, by Optuna's samplers. It goes on where it was stopped.
+    """A search for the highest validation accuracy, by Optuna's samplers. It resumes where it was stopped.
 
-    trials: in all, those of earlier times among them. at_once: so many are asked for and launched together.
+    trials: in total, including earlier ones. at_once: how many are asked for and launched together.
     """
 
     def __init__(
@@ -106,6 +106,8 @@ class Optuna(Planned):
         self.trials, self.at_once, self.sampler, self.seed = trials, at_once, sampler, seed
 
     def sweep(self, arguments: list[str]) -> None:
+        from cl_runner.rerun import move_aside_if_mended
+
         words = [f"{key}={value}" for key, value in self.params.items()] + arguments
         overrides = OverridesParser.create(config_loader=self.loader).parse_overrides(words)
         by_key = {override.get_key_element(): override for override in overrides}
@@ -122,6 +124,8 @@ class Optuna(Planned):
         while batch or len(study.trials) < self.trials:
             batch = batch or [study.ask(space) for _ in range(min(self.at_once, self.trials - len(study.trials)))]
             jobs |= {trial.number: job(trial) for trial in batch}
+            for trial in batch:  # a grid's jobs are known, and moved, before the sweep begins
+                move_aside_if_mended(self.plan.root / jobs[trial.number].folder, self.config.plugins)
             self.launch([jobs[trial.number] for trial in batch])
             for trial in batch:
                 self._tell(study, trial.number, jobs[trial.number])
@@ -129,7 +133,7 @@ class Optuna(Planned):
         _say_best(study)
 
     def _planned(self, overrides: list[str]) -> "Job":
-        """The job of a trial, added to the plan."""
+        """Add a trial's job to the plan, unless it is there, and return it."""
         from cl_runner.config import validated
         from cl_runner.identity import digest, run_folder
         from cl_runner.sweep import Job
@@ -143,7 +147,7 @@ class Optuna(Planned):
         return found or job
 
     def _tell(self, study: "Study", number: int, job: "Job") -> None:
-        """What became of a trial; of one that was killed nothing, so that it goes on the next time."""
+        """Report a trial's outcome to the study, except if it was stopped or killed: it resumes the next time."""
         from optuna.trial import TrialState
 
         from cl_runner.folder import RunFolder
@@ -156,7 +160,7 @@ class Optuna(Planned):
             study.tell(number, state=TrialState.FAIL)
 
     def _study(self, words: list[str]) -> "Study":
-        """The study of exactly these words: another search in the same folder is another study."""
+        """The study for exactly these words: another search in the same folder has a study of its own."""
         import optuna
         from optuna.storages import JournalStorage
         from optuna.storages.journal import JournalFileBackend
@@ -165,7 +169,7 @@ class Optuna(Planned):
         name = hashlib.sha256(json.dumps(sorted(words)).encode()).hexdigest()[:8]
         storage = JournalStorage(JournalFileBackend(str(self.plan.root / "optuna.journal")))
         study = optuna.create_study(storage=storage, study_name=name, direction="maximize", load_if_exists=True)
-        # Drawn anew every time, or a search that goes on would ask for the trials that it began with.
+        # Seeded anew each time: a search that resumes would otherwise ask for its first trials again.
         study.sampler = self._sampler(self.seed + len(study.trials))
         return study
 
@@ -179,7 +183,7 @@ class Optuna(Planned):
 
 
 def _distribution(override: Override) -> "BaseDistribution":
-    """What an override's values are drawn from. `tag(log, interval(a, b))` is drawn on a logarithmic scale."""
+    """The distribution of an override's values; `tag(log, interval(a, b))` is logarithmic."""
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
     value = override.value()

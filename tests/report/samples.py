@@ -1,4 +1,4 @@
-"""Folders as finished runs leave them, written by hand."""
+"""Write folders like those of finished runs."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ STAIRS: Rows = [[0.9, None, None], [0.7, 0.8, None], [0.5, 0.6, 1.0]]
 
 
 def config(strategy: str = "Finetune", seed: int = 0, lr: float = 0.1, **own: Any) -> dict[str, Any]:
-    """What `own` holds are the strategy's arguments."""
+    """A run's configuration; `own` are the strategy's arguments."""
     return {
         "stream": {
             "_target_": "cl_runner.streams.split.Split",
@@ -45,7 +45,7 @@ def write(
     status: dict[str, Any] | None = None,
     name: str = "",
 ) -> Path:
-    """A run that is done; `accuracy` is its average, whatever its rows say."""
+    """Write a finished run; `accuracy` is its average, whatever its rows are."""
     strategy = settings["strategy"]["_target_"].rpartition(".")[2].lower()
     number = len(list(root.iterdir())) if root.exists() else 0
     path = root / (name or f"{strategy}-split_digits-mlp-s{settings['seed']}-{number:08x}")

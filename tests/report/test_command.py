@@ -1,4 +1,4 @@
-"""`cl-runner report` as it is typed."""
+"""`cl-runner report` from the command line."""
 
 import csv
 import subprocess

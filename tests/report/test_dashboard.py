@@ -21,7 +21,7 @@ def server() -> Iterator[Loopback]:
 
 @pytest.fixture(scope="module")
 def view(server: Loopback) -> dict[str, Any]:
-    """What the server was asked to save."""
+    """The view that the server was asked to save."""
     assert dashboard.main(["--project", "forgetting", "--name", "Methods"]) == 0
     return server.views[-1]
 

@@ -1,4 +1,4 @@
-"""Which runs make a row, and which keys name it."""
+"""Which runs form a row, and which keys name it."""
 
 import pytest
 
@@ -59,7 +59,7 @@ def test_a_seed_set_apart_names_the_rows_though_one_run_of_each_has_the_same(tmp
         for seed in (0, 1):
             settings = config(seed=seed)
             settings["stream"]["seed"] = fixed
-            write(tmp_path, settings, status={"group": f"fixed-{fixed}"})
+            write(tmp_path, settings, status={"groups": [f"fixed-{fixed}"]})
     assert labels(grouped(tmp_path)) == {"finetune seed=0": [0, 1], "finetune seed=1": [0, 1]}
 
 
@@ -94,7 +94,7 @@ def test_the_group_that_a_run_names_itself_counts_where_all_do(tmp_path):
         for fixed, group in ((seed, "aaaa1111"), (0, "bbbb2222")):
             settings = config(seed=seed)
             settings["stream"]["seed"] = fixed
-            write(tmp_path, settings, status={"group": group})
+            write(tmp_path, settings, status={"groups": [group]})
     assert sorted(group.seeds for group in grouped(tmp_path)) == [[0, 1], [0, 1]]
 
 

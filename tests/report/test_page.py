@@ -1,4 +1,4 @@
-"""The page: what is in it, and that it needs nothing else."""
+"""The page: its content, and that it is self-contained."""
 
 import base64
 import json
@@ -14,7 +14,7 @@ from tests.report.samples import STAIRS, config, unfinished, write
 
 
 class Page(HTMLParser):
-    """Elements by their name, with their attributes and the text right in them."""
+    """Collects elements by name, with their attributes and direct text."""
 
     def __init__(self, text: str) -> None:
         super().__init__()

@@ -1,12 +1,11 @@
-"""Pictures: that each shows what it says."""
+"""The content of pictures."""
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from cl_runner.errors import ConfigError
 from cl_runner.report.groups import group_runs
-from cl_runner.report.pictures import HEAD, accuracy_over_tasks, curve, draw, matrices
+from cl_runner.report.pictures import HEAD, accuracy_over_tasks, curve, matrices
 from cl_runner.report.runs import read
 from cl_runner.report.table import SPREADS
 from cl_runner.trackers.drawing import DPI, drawn
@@ -71,11 +70,6 @@ def test_bars_and_bands_are_the_spread_that_was_asked_for_and_say_so(tmp_path, s
     assert (heights.max() - heights.min()) / 2 == pytest.approx(half, abs=1e-3)
     for axes in (curves, bands):
         assert SPREADS[spread].strip() in axes.get_ylabel()
-
-
-def test_a_curve_over_a_key_that_does_not_differ_is_refused(sweep):
-    with pytest.raises(ConfigError, match="--curve"):
-        draw(sweep, ["optimizer.lr"])
 
 
 def test_accuracy_over_tasks_is_that_of_the_tasks_so_far(tmp_path):

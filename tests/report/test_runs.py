@@ -1,12 +1,11 @@
-"""Which folders are runs, and what becomes of those that are not done."""
-
-import json
+"""Which folders are runs, and how unfinished ones are reported."""
 
 import numpy as np
 import pytest
 
 from cl_runner.errors import ConfigError
 from cl_runner.report.runs import read
+from cl_runner.sweep import Job, Sweep
 from tests.report.samples import STAIRS, config, unfinished, write
 
 
@@ -68,11 +67,8 @@ def test_runs_moved_aside_and_the_report_itself_are_no_runs(tmp_path):
 
 def test_a_job_of_a_sweep_that_left_no_folder_is_named(tmp_path):
     done = write(tmp_path, config())
-    jobs = [
-        {"overrides": ["seed=0"], "folder": done.name},
-        {"overrides": ["seed=1"], "folder": "ewc-s1-abc", "error": "no such data"},
-    ]
-    (tmp_path / "sweep.json").write_text(json.dumps({"schema": 1, "sweeps": [{"jobs": jobs}]}))
+    jobs = [Job(["seed=0"], done.name, "0"), Job(["seed=1"], "ewc-s1-abc", "1", error="no such data")]
+    Sweep(tmp_path, "cl-runner -m", jobs).write()
     (missing,) = read(tmp_path).left_out
     assert (missing.folder, missing.state, missing.why, missing.there) == (
         "ewc-s1-abc",

@@ -1,4 +1,4 @@
-"""Choosing by validation accuracy."""
+"""Selection by validation accuracy."""
 
 import pytest
 
@@ -10,7 +10,7 @@ from tests.report.samples import STAIRS, Rows, config, write
 
 
 def stairs(first: float, last: float) -> Rows:
-    """Validation accuracy of `first` as long as there is one task, of `last` after the third."""
+    """A validation matrix with mean `first` after the first task, and `last` after the third."""
     return [[first, None, None], [0.5, 0.5, None], [last, last, last]]
 
 

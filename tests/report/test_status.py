@@ -6,13 +6,13 @@ import pytest
 from rich.console import Console
 
 from cl_runner.errors import ConfigError
-from cl_runner.report.status import Row, _shown, _table, main
+from cl_runner.report.status import Board, Row, _shown, _table, _watch, main
 from cl_runner.sweep import Job, Sweep
 
 
 @pytest.fixture
 def run(tmp_path):
-    """Make a run's folder: name, what its status says, its journal's last task row's metrics, its results' metrics."""
+    """Make a run's folder: its name, its status, the metrics of its journal's last task row and of its results."""
 
     def make(name, journal=None, results=None, **status):
         folder = tmp_path / name
@@ -86,6 +86,19 @@ def test_jobs_of_a_sweep_that_have_no_folder_yet_are_shown(run, said, tmp_path):
         "sweep/b seed=1 pending",
         "sweep/c seed=2 failed conf: changed",
     ]
+
+
+def test_a_watched_board_ends_where_all_that_is_left_never_came_as_far_as_a_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda _: pytest.fail("it looks again"))
+    Sweep(tmp_path, "cl-runner -m", [Job(["seed=0"], "a", "0", error="conf: changed")]).write()
+    assert [row.state for row in _watch(Board(tmp_path))] == ["failed"]
+
+
+def test_the_exit_status_is_that_of_the_table(said, monkeypatch):
+    looks = iter([[Row("a", "failed")], [Row("a", "done")]])
+    monkeypatch.setattr(Board, "rows", lambda _: next(looks))
+    status, lines = said()
+    assert (status, lines[-1]) == (1, "1 run: 1 failed")
 
 
 def test_a_job_whose_folder_is_gone_is_no_longer_done(run, said, tmp_path):

@@ -1,4 +1,4 @@
-"""A SLURM of one node, on this machine, for as long as a test takes. Needs root and Debian's `PACKAGES`."""
+"""A one-node SLURM on this machine for the duration of a test. Needs root and Debian's `PACKAGES`."""
 
 import os
 import shutil
@@ -10,9 +10,9 @@ from pathlib import Path
 
 PACKAGES = ("slurmctld", "slurmd", "slurm-client", "munge")
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged")
-CPUS = 4  # as SLURM is told; jobs may share what there really is
+CPUS = 4  # as SLURM is told; jobs may share fewer real ones
 
-# Jobs in `yielding` give way to those in `urgent`, after a warning.
+# Jobs in `yielding` are preempted by those in `urgent`, after a warning.
 CONF = """
 ClusterName=test
 SlurmctldHost=localhost
@@ -48,7 +48,7 @@ PartitionName=urgent Nodes=ALL PriorityTier=10 PreemptMode=OFF
 
 
 def missing() -> list[str]:
-    """What this machine lacks for a cluster."""
+    """What this machine lacks to run a cluster."""
     lacking = [program for program in PROGRAMS if shutil.which(program) is None]
     return lacking + ([] if os.geteuid() == 0 else ["root"])
 

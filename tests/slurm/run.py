@@ -1,7 +1,7 @@
-"""A real SLURM on this machine: jobs that are preempted, that are killed and requeued, and whose time is up.
+"""Test on a real SLURM on this machine: jobs that are preempted, killed and requeued, or out of time.
 
-Each goes on where it was, in the same folder, and ends with the weights of one that was left alone.
-Run by `make test-slurm`, as root, with the packages that `cluster.PACKAGES` names. Takes some ten minutes.
+Each must resume where it was, in the same folder, and end with the weights of an undisturbed one.
+Run by `make test-slurm`, as root, with the packages in `cluster.PACKAGES`. Takes some ten minutes.
 """
 
 import argparse
@@ -24,7 +24,7 @@ LAUNCHER = ["hydra/launcher=slurm", "gpus_per_node=0", "cpus_per_task=1", "mem_g
 
 @dataclass
 class Case:
-    """One job and what happens to it."""
+    """One job, and what happens to it."""
 
     name: str
     partition: str
@@ -58,7 +58,7 @@ class Case:
         return {name: value.tobytes() for name, value in load_file(self.folder / "model.safetensors").items()}
 
     def end(self) -> bool:
-        """Wait for the sweep, show what it says; whether it was interrupted and is done all the same."""
+        """Wait for the sweep and show its output. Returns whether it was interrupted and is done all the same."""
         assert self.driver is not None
         said, _ = self.driver.communicate()
         log = (self.folder / "run.log").read_text()
@@ -102,7 +102,7 @@ def _shell(command: str) -> None:
 
 
 def _until(condition: Callable[[], bool]) -> None:
-    """Wait. A requeued job would be held for two minutes: it is let go at once; the queue is shown when it changes."""
+    """Wait for a condition, releasing requeued jobs, which SLURM holds for two minutes, and printing queue changes."""
     shown = ""
     while not condition():
         time.sleep(2)

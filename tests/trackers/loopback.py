@@ -1,4 +1,4 @@
-"""Enough of a W&B server for the real client: on this machine, in memory, and as bad as a test wants it to be."""
+"""A W&B server in memory that suffices for the real client, with faults that tests can inject."""
 
 import base64
 import gzip
@@ -22,7 +22,7 @@ HISTORY, EVENTS, LOGS, SUMMARY = "wandb-history.jsonl", "wandb-events.jsonl", "o
 
 @dataclass
 class Received:
-    """What the server has of one run."""
+    """What the server has received of one run."""
 
     project: str = ""
     name: str = ""
@@ -38,12 +38,12 @@ class Received:
 
     @property
     def steps(self) -> list[int]:
-        """The step of every line of the history: one that came twice is there twice."""
+        """The step of every line of the history, including duplicates."""
         return [json.loads(line)["_step"] for _, line in sorted(self.lines[HISTORY].items())]
 
     @property
     def history(self) -> list[dict[str, Any]]:
-        """The rows in the order of their steps; of those with one step the last counts, as with W&B."""
+        """The rows ordered by step; of rows with the same step the last counts, as on W&B."""
         rows = {row["_step"]: row for row in (json.loads(line) for _, line in sorted(self.lines[HISTORY].items()))}
         return [rows[step] for step in sorted(rows)]
 
@@ -54,7 +54,7 @@ class Received:
 
     @property
     def state(self) -> str:
-        """As W&B shows it."""
+        """The run's state as W&B shows it."""
         if self.exit_code is None:
             return "preempting" if self.preempting else "running"
         if self.exit_code == 0:
@@ -67,12 +67,12 @@ class Loopback:
 
     def __init__(self) -> None:
         self.delay = 0.0  # seconds before every answer
-        self.status: int | None = None  # of every answer, instead of what was asked for
-        self.failing = ""  # only where this is part of the path
+        self.status: int | None = None  # sent with every answer, instead of the data
+        self.failing = ""  # faults apply only to paths that contain this
         self.gone = False  # connections are dropped
         self.runs: dict[str, Received] = {}
         self.views: list[dict[str, Any]] = []
-        self.unknown: list[str] = []  # operations that it was asked for and does not know
+        self.unknown: list[str] = []  # operations that it was sent and does not know
         self.lock = RLock()
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (Handler,), {"server_side": self}))
         self.http.daemon_threads = True
@@ -80,18 +80,18 @@ class Loopback:
 
     @property
     def environment(self) -> dict[str, str]:
-        """What points the client here."""
+        """The environment variables that point a client to this server."""
         return {"WANDB_BASE_URL": self.url, "WANDB_API_KEY": "0" * 40, "WANDB_ERROR_REPORTING": "false"}
 
     def recover(self) -> None:
-        """From every fault."""
+        """Clear all faults."""
         self.delay, self.status, self.failing, self.gone = 0.0, None, "", False
 
     def received(self, run_id: str) -> Received:
         return self.runs.setdefault(run_id, Received())
 
     def stream(self, run_id: str, sent: dict[str, Any]) -> dict[str, Any]:
-        """Lines of a run's files, and how it ends."""
+        """Receive lines of a run's files, and its exit code."""
         run = self.received(run_id)
         for name, chunk in (sent.get("files") or {}).items():
             run.lines[name] |= {chunk.get("offset", 0) + i: line for i, line in enumerate(chunk["content"])}
@@ -104,7 +104,7 @@ class Loopback:
             self.received(match[1]).files[match[2]] = content
 
     def answer(self, query: str, variables: dict[str, Any]) -> dict[str, Any]:
-        """Of GraphQL: by the operation's name."""
+        """Answer GraphQL by the operation's name."""
         operation = re.search(r"(?:query|mutation)\s+(\w+)", query)
         name = operation[1] if operation else query
         known = getattr(self, f"do_{name}", None)
@@ -277,7 +277,7 @@ def loopback() -> Iterator[Loopback]:
 
 @contextmanager
 def reached(**settings: str) -> Iterator[Loopback]:
-    """A server that this process's client, and those of its children, talk to; `settings`: more of the environment."""
+    """A server for the clients of this process and its children; `settings`: further environment variables."""
     import wandb
 
     with loopback() as server, pytest.MonkeyPatch.context() as patch:

@@ -1,4 +1,4 @@
-"""One small run, as the runner would tell it: three tasks of four steps, class-incremental."""
+"""One small run as trackers are told about it: three tasks of four steps, class-incremental."""
 
 from collections.abc import Iterator
 from pathlib import Path

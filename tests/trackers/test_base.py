@@ -7,7 +7,7 @@ from tests.trackers.samples import journal_rows, results, run_info, tell
 
 
 class Diary(NullTracker):
-    """Remembers what it was told."""
+    """Records what it is told."""
 
     def __init__(self, told: list[str], name: str, breaks: bool = False) -> None:
         self.told, self.name, self.breaks = told, name, breaks
@@ -19,9 +19,6 @@ class Diary(NullTracker):
         self.told.append(f"{self.name} close {failed} {preempted}")
         if self.breaks:
             raise OSError("disk full")
-
-    def line(self) -> str:
-        return self.name if self.breaks else ""
 
 
 def test_many_trackers_are_told_in_turn() -> None:
@@ -41,10 +38,6 @@ def test_many_trackers_hear_that_the_run_was_preempted() -> None:
     told: list[str] = []
     Many([Diary(told, "a"), Diary(told, "b")]).close(preempted=True)
     assert told == ["a close False True", "b close False True"]
-
-
-def test_the_line_of_many_is_the_lines_of_those_that_have_one() -> None:
-    assert Many([Diary([], "a"), Diary([], "b", breaks=True), NullTracker()]).line() == "b"
 
 
 def test_the_null_tracker_leaves_no_trace(tmp_path: Path) -> None:

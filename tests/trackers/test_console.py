@@ -4,7 +4,8 @@ from pathlib import Path
 
 from rich.console import Console as Terminal
 
-from cl_runner.trackers.console import Console, log_file, log_to, show_results, show_tables
+from cl_runner.logs import log_file, log_to
+from cl_runner.trackers.console import Console, show_results, show_tables
 from tests.trackers.samples import journal_rows, results, run_info, tell
 
 

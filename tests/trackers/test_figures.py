@@ -66,14 +66,14 @@ def test_numbers_are_dropped_where_they_do_not_fit() -> None:
 
 
 def test_numbers_are_light_on_dark_and_dark_on_light() -> None:
-    assert drawing.readable_on(figures.ACCURACY.colours(1.0)) == "white"
-    assert drawing.readable_on(figures.ACCURACY.colours(0.0)) == INK
+    assert drawing.readable_on(drawing.ACCURACY.colours(1.0)) == "white"
+    assert drawing.readable_on(drawing.ACCURACY.colours(0.0)) == INK
 
 
 @pytest.mark.parametrize(
-    ("scale", "steps"), [(figures.ACCURACY, [0.0, 0.25, 0.5, 0.75, 1.0]), (figures.FORGETTING, [0.5, 0.75, 1.0])]
+    ("scale", "steps"), [(drawing.ACCURACY, [0.0, 0.25, 0.5, 0.75, 1.0]), (drawing.FORGETTING, [0.5, 0.75, 1.0])]
 )
-def test_more_is_darker(scale: figures.Scale, steps: list[float]) -> None:
+def test_more_is_darker(scale: drawing.ColourScale, steps: list[float]) -> None:
     lightness = [np.dot(scale.colours(step)[:3], [0.2126, 0.7152, 0.0722]) for step in steps]
     assert lightness == sorted(lightness, reverse=True)
 

@@ -4,7 +4,7 @@ from cl_runner.trackers.sending import folders, mark_sent, unsent
 
 
 def begun(run: Path, name: str, content: bytes = b"a header and a row") -> Path:
-    """A folder as wandb makes it when a process begins."""
+    """A folder like the one wandb makes when a process starts."""
     folder = run.resolve() / "wandb" / name
     folder.mkdir(parents=True)
     (folder / f"run-{name.rpartition('-')[2]}.wandb").write_bytes(content)

@@ -56,7 +56,7 @@ class Written:
 
 
 def read(tracker: Wandb) -> Written:
-    """Read back what `cl-runner sync`, as the tracker's own line has it, would send last."""
+    """Read back what the command in the tracker's line, `cl-runner sync`, would send last."""
     import wandb
 
     wandb.teardown()  # only then is all of it in the files
@@ -68,7 +68,7 @@ def read(tracker: Wandb) -> Written:
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Written, Written]:
-    """Two runs of one process: one was stopped and taken up again from a checkpoint before that, the other failed."""
+    """Two runs of one process: one was stopped and resumed from an earlier checkpoint, the other failed."""
     folder, rows = tmp_path_factory.mktemp("it is a=run"), journal_rows()
     local, first = Local(), Wandb(mode="offline")
     many = Many([local, first])

@@ -1,4 +1,4 @@
-"""The real client against a server of the tests' own, in good and in bad times."""
+"""The real client against the tests' own server, with and without faults."""
 
 import json
 import os
@@ -37,7 +37,7 @@ def in_good_order(server: Loopback) -> Iterator[None]:
 
 
 class Job:
-    """One run as the runner would carry it out, in as many processes as it takes."""
+    """One run, told to trackers as by the runner, in as many processes as it takes."""
 
     def __init__(self, server: Loopback, folder: Path) -> None:
         self.server, self.folder, self.id = server, folder, folder.name
@@ -50,7 +50,7 @@ class Job:
     def carry_on(
         self, stop: int = len(ROWS), *, saved: int | None = None, failed: bool = False, preempted: bool = False
     ) -> None:
-        """From the checkpoint after `saved` rows to `stop`; to the end if nothing says otherwise."""
+        """Resume from the checkpoint after `saved` rows, and go on to `stop`, by default the end."""
         journal, tracker = Local(), Wandb()
         if saved is not None:
             lines = (self.folder / JOURNAL).read_bytes().splitlines(keepends=True)
@@ -64,7 +64,7 @@ class Job:
         self.line = tracker.line()
 
     def send(self) -> str | None:
-        """What `cl-runner sync` does, once wandb's process has written all that it was told."""
+        """Do what `cl-runner sync` does, once wandb's process has written everything."""
         import wandb
 
         wandb.teardown()
@@ -83,13 +83,13 @@ def job(server: Loopback, tmp_path: Path) -> Job:
 
 
 def values(received: Received) -> list[dict[str, Any]]:
-    """The rows but for what wandb adds and what differs from one process to the next."""
+    """The rows without what wandb adds and what differs between processes."""
     return [{key: value for key, value in row.items() if key[0] != "_"} for row in received.history]
 
 
 @pytest.fixture(scope="module")
 def whole(server: Loopback, tmp_path_factory: pytest.TempPathFactory) -> Job:
-    """A run with nothing wrong."""
+    """A run without faults."""
     job = Job(server, tmp_path_factory.mktemp("whole"))
     job.carry_on()
     return job
@@ -181,7 +181,7 @@ time.sleep(600)
 
 @pytest.fixture(scope="module")
 def killed(server: Loopback, tmp_path_factory: pytest.TempPathFactory) -> Job:
-    """A run that is killed while its pictures do not arrive, and goes on."""
+    """A run that is killed while its pictures do not arrive, and resumed."""
     job = Job(server, tmp_path_factory.mktemp("killed"))
     server.status, server.failing = 500, "/store/"
     environment = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}  # of this process

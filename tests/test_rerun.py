@@ -1,4 +1,4 @@
-"""What a run is held to when it is asked for again: the groups it is in, its images, the code of its plugins."""
+"""Runs that are asked for again: their groups, their images, the code of their plugins."""
 
 import json
 import re
@@ -19,11 +19,7 @@ from cl_runner.job import carry_out
 from tests.test_job import at_step, send
 from tests.test_resume import experiment
 
-
-@pytest.fixture(autouse=True)
-def _no_picture(monkeypatch):
-    """It takes longer than all else that these runs do."""
-    monkeypatch.setattr("cl_runner.trackers.local.draw_accuracy", lambda *_: None)
+pytestmark = pytest.mark.usefixtures("no_picture")
 
 
 def test_a_finished_run_becomes_one_of_the_group_of_whoever_asks_for_it_again(tmp_path):
@@ -84,7 +80,7 @@ WORDS = ("strategy=finetune", "strategy._target_=my_own_methods.Mine", "plugins=
 
 @pytest.fixture
 def mine(tmp_path, monkeypatch):
-    """The file of a method of one's own; it fails or is stopped in the second task as long as a file says so."""
+    """The file of a method, which fails or is stopped in its second task while `broken` or `stopped` exists."""
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "my_own_methods", raising=False)
     code = tmp_path / "my_own_methods.py"
@@ -123,3 +119,15 @@ def test_a_run_that_failed_starts_over_once_its_plugin_is_mended(sweep, cl_runne
     assert kept in said
     assert (first / "results.json").exists()
     assert json.loads((first.with_name(f"{first.name}.1") / "status.json").read_text())["state"] == "failed"
+
+
+def test_a_trial_that_failed_starts_over_once_its_plugin_is_mended(cl_runner, tmp_path, mine):
+    pytest.importorskip("optuna")
+    search = ["-m", "hydra/sweeper=optuna", "stream.validation=0.2", "trainer.epochs=choice(1)", *WORDS]
+    (tmp_path / "broken").touch()
+    assert cl_runner(*search, "hydra.sweeper.trials=1")[0] == 1
+    (tmp_path / "broken").unlink()
+    mine.write_text(MINE + "\n")
+    status, said = cl_runner(*search, "hydra.sweeper.trials=2")
+    assert status == 0, said
+    assert "it failed with other code of my_own_methods" in said

@@ -1,0 +1,124 @@
+"""A run that is asked for again: show it, move it aside, or refuse it if it cannot resume."""
+
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from cl_runner.checkpoint import FOLDER as CHECKPOINTS
+from cl_runner.config import Experiment
+from cl_runner.environment import environment
+from cl_runner.errors import ConfigError
+from cl_runner.folder import RunFolder
+from cl_runner.identity import plugin_digests
+from cl_runner.lock import FolderInUseError
+from cl_runner.trackers.console import show_results, the_console
+
+
+def shown_if_done(experiment: Experiment) -> bool:
+    """Show the run if it is done. Returns whether it is.
+
+    Raises ConfigError as `refuse_halves` does.
+    """
+    refuse_halves(experiment)
+    done = RunFolder(experiment.folder).done
+    if done:
+        join(experiment)
+        show(experiment)
+    return done
+
+
+def join(experiment: Experiment) -> None:
+    """Add a finished run to this experiment's group.
+
+    A run can be in several: with `stream.seed=0` the run of seed 0 is the same as without it, and the others are not.
+    """
+    folder = RunFolder(experiment.folder)
+    groups = folder.status.get("groups") or []
+    if folder.done and experiment.group not in groups:
+        with folder.locked():
+            folder.update_status(groups=[*groups, experiment.group])
+
+
+def refuse_halves(experiment: Experiment) -> None:
+    """Refuse to resume a run with other images or other code: half of its work would be the one's, half the other's.
+
+    Raises ConfigError if an unfinished run was begun on other images than are there now, or saved with other code of a
+    plugin.
+    """
+    folder = RunFolder(experiment.folder)
+    if folder.done:
+        return
+    halves = [f"begun with {images}" for images in other_images(experiment)]
+    if (folder.path / CHECKPOINTS).exists():
+        halves += [f"saved with {code}" for code in other_code(experiment)]
+    if halves:
+        raise ConfigError(str(experiment.folder), f"was {', and '.join(halves)}; rerun=true runs it again")
+
+
+def other_images(experiment: Experiment) -> list[str]:
+    """A phrase for a folder of images (no part of a run's hash) that has changed since the run began, or nothing."""
+    then = RunFolder(experiment.folder).status.get("images")
+    now = experiment.stream.contents(experiment.config["data_root"]) if then else None
+    place = Path(experiment.config["data_root"]) / experiment.config["stream"]["name"]
+    return [f"other images than are in {place} now"] if now and then != now else []
+
+
+def other_code(experiment: Experiment) -> list[str]:
+    """A phrase for plugins whose code has changed since the run began, or nothing."""
+    return _other_code(RunFolder(experiment.folder), experiment.config["plugins"])
+
+
+def is_made_again(experiment: Experiment) -> bool:
+    """Whether the run is to start over: with rerun=true, or if it failed and a plugin has been changed since."""
+    return experiment.config["rerun"] or bool(_failed_with(RunFolder(experiment.folder), experiment.config["plugins"]))
+
+
+def move_aside(experiment: Experiment) -> None:
+    """Move a run aside that is to start over.
+
+    Raises FolderInUseError with rerun=true if another process is running it.
+    """
+    if experiment.config["rerun"]:
+        _keep_earlier(RunFolder(experiment.folder))
+    else:
+        move_aside_if_mended(experiment.folder, experiment.config["plugins"])
+
+
+def move_aside_if_mended(path: Path, plugins: Sequence[str]) -> None:
+    """Move a run aside that failed, if a plugin, whose fault it may have been, has been changed since."""
+    folder = RunFolder(path)
+    if mended := _failed_with(folder, plugins):
+        with suppress(FolderInUseError):  # another command has begun it anew
+            _keep_earlier(folder, f"; it failed with {mended[0]}")
+
+
+def _keep_earlier(folder: RunFolder, why: str = "") -> None:
+    if kept := folder.move_aside():
+        print(f"the earlier run is kept in {kept}{why}")
+
+
+def _failed_with(folder: RunFolder, plugins: Sequence[str]) -> list[str]:
+    """As `other_code`, for a run that failed; else nothing."""
+    return _other_code(folder, plugins) if folder.state == "failed" else []
+
+
+def _other_code(folder: RunFolder, plugins: Sequence[str]) -> list[str]:
+    then = folder.status.get("code") or {}
+    changed = [name for name, code in plugin_digests(plugins).items() if then.get(name, code) != code]
+    return [f"other code of {', '.join(changed)} than is there now"] if changed else []
+
+
+def show(experiment: Experiment) -> None:
+    """Show a finished run as it was shown when it ended, with warnings of what has changed since."""
+    folder, now = RunFolder(experiment.folder), environment(experiment.device)
+    results: dict[str, Any] = folder.results
+    then = results["environment"]
+    console = the_console()
+    console.print("This run is done (rerun=true runs it again).")
+    show_results(results, folder.path, console)
+    for what in (*other_images(experiment), *other_code(experiment)):
+        console.print(f"warning: it was made with {what}")
+    for package in ("cl_runner", "torch"):
+        if then.get(package) != now[package]:
+            console.print(f"warning: it was made with {package} {then.get(package)}; {now[package]} is installed now")
