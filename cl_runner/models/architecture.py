@@ -1,4 +1,4 @@
-"""What all architectures share: a backbone's initial weights, its frozen parts, and the images it takes."""
+"""Base classes of architectures: a backbone's initial weights, its frozen parts, and the images it takes."""
 
 import logging
 import re

@@ -1,4 +1,4 @@
-"""What the penalties L1 and L2 share, which pull all weights towards an anchor with equal strength."""
+"""Base class of the L1 and L2 penalties, which pull all weights equally towards an anchor."""
 
 from typing import Literal
 

@@ -1,4 +1,4 @@
-"""What methods share that train prompts for a frozen vision transformer."""
+"""Base class of methods that train prompts for a frozen vision transformer."""
 
 from abc import abstractmethod
 from typing import TYPE_CHECKING

@@ -1,4 +1,4 @@
-"""What methods with a memory share: when rows are stored, and how stored rows join a batch."""
+"""Base class of methods with a memory: when rows are stored, and how stored rows join a batch."""
 
 from collections.abc import Sequence
 from contextlib import nullcontext

@@ -1,4 +1,4 @@
-"""What methods share whose teacher is the model before the task, and those among them that also train on exemplars."""
+"""Base classes of methods whose teacher is the model before the task, without and with exemplars."""
 
 from copy import deepcopy
 from typing import TypeVar

@@ -114,7 +114,7 @@ def _open(path: Path, size: int | None) -> Image.Image:
     try:
         with Image.open(path) as image:
             if image.mode.startswith("I"):
-                raise ValueError("it has 16 or 32 bits a channel, not 8")  # Pillow would clip them at 255
+                raise ValueError("it has 16 or 32 bits per channel, not 8")  # Pillow would clip them at 255
             image = image.convert("L" if image.mode in ("1", "L") else "RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ConfigError("data_root", f"expected an image, got {path}: {error}") from error

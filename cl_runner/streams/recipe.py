@@ -1,4 +1,4 @@
-"""What all recipes share that turn a data set into a stream of tasks."""
+"""Base classes of recipes, which turn a data set into a stream of tasks."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
@@ -171,7 +171,7 @@ class Recipe(ABC):
         for key in ("mean", "std"):
             values = getattr(self, key)
             if values is not None and len(values) != channels:
-                raise ConfigError(f"stream.{key}", f"expected {channels} numbers, one a channel, got {values}")
+                raise ConfigError(f"stream.{key}", f"expected {channels} numbers, one per channel, got {values}")
 
     def _statistics(self, images: Tensor) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
         """Mean and standard deviation per channel, of images in [0, 1]."""
@@ -190,7 +190,7 @@ class Recipe(ABC):
         kept, held = select(data.train_labels, self.max_per_class, self.validation, self.seed)
         if self.validation and not len(held):
             most = int(data.train_labels[kept].bincount().max())
-            expected = f"expected a share that sets aside one of the {most} training images a class"
+            expected = f"expected a share that sets aside one of the {most} training images per class"
             raise ConfigError("stream.validation", f"{expected}, got {self.validation}")
         train, train_labels = train.to(place), data.train_labels.to(place)
         everything = torch.arange(len(test), device=place)

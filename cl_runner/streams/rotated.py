@@ -27,7 +27,7 @@ class Rotated(Remapped):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.angles is not None and len(self.angles) != self.num_tasks:
-            expected = f"expected {self.num_tasks} angles, one a task"
+            expected = f"expected {self.num_tasks} angles, one per task"
             raise ConfigError("stream.angles", f"{expected}, got {len(self.angles)}")
 
     def angle(self, index: int) -> float:

@@ -48,6 +48,6 @@ def test_a_turned_image_keeps_its_label() -> None:
 
 
 def test_angles_must_be_as_many_as_tasks() -> None:
-    with pytest.raises(ConfigError, match="expected 3 angles, one a task, got 2") as error:
+    with pytest.raises(ConfigError, match="expected 3 angles, one per task, got 2") as error:
         Rotated(name="digits", num_tasks=3, angles=[0.0, 90.0])
     assert error.value.field == "stream.angles"
