@@ -1,6 +1,7 @@
 """A strategy's accuracy on the tasks, and its drift from the pretrained model."""
 
 import math
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -65,14 +66,19 @@ def _evenly(examples: Examples, count: int) -> Examples:
 
 
 class Drift:
-    """How far the backbone has moved, by the pretrained head's outputs for held-out images, then and now."""
+    """How far the backbone has moved, by the pretrained head's outputs for held-out images, then and now.
+
+    Methods that keep weights for each task (independent, lora with merge=false) are measured with the last task's.
+    """
 
     def __init__(self, model: Model, stream: Stream, samples: int, batch_size: int) -> None:
         """Record the outputs of `model` for up to `samples` test images, evenly from all tasks."""
         self.batch_size = batch_size
         self.view = PretrainedView(model)
-        share = -(-samples // len(stream))
-        self.examples = concatenate([_evenly(task.test, share) for task in stream.tasks])[:samples]
+        ends = [samples * number // len(stream) for number in range(len(stream) + 1)]
+        shares = [end - start for start, end in pairwise(ends)]
+        tests = [_evenly(task.test, share) for task, share in zip(stream.tasks, shares, strict=True)]
+        self.examples = concatenate(tests)
         self.before = self._log_probabilities()
 
     def measure(self) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """Learning one task: epochs, batches, and the step."""
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -20,6 +21,8 @@ from cl_runner.randomness import of_task, random_state, restore_random_state
 from cl_runner.ranges import Count, Seed
 from cl_runner.strategies.base import Strategy
 from cl_runner.streams.base import Examples, Task, number_of_batches
+
+log = logging.getLogger("cl_runner")
 
 
 class FirstTask(BaseModel):
@@ -56,8 +59,11 @@ class Trainer:
         epochs, iterations: the budget of a task: passes over its data or, if given, steps, where the short last batch
             of a pass is dropped.
         first_task: settings of the first task alone; None: it has none of its own.
-        accumulate: micro-batches to compute a batch in, for the same gradient with less memory.
-        optimizer_state: whether momentum and the like start empty in each task.
+        accumulate: micro-batches to compute a batch in, for the same gradient with less memory; but layers that
+            normalise by a batch's statistics then use a micro-batch's.
+        optimizer_state: whether momentum and the like start empty in each task (reset). With keep, momentum and weight
+            decay also move outputs that the loss does not see, as in protocols that keep one optimizer. Methods that
+            restart from other weights in each task start with an empty state in any case.
         active_logits: which outputs enter the loss: the current task's, those seen so far, or all; None: what the
             method's paper says, or else the scenario (task: current, domain: all, class: seen).
         precision: bf16 holds for the step alone (by autocast): passes that a method makes itself, as A-GEM, GEM and MIR
@@ -100,12 +106,16 @@ class Trainer:
     def start(self, work: Work, kept: dict[str, Any] | None = None) -> None:
         """Start or, with `kept` (an earlier process's `state_dict`), resume the training of a run's components."""
         self.work, self._kept = work, kept or {}
+        strategy = work.strategy
+        self._keeps_state = self.optimizer_state == "keep" and not (strategy.restarts or strategy.redraws)
+        if strategy.offline and self.first_task != FirstTask():
+            log.warning("trainer.first_task: unused, since %s learns all tasks at once", type(strategy).__name__)
         self.optimizer: Any = None  # an Optimizer once the first task is learned
         self.losses: Losses | None = None  # of the current task, while it is being learned
 
     def state_dict(self) -> dict[str, Any]:
         """What `learn` needs to resume between two steps; between two tasks, the optimizer's state if that is kept."""
-        if self.losses is None and (self.optimizer is None or self.optimizer_state == "reset"):
+        if self.losses is None and (self.optimizer is None or not self._keeps_state):
             return {key: self._kept[key] for key in ("optimizer", "parameters") if key in self._kept}
         state = {"optimizer": self.optimizer.state_dict(), "parameters": self.parameter_names}
         if self.losses is not None:
@@ -188,7 +198,7 @@ class Trainer:
 
     def _prepare(self, steps: int, own: FirstTask) -> None:
         """Create the task's optimizer, unless the last task's is kept, and its scheduler."""
-        if self.optimizer is None or self.optimizer_state == "reset":
+        if self.optimizer is None or not self._keeps_state:
             self.optimizer = self._new_optimizer(own.optimizer)
         for group in self.optimizer.param_groups:  # the last task's schedule has changed a kept optimizer's rate
             group["lr"] = group.get("initial_lr", group["lr"])
@@ -201,7 +211,7 @@ class Trainer:
         optimizer = self.work.make_optimizer(params=[named[name] for name in self.parameter_names], **own)
         if "optimizer" in self._kept and "task" not in self._kept:
             optimizer.load_state_dict(self._kept["optimizer"])
-        self.reached = keep_unreached_rows(head, optimizer) if self.optimizer_state == "reset" else []
+        self.reached = [] if self._keeps_state else keep_unreached_rows(head, optimizer)
         return optimizer
 
     def _go_on(self, kept: dict[str, Any]) -> None:

@@ -94,6 +94,13 @@ def test_drift_looks_at_every_class_also_where_images_lie_class_by_class():
     assert drift.examples.labels.bincount().tolist() == [5] * 6
 
 
+@pytest.mark.parametrize(("samples", "shares"), [(12, [2, 2, 3, 2, 3]), (3, [0, 1, 0, 1, 1])])
+def test_drift_takes_its_images_evenly_from_all_tasks(samples, shares):
+    stream = toy_stream(num_tasks=5)
+    drift = Drift(toy_model(stream, pretrained=True), stream, samples=samples, batch_size=7)
+    assert drift.examples.task_ids.bincount(minlength=5).tolist() == shares
+
+
 def test_what_needs_to_be_told_the_task_is_not_measured_without():
     stream = toy_stream()
     strategy = Independent()

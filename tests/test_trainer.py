@@ -1,4 +1,5 @@
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -6,7 +7,7 @@ import torch
 from cl_runner.errors import ConfigError
 from cl_runner.losses import NonFiniteLossError
 from cl_runner.models.heads import keep_unreached_rows
-from cl_runner.strategies import L2, Finetune
+from cl_runner.strategies import L2, Combined, Finetune, Independent, Joint
 from cl_runner.trainer import FirstTask, Trainer
 from tests.toys import learn, toy_model, toy_stream, toy_trainer
 
@@ -56,8 +57,6 @@ def test_the_budget_in_iterations_wins_and_drops_it():
 
 
 def test_the_first_task_may_have_a_budget_an_optimizer_and_a_schedule_of_its_own():
-    from functools import partial
-
     from cl_runner.schedulers import step
 
     stream = toy_stream()
@@ -143,6 +142,28 @@ def test_the_optimizers_state_starts_empty_in_each_task_or_is_kept():
         assert (optimizers[0] is optimizers[2]) == (kept == "keep")
 
 
+@pytest.mark.parametrize("kind", [Independent, partial(Combined, parts={"independent": Independent()})])
+def test_a_kept_optimizer_starts_empty_where_a_method_restarts_from_other_weights(kind):
+    stream = toy_stream()
+    trainer, _ = toy_trainer(kind(), stream, toy_model(stream), optimizer_state="keep")
+    optimizers = []
+    for task in stream.tasks:
+        trainer.work.model.reveal(task)
+        trainer.learn(task, task.train)
+        optimizers.append(trainer.optimizer)
+        assert "optimizer" not in trainer.state_dict()
+    assert len({id(optimizer) for optimizer in optimizers}) == 3
+
+
+def test_a_first_task_of_its_own_is_said_to_be_unused_where_all_are_learned_at_once(caplog):
+    stream = toy_stream()
+    toy_trainer(Finetune(), stream, toy_model(stream), first_task=FirstTask(epochs=2))
+    toy_trainer(Joint(), stream, toy_model(stream))
+    assert not caplog.records
+    toy_trainer(Joint(), stream, toy_model(stream), first_task=FirstTask(epochs=2))
+    assert "trainer.first_task: unused, since Joint learns all tasks at once" in caplog.text
+
+
 def test_a_row_of_the_journal_is_the_mean_over_its_steps():
     every = learn(Finetune(), toy_stream(), toy_model(toy_stream()), tasks=1, log_every=1)
     third = learn(Finetune(), toy_stream(), toy_model(toy_stream()), tasks=1, log_every=3)
@@ -174,8 +195,6 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_named():
 
 
 def test_the_rate_is_stepped_with_every_batch():
-    from functools import partial
-
     from cl_runner.schedulers import cosine, step
 
     stream = toy_stream()
@@ -194,8 +213,6 @@ def test_the_rate_is_stepped_with_every_batch():
 
 @pytest.mark.parametrize("name", ["constant", "cosine", "step"])
 def test_a_kept_optimizer_starts_each_task_at_its_own_rate(name):
-    from functools import partial
-
     from cl_runner import schedulers
 
     make = {"step": partial(schedulers.step, milestones=[0.5])}.get(name) or getattr(schedulers, name)

@@ -313,6 +313,7 @@ def norm_layers(backbone: nn.Module, frozen: set[str] | None) -> list[nn.Module]
         if not isinstance(getattr(module, "running_mean", None), Tensor):
             continue
         parameters = {f"{name}.{own}" for own, _ in module.named_parameters(recurse=False)}
-        if frozen is None or f"{name}.running_mean" in frozen or (parameters and parameters <= frozen):
+        statistics = {f"{name}.running_mean", f"{name}.running_var"}
+        if frozen is None or statistics & frozen or (parameters and parameters <= frozen):
             found.append(module)
     return found

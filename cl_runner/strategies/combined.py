@@ -80,6 +80,14 @@ class Combined(Strategy):
         return any(part.for_pretrained for part in self.parts.values())
 
     @property
+    def restarts(self) -> bool:
+        return any(part.restarts for part in self.parts.values())
+
+    @property
+    def redraws(self) -> bool:
+        return any(part.redraws for part in self.parts.values())
+
+    @property
     def active_logits(self) -> ActiveLogits | None:
         """Those of the first part that has its own, one with a memory before all others, as its loss is used."""
         return next((part.active_logits for _, part in self._by_memory if part.active_logits), None)

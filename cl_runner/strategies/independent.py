@@ -16,6 +16,7 @@ class Independent(Strategy):
     saved = ("learned",)
     scenarios = frozenset({Scenario.TASK})
     needs_task_id = True
+    restarts = True
 
     def setup(self, model: Model, stream: Stream) -> None:
         super().setup(model, stream)

@@ -98,7 +98,13 @@ class LwF(Taught):
         return terms
 
     def distillation(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """Mean over the batch of KL(teacher || student) at the temperature; [B, K] logits each, a scalar."""
+        """Mean over the batch of KL(teacher || student) at the temperature; [B, K] logits each, a scalar.
+
+        In float32 also under bf16 autocast on CPUs: the small differences would be lost.
+        """
+        student, teacher = (
+            logits.to(torch.promote_types(logits.dtype, torch.float32)) for logits in (student, teacher)
+        )
         log_student = (student / self.temperature).log_softmax(1)
         log_teacher = (teacher / self.temperature).log_softmax(1)
         divergence = (log_teacher.exp() * (log_teacher - log_student)).sum(1).mean()

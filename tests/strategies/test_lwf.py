@@ -94,6 +94,13 @@ def test_the_distillation_is_the_kl_divergence_at_the_temperature(squared):
     torch.testing.assert_close(strategy.distillation(student, teacher), by_hand * (9 if squared else 1))
 
 
+def test_the_divergence_of_nearly_equal_answers_survives_bf16():
+    teacher = torch.randn(64, 10, generator=torch.Generator().manual_seed(0)).bfloat16()
+    student = (teacher + 0.01 * torch.randn(64, 10, generator=torch.Generator().manual_seed(1))).bfloat16()
+    exact = LwF().distillation(student.double(), teacher.double())
+    assert LwF().distillation(student, teacher) == pytest.approx(exact.item(), rel=1e-2)
+
+
 def test_each_earlier_task_has_a_softmax_of_its_own_or_all_share_one():
     stream = toy_stream()
     model = toy_model(stream)
