@@ -16,7 +16,7 @@ from cl_runner.report.groups import ABSENT, Group, Groups, Value, is_number, ord
 from cl_runner.report.statistics import over_tasks, summarise
 from cl_runner.report.table import SPREADS, Scale
 from cl_runner.trackers.colours import FAINT, INK, LINES
-from cl_runner.trackers.drawing import ACCURACY, FORGETTING, ColourScale, blank, readable_on, shortened
+from cl_runner.trackers.drawing import ACCURACY, FORGETTING, ColourScale, blank, readable_on, shortened, wrapped
 
 HEAD = 0.5  # inches above the matrices
 MOST_MATRICES = 48  # groups in one picture; the page shows all
@@ -79,7 +79,7 @@ def matrices(groups: Groups) -> Figure:
     for index, group in enumerate(pictured):
         row, column = divmod(index, columns)
         left, top = column * wide + margin, HEAD + row * high
-        label = shortened(groups.label(group), 74 if numbered else 46)
+        label = wrapped(groups.label(group), 74 if numbered else 46)
         _text(axes, left, top + 0.09 * high, label, 9 if numbered else 7, INK)
         for half, kind in enumerate(kinds):
             box = Box(left + half * 0.49 * wide, top + 0.17 * high, 0.44 * wide, 0.77 * high)
@@ -127,7 +127,7 @@ def curve(groups: Groups, key: str, spread: str = "std") -> Figure:
     ):
         axes = figure.add_axes((0.055 + 0.36 * index, 0.14, 0.3, 0.78))
         for number, (name, members) in zip(styles, lines.items(), strict=True):
-            called = shown(members[0].values[0]) if many else shortened(name, 46)
+            called = shown(members[0].values[0]) if many else wrapped(name, 46, lines=3)
             _curve_line(axes, groups, members, key, metric, spread, places, called, number)
         _dress(axes, names.get(key, key.rpartition(".")[2]), f"{label}{_beside(groups, spread)}")
         _mark(axes, values, places)
@@ -209,7 +209,7 @@ def _few_lines(axes: Axes, groups: Groups, lines: dict[Group, np.ndarray], sprea
         mean = 100 * np.array([summary.mean for summary in summaries])
         half = 100 * np.nan_to_num([summary.half(spread) for summary in summaries])
         tasks, style = range(len(mean)), _style(number)
-        axes.plot(tasks, mean, label=shortened(groups.label(group), 40), linewidth=1.6, markersize=4, **style)
+        axes.plot(tasks, mean, label=wrapped(groups.label(group), 40, lines=3), linewidth=1.6, markersize=4, **style)
         axes.fill_between(tasks, mean - half, mean + half, color=style["color"], alpha=0.13, linewidth=0)
 
 

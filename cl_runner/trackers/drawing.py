@@ -1,6 +1,7 @@
 """What pictures of one run and of several have in common."""
 
 import math
+import textwrap
 from collections.abc import Sequence
 from io import BytesIO
 
@@ -53,6 +54,11 @@ def readable_on(colour: Sequence[float] | np.ndarray) -> str:
     linear = [c / 12.92 if c <= 0.04045 else math.pow((c + 0.055) / 1.055, 2.4) for c in colour[:3]]
     luminance = float(np.dot(linear, [0.2126, 0.7152, 0.0722]))
     return "white" if 1.05 / (luminance + 0.05) > (luminance + 0.05) / (INK_LUMINANCE + 0.05) else INK
+
+
+def wrapped(title: str, width: int, lines: int = 2) -> str:
+    """A title of up to so many lines of `width` characters, without its middle if that is not enough."""
+    return "\n".join(textwrap.wrap(shortened(title, (width - 8) * lines), width))
 
 
 def shortened(title: str, limit: int) -> str:

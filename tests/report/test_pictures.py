@@ -79,6 +79,17 @@ def test_accuracy_over_tasks_is_that_of_the_tasks_so_far(tmp_path):
     assert axes.lines[0].get_ydata().tolist() == pytest.approx([90, 75, 70])
 
 
+def test_a_legend_tells_all_groups_apart_however_long_their_names(tmp_path):
+    for strength in (1.0, 1e3, 1e5):
+        for accumulation in ("separate", "sum"):
+            settings = {"strength": strength, "accumulation": accumulation, "normalisation": "of all parameters"}
+            write(tmp_path, config("EWC", 0, **settings, decay=0.95 if accumulation == "sum" else 1.0), 0.5)
+    groups = grouped(tmp_path)
+    (legend,) = accuracy_over_tasks(groups).legends
+    names = [" ".join(text.get_text().split()) for text in legend.get_texts()]
+    assert names == [groups.label(group) for group in groups]
+
+
 def test_many_groups_share_a_colour_a_strategy(tmp_path):
     for lr in np.linspace(0.1, 1, 12):
         write(tmp_path, config("EWC", lr=float(lr)))
