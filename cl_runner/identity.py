@@ -41,9 +41,10 @@ def parts(config: dict[str, Any]) -> tuple[str, str, str]:
 
 
 def display_name(key: str, component: dict[str, Any]) -> str:
-    """A component's `name`, or else the choice in conf/ of its class (so `ewc` for the preset `online_ewc`); a stream
-    has both."""
+    """A component's `name`, or else the choice in conf/ of its class; a stream has both."""
     kind, name = choice(component["_target_"].rpartition(".")[2]), str(component.get("name") or "")
+    if kind == "ewc" and component.get("accumulation") == "sum" and component.get("decay", 1.0) < 1:
+        return "online_ewc"  # a method by name in the literature, though of the same class
     if key == "stream":
         return f"{kind}_{name}" if name else kind
     return name or kind

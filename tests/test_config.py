@@ -48,7 +48,7 @@ def test_every_argument_of_every_component_stands_in_its_yaml(file):
     assert listed <= known if target.startswith("torch.") else listed == known
 
 
-PRESETS = {"online_ewc": "ewc", "simplecil": "ncm"}  # another name for a class with values of its own
+PRESETS = {"simplecil": "ncm"}  # another name for the same method
 
 
 @pytest.mark.parametrize("group", ["strategy", "model", "fisher", "memory", "optimizer"])
