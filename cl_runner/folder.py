@@ -69,8 +69,13 @@ class RunFolder:
         """
         lock = Lock(self.path)
         with writing(self.path):
-            self.path.mkdir(parents=True, exist_ok=True)
-            lock.acquire()
+            while True:
+                self.path.mkdir(parents=True, exist_ok=True)
+                try:
+                    lock.acquire()
+                    break
+                except FileNotFoundError:  # another process moved the folder aside in the meantime
+                    continue
         try:
             yield
         finally:

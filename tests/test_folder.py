@@ -42,7 +42,7 @@ def test_a_run_whose_results_are_gone_is_not_done(tmp_path):
 @pytest.mark.parametrize("content", ["", "{", "[1]", "\0"])
 def test_a_file_that_is_damaged_is_named(content, tmp_path):
     (tmp_path / "status.json").write_text(content)
-    with pytest.raises(ConfigError, match=r"status\.json: expected JSON, and is damaged"):
+    with pytest.raises(ConfigError, match=r"status\.json: expected JSON, got a damaged file"):
         assert RunFolder(tmp_path).state
 
 
@@ -162,13 +162,14 @@ def test_of_two_commands_that_move_a_run_aside_at_once_one_moves_it(tmp_path, mo
     folder = RunFolder(tmp_path / "run")
     with folder.locked():
         folder.start()
-    locked = RunFolder.locked
+    acquire = Lock.acquire
 
-    def after_another(folder):
-        folder.path.rename(tmp_path / "run.1")
-        return locked(folder)
+    def after_another(lock):
+        if not (tmp_path / "run.1").exists():
+            folder.path.rename(tmp_path / "run.1")
+        acquire(lock)
 
-    monkeypatch.setattr(RunFolder, "locked", after_another)
+    monkeypatch.setattr(Lock, "acquire", after_another)
     assert folder.move_aside() is None
     assert not (tmp_path / "run.2").exists()
     assert (tmp_path / "run.1" / "status.json").exists()
