@@ -76,7 +76,9 @@ def parser() -> Parser:
         "--spread", nargs="*", choices=list(SPREADS), default=["std"], help="what to show beside a mean (default: std)"
     )
     parser.add_argument(
-        "--baseline", default="", help="differences to it on equal seeds: a strategy, or key=value,key=value"
+        "--baseline",
+        default="",
+        help="differences to it on equal seeds: a strategy, a row's name, or key=value,…",
     )
     parser.add_argument("--curve", help="also draw accuracy over these keys, e.g. strategy.strength", **several)
     parser.add_argument("--pictures", choices=PICTURES, default="png", help="their format (default: png)")

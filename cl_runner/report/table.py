@@ -159,13 +159,15 @@ def legend(table: Table, spread: Sequence[str]) -> str:
 
 
 def find_baselines(groups: Groups, asked: str) -> Baselines:
-    """The group that each one is compared with; `asked` is a strategy, or key=value,...
+    """The group that each one is compared with; `asked` is a group's label, a strategy, or key=value,...
 
     If several groups match `asked`, each group is compared with the one that agrees with it in all other keys.
     Raises ConfigError if no group matches, or all do, or several for one group.
     """
-    wanted = _wanted(groups, asked)
-    meant = [group for group in groups if all(_is(groups.value(group, key), value) for key, value in wanted.items())]
+    meant = [group for group in groups if groups.label(group) == asked]
+    wanted = {} if meant else _wanted(groups, asked)
+    if wanted:
+        meant = [one for one in groups if all(_is(groups.value(one, key), value) for key, value in wanted.items())]
     if not meant:
         there = dict.fromkeys(groups.label(group) for group in groups)
         raise ConfigError("--baseline", f"expected one of the groups, got {asked!r}; there are: {_listed(there)}")

@@ -123,8 +123,9 @@ def test_of_several_baselines_each_row_has_the_one_that_agrees_with_it(grid):
     assert found["finetune lr=0.1"] == "finetune lr=0.1"
 
 
-def test_a_baseline_named_by_its_keys_is_that_of_all(grid):
-    found = find_baselines(grid, "strategy=ewc,strength=10000,lr=0.1")
+@pytest.mark.parametrize("asked", ["strategy=ewc,strength=10000,lr=0.1", "ewc strength=1e4 lr=0.1"])
+def test_a_baseline_named_by_its_keys_or_as_the_table_does_is_that_of_all(grid, asked):
+    found = find_baselines(grid, asked)
     assert {grid.label(baseline) for baseline in found.values()} == {"ewc strength=1e4 lr=0.1"}
     assert len(found) == len(grid)
 
