@@ -1,5 +1,6 @@
 """Base classes of recipes, which turn a data set into a stream of tasks."""
 
+import logging
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -18,6 +19,8 @@ from cl_runner.streams.base import Examples, Scenario, Shape, Stream, Task
 from cl_runner.streams.cache import DataSet
 from cl_runner.streams.datasets import KNOWN, find
 from cl_runner.streams.folder import ImageFolder
+
+log = logging.getLogger("cl_runner")
 
 
 @dataclass(frozen=True)
@@ -133,6 +136,8 @@ class Recipe(ABC):
         mean, std = self._statistics(data.train_images)
         parts = self._parts(data, device)
         tasks = [self._task(index, parts) for index in range(self.max_tasks or self.num_tasks)]
+        if self.scenario != Scenario.CLASS and all(len(task.classes) == 1 for task in tasks):
+            log.warning("stream.num_tasks: tasks of one class, whose %s accuracy is always 100 %%", self.scenario)
         channels, height, width = parts["test"].images.shape[1:]
         return Stream(
             scenario=self.scenario,

@@ -22,6 +22,12 @@ def test_tasks_share_no_class(scenario: Scenario) -> None:
         assert set(task.train.labels.tolist()) == set(task.test.labels.tolist()) == set(task.classes)
 
 
+@pytest.mark.parametrize(("scenario", "said"), [("task", True), ("domain", True), ("class", False)])
+def test_tasks_of_one_class_are_warned_of_where_that_makes_them_trivial(scenario, said, caplog) -> None:
+    split_digits(scenario=scenario, num_tasks=10)
+    assert ("whose " + scenario + " accuracy is always 100 %" in caplog.text) == said
+
+
 def test_every_image_is_in_one_task() -> None:
     digits, stream = Digits().read(), split_digits()
     assert sum(len(task.train) for task in stream.tasks) == len(digits.train_labels)
