@@ -236,7 +236,7 @@ def draw(tables: list[Table], path: Path) -> None:
                 if mean > TOP:
                     axes.annotate(f"↑ {mean:,.0f}", (place, TOP), (7, -4), textcoords="offset points", fontsize=10)
         axes.axvline(table.classes - 1, color=COLOUR["exact"], linestyle=":", label="exact (no error)")
-        axes.set(xscale="log", yscale="log", ylim=(BOTTOM, 1.5 * TOP), xlabel="backward passes a sample")
+        axes.set(xscale="log", yscale="log", ylim=(BOTTOM, 1.5 * TOP), xlabel="backward passes per sample")
         axes.set_title(f"{table.net.title}\n{table.accuracy:.1%} of the training images correct", fontsize=11)
         axes.grid(alpha=0.3)
     panels[0][0].set_ylabel("relative error of the diagonal")

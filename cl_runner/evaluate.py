@@ -68,7 +68,7 @@ def _evenly(examples: Examples, count: int) -> Examples:
 class Drift:
     """How far the backbone has moved, by the pretrained head's outputs for held-out images, then and now.
 
-    Methods that keep weights for each task (independent, lora with merge=false) are measured with the last task's.
+    Methods that keep weights for each task (independent, ease, lora with merge=false) are measured with the last one's.
     """
 
     def __init__(self, model: Model, stream: Stream, samples: int, batch_size: int) -> None:

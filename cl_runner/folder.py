@@ -154,7 +154,9 @@ def read_json(path: Path) -> dict[str, Any]:
     except ValueError:
         content = None
     if not isinstance(content, dict):
-        raise ConfigError(str(path), "expected JSON, got a damaged file; delete it and give the same command again")
+        raise ConfigError(
+            str(path), "expected JSON, got a damaged file; delete it, and the run's command resumes or repeats it"
+        )
     return content
 
 

@@ -8,7 +8,7 @@ from types import FrameType
 from typing import Any
 
 STOPPING = ("SIGTERM", "SIGUSR2", "SIGINT", "SIGHUP")  # those of them that the platform has
-PLAIN = (signal.SIG_DFL, signal.default_int_handler)  # handlers that end the process: nobody installed one of their own
+PLAIN = (signal.SIG_DFL, signal.default_int_handler)  # Python's default handlers
 
 
 def same_command(rerun: bool) -> str:
@@ -70,7 +70,7 @@ class Interrupt:
             self._deferred -= 1
 
     def heed(self) -> None:
-        """Stop, if that was asked for; all is saved.
+        """Stop if a signal asked for it; call when everything is saved.
 
         Raises Stopped.
         """

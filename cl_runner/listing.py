@@ -27,5 +27,5 @@ def main(argv: list[str]) -> int:
 def parser() -> Parser:
     parser = Parser(prog="cl-runner list", description="List every choice, one per line.")
     parser.add_argument("groups", nargs="*", metavar="GROUP", help="e.g. strategy fisher; none: all")
-    parser.add_argument("--config-dir", "-cd", metavar="DIR", help="a folder of yours that adds to conf/")
+    parser.add_argument("--config-dir", "-cd", metavar="DIR", help="your own folder that adds to conf/")
     return parser

@@ -9,8 +9,8 @@ import torch
 
 
 def seed_all(seed: int) -> None:
-    """Start every global generator for `seed`: PyTorch's on every device, numpy's and Python's; and apart from those
-    that start from `seed` itself, as a task's order of batches does."""
+    """Seed every global generator (PyTorch's on every device, numpy's and Python's) with a seed derived from `seed`, so
+    that they differ from generators seeded with `seed` itself (a task's order of batches)."""
     seed = derived(seed, "global")
     torch.manual_seed(seed)
     np.random.seed(seed % 2**32)

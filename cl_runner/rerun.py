@@ -41,7 +41,7 @@ def join(experiment: Experiment) -> None:
 
 
 def refuse_halves(experiment: Experiment) -> None:
-    """Refuse to resume a run with other images or other code: half of its work would be the one's, half the other's.
+    """Refuse to resume a run with other images or other code: its results would mix the two.
 
     Raises ConfigError if an unfinished run was begun on other images than are there now, or saved with other code of a
     plugin.

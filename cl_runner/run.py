@@ -144,6 +144,5 @@ def _set_precision(trainer: Trainer) -> None:
     torch.backends.cudnn.allow_tf32 = trainer.precision == "tf32"
     torch.use_deterministic_algorithms(trainer.deterministic)
     torch.backends.cudnn.benchmark = not trainer.deterministic
-    os.environ.setdefault(
-        "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
-    )  # read only once, and a later job in this process may be deterministic
+    # Read only once, and a later job in this process may be deterministic.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -53,9 +53,7 @@ class State:
         self.drift = Drift(model, stream, samples, self.trainer.eval_batch_size) if samples else None
         self.moved: dict[str, float] = {}
         self.zero_shot: dict[Scenario, list[float]] = {}
-        self.random: dict[str, Any] | None = (
-            None  # the generators at the start of the phase; None: it seeds them itself
-        )
+        self.random: dict[str, Any] | None = None  # generators at the phase's start; None: it seeds them itself
 
     def measure(self, task: Task) -> None:
         """Add a row to every matrix once the task has been learned."""

@@ -26,7 +26,7 @@ log = logging.getLogger("cl_runner")
 
 
 class FirstTask(BaseModel):
-    """Settings that replace those of all tasks in the first one: the budget, and arguments of the optimizer and the
+    """Settings of the first task that override the general ones: the budget, and arguments of the optimizer and the
     scheduler."""
 
     model_config = ConfigDict(extra="forbid")
@@ -63,7 +63,7 @@ class Trainer:
             normalise by a batch's statistics then use a micro-batch's.
         optimizer_state: whether momentum and the like start empty in each task (reset). With keep, momentum and weight
             decay also move outputs that the loss does not see, as in protocols that keep one optimizer. Methods that
-            restart from other weights in each task start with an empty state in any case.
+            restart from, or redraw, weights in each task start with an empty state in any case.
         active_logits: which outputs enter the loss: the current task's, those seen so far, or all; None: what the
             method's paper says, or else the scenario (task: current, domain: all, class: seen).
         precision: bf16 holds for the step alone (by autocast): passes that a method makes itself, as A-GEM, GEM and MIR
@@ -107,8 +107,11 @@ class Trainer:
         """Start or, with `kept` (an earlier process's `state_dict`), resume the training of a run's components."""
         self.work, self._kept = work, kept or {}
         strategy = work.strategy
-        self._keeps_state = self.optimizer_state == "keep" and not (strategy.restarts or strategy.redraws)
-        if strategy.offline and self.first_task != FirstTask():
+        self._keeps_state = self.optimizer_state == "keep"
+        if self._keeps_state and (strategy.restarts or strategy.redraws):
+            self._keeps_state = False
+            log.warning("trainer.optimizer_state: reset, since %s starts from new weights", type(strategy).__name__)
+        if strategy.offline and len(strategy.stream) > 1 and self.first_task != FirstTask():
             log.warning("trainer.first_task: unused, since %s learns all tasks at once", type(strategy).__name__)
         self.optimizer: Any = None  # an Optimizer once the first task is learned
         self.losses: Losses | None = None  # of the current task, while it is being learned

@@ -75,7 +75,7 @@ def parser() -> Parser:
     parser.add_argument(
         "--tier",
         choices=TIERS,
-        help="all rows that need no more than this; full: weights of yours (default: cpu; of --list: full)",
+        help="rows that need no more than this; full: also those whose weights you bring (default: cpu; --list: full)",
     )
     parser.add_argument("--list", action="store_true", help="list the rows and run nothing")
     parser.add_argument("--only-done", action="store_true", help="run nothing: only show rows that are done")

@@ -120,6 +120,7 @@ def test_every_choice_says_in_a_line_what_it_is(file):
         ("model._target_=cl_runner.environment.version", "model._target_: expected a class or function of cl_runner"),
         ("model._target_=cl_runner.models.nothing.Here", "model._target_: expected something importable"),
         ("stream.scenario=class strategy=independent", "strategy: expected stream.scenario=task for Independent"),
+        ("stream.scenario=domain strategy=lucir", "strategy: expected stream.scenario=class for LUCIR (classify by"),
         ("strategy.anchor=pretrained", "strategy.anchor: expected auto or previous"),
         ("strategy=lwf strategy.teacher=both", "strategy.teacher: expected auto or previous"),
         ("strategy=l2 strategy.towards=pretrained", "strategy.towards: expected zero or previous"),

@@ -143,7 +143,7 @@ def test_the_optimizers_state_starts_empty_in_each_task_or_is_kept():
 
 
 @pytest.mark.parametrize("kind", [Independent, partial(Combined, parts={"independent": Independent()})])
-def test_a_kept_optimizer_starts_empty_where_a_method_restarts_from_other_weights(kind):
+def test_a_kept_optimizer_starts_empty_where_a_method_restarts_from_other_weights(kind, caplog):
     stream = toy_stream()
     trainer, _ = toy_trainer(kind(), stream, toy_model(stream), optimizer_state="keep")
     optimizers = []
@@ -153,12 +153,15 @@ def test_a_kept_optimizer_starts_empty_where_a_method_restarts_from_other_weight
         optimizers.append(trainer.optimizer)
         assert "optimizer" not in trainer.state_dict()
     assert len({id(optimizer) for optimizer in optimizers}) == 3
+    assert "trainer.optimizer_state: reset, since " in caplog.text
 
 
 def test_a_first_task_of_its_own_is_said_to_be_unused_where_all_are_learned_at_once(caplog):
     stream = toy_stream()
     toy_trainer(Finetune(), stream, toy_model(stream), first_task=FirstTask(epochs=2))
     toy_trainer(Joint(), stream, toy_model(stream))
+    alone = toy_stream(num_tasks=1)
+    toy_trainer(Joint(), alone, toy_model(alone), first_task=FirstTask(epochs=2))
     assert not caplog.records
     toy_trainer(Joint(), stream, toy_model(stream), first_task=FirstTask(epochs=2))
     assert "trainer.first_task: unused, since Joint learns all tasks at once" in caplog.text

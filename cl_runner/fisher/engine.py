@@ -105,7 +105,7 @@ class MeasuredGradients:
     """
 
     def __init__(self, model: Model | PretrainedView, tapped: Callable[..., None]) -> None:
-        """`tapped`: the way by taps; without `options` it adds squares, which the trial compares.
+        """`tapped`: adds a batch's measures by taps. Called without `options` it adds squares, which the trial checks.
 
         Raises ValueError, naming the layer, for a model whose answer to a sample depends on the rest of the batch.
         """

@@ -182,7 +182,7 @@ def check_size(parameters: int) -> None:
         raise ConfigError(
             "fisher.representation",
             f"expected at most {LIMIT:,} trainable parameters for full, got {parameters:,}, whose matrix would take "
-            f"{8e-9 * parameters**2:,.1f} GB; choose ekfac, kfac or diagonal",
+            f"{8e-9 * parameters**2:,.1f} GB; choose ekfac or diagonal",
         )
 
 

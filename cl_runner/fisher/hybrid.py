@@ -203,7 +203,7 @@ def bias_error(columns: Columns, threshold: float) -> float:
 
 
 def _between(low: float, high: float, above: Callable[[float], bool]) -> tuple[float, float]:
-    """Bisect between `low`, where `above` is false, and `high`, where it is true, to two almost equal such numbers."""
+    """Bisect from `low`, where `above` is false, and `high`, where it is true, until the two are almost equal."""
     for _ in range(HALVINGS):
         middle = math.sqrt(low) * math.sqrt(high)
         low, high = (low, middle) if above(middle) else (middle, high)
@@ -216,7 +216,7 @@ def plan_of(prepared: Examples) -> Plan:
 
 
 def _alike(whole: Tensor, passes: Tensor, size: int) -> Iterator[Tensor]:
-    """Group samples that have about as many vectors, up to `size` together, and not with those that use Exact's.
+    """Groups of up to `size` samples with about the same number of vectors; those that use Exact's are kept apart.
 
     Samples without vectors are left out.
     """

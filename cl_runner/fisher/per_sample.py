@@ -136,7 +136,7 @@ def even_slices(length: int, most: int) -> Iterator[slice]:
 
 
 def _add(totals: Parameters, measure: Measure, gradients: Parameters) -> None:
-    """Add `gradients`, [b, V, ...] each, to `totals`."""
+    """Add the measure of `gradients`, [b, V, ...] each, to `totals`, summed over samples and vectors."""
     for name, values in gradients.items():
         rows, total = values.flatten(0, 1), totals[name]
         if measure is not torch.square or total.device.type != "cpu":

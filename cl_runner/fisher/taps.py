@@ -127,7 +127,7 @@ class Taps:
 
 
 class _Receiver:
-    """The graph's link to its taps: not `Taps` itself, which holds the graph, so that neither would ever be freed."""
+    """The graph's link to its taps: not `Taps` itself, which holds the graph; in that cycle neither would be freed."""
 
     receive: Gradients
 

@@ -15,8 +15,8 @@ CHUNK = 256  # images per forward pass
 
 
 class Herding(Memory):
-    """Rows of each class in each task, ranked by the order in which herding picks them: any number that stay are those
-    that it would have picked in the first place."""
+    """Rows of each class in each task, ranked by the order in which herding picks them: however few stay, they are
+    those that it would pick if asked for that many."""
 
     streaming: ClassVar[bool] = False
 

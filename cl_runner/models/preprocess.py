@@ -33,7 +33,7 @@ class Preprocess(nn.Module):
     ) -> None:
         """`channels`: what the backbone takes; `size`: H, W to resize to (None: no resizing); `mean` and `std`: per
         channel, of images in [0, 1] (None: leave them there); `augment`: any of "crop" (a random window after padding
-        with black), "flip" (left to right, every other image on average) and "brightness" (by up to a quarter)."""
+        with black), "flip" (left to right, with probability 1/2) and "brightness" (by up to a quarter)."""
         super().__init__()
         self.channels, self.size, self.augment, self.crop_padding = channels, size, tuple(augment), crop_padding
         self.interpolation: Interpolation = interpolation

@@ -18,7 +18,7 @@ from cl_runner.streams.base import Shape
 FIELD = "model.pretrained"
 PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 WRAPPERS = ("state_dict", "state", "model", "model_state_dict", "model_state")
-SHOWN = 3  # names of each kind listed in an error
+SHOWN = 3  # names of each kind listed in an error, at most; more are counted
 
 
 @dataclass(frozen=True)

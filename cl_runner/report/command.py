@@ -86,7 +86,10 @@ def parser() -> Parser:
         "--select", action="store_true", help="name the best group of each strategy by validation accuracy alone"
     )
     parser.add_argument(
-        "--tasks", type=_count, metavar="K", help="with --select: only the first K tasks, after the K-th"
+        "--tasks",
+        type=_count,
+        metavar="K",
+        help="with --select: judge by the first K tasks alone, after the K-th",
     )
     parser.add_argument("--within", help="with --select: choose within each value of these keys", **several)
     return parser

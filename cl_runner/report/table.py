@@ -164,13 +164,13 @@ def find_baselines(groups: Groups, asked: str) -> Baselines:
     If several groups match `asked`, each group is compared with the one that agrees with it in all other keys.
     Raises ConfigError if no group matches, or all do, or several for one group.
     """
-    meant = [group for group in groups if groups.label(group) == asked]
-    wanted = {} if meant else _wanted(groups, asked)
-    if wanted:
-        meant = [one for one in groups if all(_is(groups.value(one, key), value) for key, value in wanted.items())]
+    labelled = [group for group in groups if groups.label(group) == asked] if " " in asked else []
+    wanted = {} if labelled else _wanted(groups, asked)
+    meant = labelled or [
+        group for group in groups if all(_is(groups.value(group, key), value) for key, value in wanted.items())
+    ]
     if not meant:
-        there = dict.fromkeys(groups.label(group) for group in groups)
-        raise ConfigError("--baseline", f"expected one of the groups, got {asked!r}; there are: {_listed(there)}")
+        raise _no_group(groups, asked)
     if len(groups) > 1 and len(meant) == len(groups):
         raise ConfigError("--baseline", f"expected a row that others differ from, got {asked!r}, which all rows are")
     others = [key for key in groups.keys if not any(key == own or key.startswith(f"{own}.") for own in wanted)]
@@ -191,11 +191,18 @@ def find_baselines(groups: Groups, asked: str) -> Baselines:
     return found
 
 
+def _no_group(groups: Groups, asked: str) -> ConfigError:
+    there = dict.fromkeys(groups.label(group) for group in groups)
+    return ConfigError("--baseline", f"expected one of the groups, got {asked!r}; there are: {_listed(there)}")
+
+
 def _wanted(groups: Groups, asked: str) -> dict[str, str]:
     """Key -> value: {"strategy": "finetune"} for "finetune", or as in "strategy=ewc,strength=100"."""
     wanted = {}
     for part in asked.split(","):
         name, _, value = part.rpartition("=")
+        if " " in name.strip():  # a label, such as "ewc strength=100", but of no group
+            raise _no_group(groups, asked)
         key = groups.key(name.strip(), "--baseline") if name else "strategy"
         if key in wanted:
             raise ConfigError("--baseline", f"expected one value of {key}, got {asked!r}")

@@ -23,8 +23,8 @@ def check_source(field: str, source: Source, model: Architecture) -> None:
     if source in ("pretrained", "both") and not model.has_pretrained_head:
         raise ConfigError(
             field,
-            f"expected auto or previous for a model without a pretrained head (none is there to say what the "
-            f"pretrained model knew), got {source!r}; give model.pretrained weights that bring their classifier",
+            f"expected auto or previous for a model without a pretrained head, whose outputs would be preserved, got "
+            f"{source!r}; give model.pretrained weights that include their classifier",
         )
 
 
@@ -38,7 +38,7 @@ def wants_previous(source: Source) -> bool:
 
 @dataclass(frozen=True)
 class Anchor:
-    """Weights to hold to, as they were when the anchor was set."""
+    """Weights to stay close to, as they were when the anchor was set."""
 
     weights: Parameters
     rows: Tensor  # [K] bool: the head's rows that had been revealed; no anchor covers one that has learned nothing yet
@@ -64,7 +64,7 @@ def covered(curvature: Matrix, model: Model, *, head: bool = True) -> Matrix:
 
 
 def share_of_classes(task: Task, stream: Stream) -> float:
-    """How many of the classes so far are those of `task`: its weight in an average in which each class counts once."""
+    """The share of `task` in the classes so far: its weight in an average in which each class counts once."""
     return len(task.classes) / sum(len(each.classes) for each in stream.tasks[: task.index + 1])
 
 

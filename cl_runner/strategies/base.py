@@ -37,8 +37,8 @@ class Strategy:
     # What `Combined` must know of its parts: which go together, and whose hooks come first.
     closed_form: ClassVar[bool] = False  # trains nothing: predicts from statistics of the features
     extends_backbone: ClassVar[bool] = False  # adds prompts or branches to the backbone
-    redraws: ClassVar[bool] = False  # reinitialises some of these for each task
-    carries_over: ClassVar[bool] = False  # builds on what these have learned in earlier tasks
+    redraws: ClassVar[bool] = False  # reinitialises some of its prompts or branches for each task
+    carries_over: ClassVar[bool] = False  # its prompts build on what they learned in earlier tasks
     restarts: ClassVar[bool] = False  # resets the backbone to its initial weights before each task
     caches_features: ClassVar[bool] = False  # computes the backbone's features once
     holds_earlier_weights: ClassVar[bool] = False  # pulls weights towards those after an earlier task
@@ -96,7 +96,8 @@ class Strategy:
         """Called when the task has been learned: consolidate."""
 
     def state_dict(self) -> dict[str, Any]:
-        """The `saved` attributes: of some the `state_dict`, of generators the state, all others as they are."""
+        """The `saved` attributes: objects that have a `state_dict` as that, generators as their state, others as they
+        are."""
         return {name: _state_of(getattr(self, name)) for name in self.saved}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -127,5 +128,6 @@ def _state_of(value: Any) -> Any:
 
 
 def _in_short(kind: type) -> str:
-    """The first clause of the class's docstring."""
-    return re.split(r"[.;:]\s", f"{' '.join((kind.__doc__ or '').split())} ")[0].lower()
+    """The first clause of the class's docstring, without what it has in brackets."""
+    words = " ".join(re.sub(r"\s*\([^()]*\)", "", kind.__doc__ or "").split())
+    return re.split(r"[.;:]\s", f"{words} ")[0].lower()

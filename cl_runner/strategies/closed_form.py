@@ -1,4 +1,4 @@
-"""Methods that train nothing: statistics of the pretrained features, and a classifier in closed form."""
+"""Methods that train nothing: statistics of the initial features, and a classifier in closed form."""
 
 from abc import abstractmethod
 from collections.abc import Callable

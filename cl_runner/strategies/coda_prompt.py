@@ -38,7 +38,7 @@ class CODAPrompt(Prompting):
         length: Annotated[int, Field(ge=2)] = 8,
         strength: NonNegativeFloat = 0.0,
     ) -> None:
-        """`blocks`: indices of the transformer's; `components`: per task; `length`: a prompt's keys plus values."""
+        """`blocks`: indices of transformer blocks; `components`: per task; `length`: a prompt's keys plus values."""
         if length % 2:
             raise ConfigError("strategy.length", f"expected an even number (half keys, half values), got {length}")
         self.blocks, self.components, self.length, self.strength = blocks, components, length, strength

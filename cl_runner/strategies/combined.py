@@ -16,7 +16,7 @@ from cl_runner.streams.recipe import Recipe
 log = logging.getLogger("cl_runner")
 
 # Hooks of which only one part's is used: the first that differs from plain fine-tuning.
-SINGLE = {"training_data": "what is learned", "task_loss": "the loss on the labels", "predict": "the answers"}
+SINGLE = {"training_data": "training data", "task_loss": "loss on the labels", "predict": "predictions"}
 
 
 class Combined(Strategy):
@@ -97,7 +97,7 @@ class Combined(Strategy):
         for hook, what in SINGLE.items():
             names = [name for name, part in self._by_memory if _own(part, hook)]
             if len(names) > 1:
-                log.warning("combined: %s comes from %s alone, not from %s", what, names[0], ", ".join(names[1:]))
+                log.warning("combined: %s taken from %s alone, not from %s", what, names[0], ", ".join(names[1:]))
         for part in sorted(self.parts.values(), key=lambda part: (not part.rewires, part.has_teacher)):
             part.setup(model, stream)  # a teacher copies the model as the others have changed it
 

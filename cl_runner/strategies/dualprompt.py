@@ -36,8 +36,8 @@ class DualPrompt(Prompting):
         expert_length: Count = 20,
         strength: NonNegativeFloat = 1.0,
     ) -> None:
-        """`…_blocks`: indices of the transformer's; `…_length`: keys, and as many values, in each (in the authors' code
-        `expert_length` is 20 for ImageNet-R and 5 for CIFAR-100)."""
+        """`…_blocks`: indices of transformer blocks; `…_length`: keys, and as many values, in each (in the authors'
+        code `expert_length` is 20 for ImageNet-R and 5 for CIFAR-100)."""
         self.general_blocks, self.expert_blocks = general_blocks, expert_blocks
         self.general_length, self.expert_length, self.strength = general_length, expert_length, strength
 

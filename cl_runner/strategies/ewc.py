@@ -28,12 +28,12 @@ from cl_runner.streams.recipe import Recipe
 
 
 class EWC(Strategy):
-    """Hold each weight to where earlier tasks left it, as firmly as they depended on it.
+    """Anchor each weight to where earlier tasks left it, in proportion to how much they depend on it.
 
-    The loss gains factor * strength * sum_t (w - w_t)' F_t (w - w_t): w_t the weights after task t, F_t its Fisher,
-    without the head rows that no loss had seen by then.
-    With the pretrained weights anchored, they are task zero: w_0 is what the backbone came with, F_0 the Fisher of the
-    pretrained model under its own head, over the first task's images (the paper's tasks are 1, 2, ...).
+    Adds factor * strength * sum_t (w - w_t)' F_t (w - w_t) to the loss, where w_t are the weights after task t and F_t
+    is its Fisher, without the head rows that no loss had seen by then.
+    The pretrained weights can be anchored too, as task zero: w_0 are the backbone's initial weights, and F_0 is the
+    Fisher of the pretrained model under its own head, on the first task's images (the paper's tasks are 1, 2, ...).
     """
 
     saved = ("previous", "pretrained", "reports")
@@ -51,11 +51,12 @@ class EWC(Strategy):
         factor: float = 0.5,
         head: bool = True,
     ) -> None:
-        """`pretrained_strength`: null for the same as `strength`; `accumulation`: a term a task, or one around the last
-        weights: of the sum of all Fishers, each new task multiplying the old sum by `decay`, or of their average, in
-        which each class counts once (PyCIL's); the penalty of online EWC's paper has `decay` times that sum, so that
-        its strength is this one divided by `decay`, and it normalises each Fisher first, which is not done here;
-        `head`: whether the new head is held too (the pretrained weights are the backbone's alone)."""
+        """`pretrained_strength`: null for the same as `strength`. `accumulation`: one term per task, or a single one
+        around the last weights, with the sum of all Fishers, where each new task first multiplies the old sum by
+        `decay`, or with their average, in which each class counts once (as in PyCIL). The penalty in online EWC's paper
+        has `decay` times that sum, so its strength is this one divided by `decay`; it also normalises each Fisher
+        first, which is not done here. `head`: whether to anchor the new head too (the pretrained weights are those of
+        the backbone only)."""
         if factor not in (0.5, 1.0):
             raise ConfigError("strategy.factor", f"expected 0.5 or 1.0, got {factor}")
         self.fisher, self.strength = fisher, strength
@@ -71,7 +72,7 @@ class EWC(Strategy):
         super().setup(model, stream)
         self.fisher.check(model, stream.image_shape)
         self.previous, self.pretrained = Penalty(), Penalty()
-        self.reports: list[dict[str, Any]] = []  # of every Fisher, the pretrained model's first
+        self.reports: list[dict[str, Any]] = []  # one per Fisher, the pretrained model's first
 
     def before_task(self, task: Task) -> None:
         if task.index > 0 or not wants_pretrained(self.anchor, self.model):
@@ -90,7 +91,7 @@ class EWC(Strategy):
         }
 
     def after_task(self, task: Task) -> None:
-        last = task.index == len(self.stream) - 1  # nothing comes that could be held
+        last = task.index == len(self.stream) - 1  # no later task could change the weights
         if last or not wants_previous(self.anchor):
             return
         anchor = Anchor.at(self.model, head=self.head)
@@ -106,7 +107,7 @@ class EWC(Strategy):
         self.previous = self.previous.plus(fisher, anchor.weights)
 
     def report(self) -> dict[str, float | None]:
-        """What all Fishers took, and the last one's trace and error (null where nothing was drawn)."""
+        """The cost of all Fishers, and the last one's trace and error (null if it is not random)."""
         if not self.reports:
             return {}
         *_, last = self.reports

@@ -1,4 +1,4 @@
-"""Linear probe: how far the pretrained features get untouched."""
+"""Linear probe: what the pretrained features reach unchanged."""
 
 from dataclasses import replace
 
@@ -12,7 +12,7 @@ from cl_runner.streams.base import Examples, Stream, Task
 
 
 class Frozen(Strategy):
-    """Train the head alone; the backbone stays in eval mode, its statistics and dropout included.
+    """Train the head alone; the backbone stays in eval mode, with fixed statistics and no dropout.
 
     Each image passes through the backbone only once, however many epochs there are, unless images are augmented.
     """

@@ -1,4 +1,4 @@
-"""What methods share that hold each weight by a number of its own, around the weights of the last task."""
+"""Base classes of methods that penalise changes of each weight since the last task by an importance of its own."""
 
 from typing import ClassVar, Literal
 
@@ -16,15 +16,17 @@ Accumulation = Literal["sum", "average"]
 
 
 class Importance(Strategy):
-    """The loss gains strength * sum_i importance_i (w_i - w*_i)^2, w* the weights after the last task, without the head
-    rows that no loss had seen by then."""
+    """Add strength * sum_i importance_i (w_i - w*_i)^2 to the loss, where w* are the weights after the last task.
+
+    Head rows that no loss had seen by then are left out.
+    """
 
     saved = ("held",)
     holds_earlier_weights = True
-    name: ClassVar[str]  # of the penalty
+    name: ClassVar[str]  # the penalty's
 
     def __init__(self, strength: float, head: bool) -> None:
-        """`head`: whether the head is held too."""
+        """`head`: whether to penalise changes of the head too."""
         self.strength, self.head = strength, head
 
     def setup(self, model: Model, stream: Stream) -> None:
@@ -38,38 +40,39 @@ class Importance(Strategy):
 
     @property
     def importance(self) -> Diagonal:
-        """By which the weights are held; empty before any are."""
+        """The importances in force; empty before the first task has been learned."""
         return self.held.terms[0].curvature.diagonal() if self.held.terms else Diagonal({})
 
     def accumulated(self, importance: Diagonal, task: Task, accumulation: Accumulation) -> Diagonal:
-        """That of all tasks so far, from that of `task`: a sum, or an average in which each class counts once."""
+        """The importance over all tasks so far, given that of `task`: a sum, or an average in which each class counts
+        once."""
         if accumulation == "sum":
             return self.importance.plus(importance)
         share = share_of_classes(task, self.stream)
         return self.importance.scaled(1 - share).plus(importance, share)
 
     def of_held(self, importance: Diagonal) -> Diagonal:
-        """Of `importance`, that of the weights and rows that can be held now."""
+        """The part of `importance` for the weights and head rows that can be anchored now."""
         return covered(importance, self.model, head=self.head)
 
     def hold(self, importance: Diagonal) -> None:
-        """Hold the weights as they are now, by `importance` alone."""
+        """Anchor the weights where they are now, with `importance` in place of any earlier one."""
         anchor = Anchor.at(self.model, head=self.head)
         if anchor.weights:
             self.held = Penalty().plus(self.of_held(importance), anchor.weights)
 
 
 class PathIntegral(Importance):
-    """Follows what each weight has contributed to the fall of the loss: the sum over steps of -gradient * step."""
+    """Track how much each weight contributes to the decrease of the loss: the sum over steps of -gradient * step."""
 
     saved = (*Importance.saved, "path")
     measures_steps = True
-    unregularised: bool = False  # the gradient without that of the own penalty
+    unregularised: bool = False  # leave the method's own penalty out of the gradient
 
     def setup(self, model: Model, stream: Stream) -> None:
         super().setup(model, stream)
         self.path: Parameters = {}
-        self._before: Parameters = {}  # of the step being made: the weights, and the gradient
+        self._before: Parameters = {}  # weights before the current step, and its gradients below
         self._slopes: Parameters = {}
 
     def before_task(self, task: Task) -> None:
@@ -78,7 +81,7 @@ class PathIntegral(Importance):
     @torch.no_grad()
     def after_backward(self) -> None:
         live = trainable(self.model)
-        # Copies: the gradients may yet be clipped, in place.
+        # Copies, since the gradients may still be clipped in place.
         self._slopes = _copied({name: p.grad for name, p in live.items() if p.grad is not None}, self._slopes)
         self._before = _copied({name: live[name].detach() for name in self._slopes}, self._before)
         for term in self.held.terms if self.unregularised else ():
@@ -99,8 +102,8 @@ class PathIntegral(Importance):
 
 
 def _copied(values: Parameters, tensors: Parameters) -> Parameters:
-    """`values`, written into `tensors` where those are there: fresh ones would take ten times as long on the CPU, all
-    of it page faults."""
+    """A copy of `values`, reusing `tensors` where they exist: allocating would take ten times as long on the CPU, in
+    page faults."""
     held = {name: tensors[name] if name in tensors else torch.empty_like(value) for name, value in values.items()}
     if held:
         torch.ops.aten._foreach_copy_.default(list(held.values()), list(values.values()))

@@ -5,7 +5,7 @@ from cl_runner.streams.base import Examples, Task, concatenate
 
 
 class Joint(Strategy):
-    """Learn all tasks at once, when the last has arrived, with a budget in iterations for each of them."""
+    """Learn all tasks at once, when the last has arrived; a budget in iterations is multiplied by their number."""
 
     offline = True
 

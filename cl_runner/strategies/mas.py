@@ -11,10 +11,10 @@ from cl_runner.streams.base import Stream, Task
 
 
 class MAS(Importance):
-    """Hold each weight as firmly as the model's outputs depend on it: by the mean over samples of |d||z||^2/dw|, summed
-    over tasks (eq. 2, 3); no labels are needed.
+    """Penalise changes of each weight by how much the outputs depend on it: the mean over samples of |d||z||^2/dw|,
+    summed over tasks (eq. 2, 3); no labels are needed.
 
-    z are the logits, where the paper leaves open which outputs; those of the task, unless `logits` says otherwise.
+    The paper leaves open which outputs z are; here they are the logits of the task, unless `logits` says otherwise.
     """
 
     name = "mas"
@@ -31,8 +31,8 @@ class MAS(Importance):
         head: bool = True,
     ) -> None:
         """`num_samples`, drawn by `seed` without replacement (null: all), `batch_size` (which does not change the
-        result) and `logits` are as a Fisher estimator's; `accumulation`: over tasks, a sum, or an average in which each
-        class counts once; `head`: whether the head is held too."""
+        result) and `logits` are as for a Fisher estimator; `accumulation`: over tasks, a sum, or an average in which
+        each class counts once; `head`: whether to penalise changes of the head too."""
         super().__init__(strength, head)
         self.magnitudes = Magnitudes(num_samples=num_samples, batch_size=batch_size, logits=logits, seed=seed)
         self.accumulation: Accumulation = accumulation
@@ -42,6 +42,6 @@ class MAS(Importance):
         self.magnitudes.check(model, stream.image_shape)
 
     def after_task(self, task: Task) -> None:
-        if task.index < len(self.stream) - 1:  # nothing comes after the last that could be held
+        if task.index < len(self.stream) - 1:  # no later task could change the last one's weights
             importance = self.magnitudes(self.model, task.train).diagonal()
             self.hold(self.accumulated(importance, task, self.accumulation))

@@ -14,7 +14,7 @@ from cl_runner.streams.base import Stream
 
 
 class NCM(ClosedForm):
-    """Train nothing: predict the class with the nearest mean of pretrained features."""
+    """Train nothing: predict the class with the nearest mean of the initial features."""
 
     saved = ("sums", "counts")
 

@@ -1,4 +1,4 @@
-"""Base class of the L1 and L2 penalties, which pull all weights equally towards an anchor."""
+"""Base class of the L1 and L2 penalties, which pull all weights towards an anchor, with one strength."""
 
 from typing import Literal
 

@@ -17,13 +17,13 @@ from cl_runner.streams.base import Examples, Stream, Task
 
 
 class RWalk(PathIntegral):
-    """Hold each weight by its Fisher, a moving average over training (EWC++), plus its score: how far it made the loss
-    fall for each unit of KL divergence that it moved the outputs by; both scaled to [0, 1] (section 4.1).
+    """Penalise changes of each weight by its Fisher, a moving average over training (EWC++), plus its score: the
+    decrease of the loss per unit of KL divergence of the outputs that it caused; both scaled to [0, 1] (section 4.1).
 
-    As in the authors' code, the loss is that without the penalty, and what made it rise in an interval counts as none.
-    Deviations: the Fisher is whatever estimator is given, of the first batch of each interval, where the authors' code
-    squares the mean gradients (fisher=batched) of all of its batches and averages them; scaled by the largest value
-    alone, the least being as good as 0.
+    As in the authors' code, the loss excludes the penalty, and an increase within an interval counts as zero.
+    Deviations: the Fisher comes from the given estimator, on the first batch of each interval, where the authors' code
+    averages the squared mean gradients (fisher=batched) of all batches; it is scaled by the largest value only, since
+    the smallest is practically 0.
     """
 
     saved = (*PathIntegral.saved, "average", "score", "past", "corner", "made")
@@ -40,8 +40,8 @@ class RWalk(PathIntegral):
         epsilon: PositiveFloat = 1e-3,
         head: bool = True,
     ) -> None:
-        """`alpha`: the newest Fisher's share of the moving average; `interval`: steps from one Fisher and one addition
-        to the score to the next; `epsilon`: added to the divergence; `head`: whether the head is held too."""
+        """`alpha`: the newest Fisher's share of the moving average; `interval`: steps between two updates of the Fisher
+        and of the score; `epsilon`: added to the divergence; `head`: whether to penalise changes of the head too."""
         if fisher.representation != "diagonal":
             raise ConfigError("fisher.representation", f"expected diagonal for rwalk, got {fisher.representation}")
         super().__init__(strength, head)
@@ -61,7 +61,7 @@ class RWalk(PathIntegral):
 
     def before_batch(self, batch: Examples) -> Examples:
         if self.made % self.interval == 0:
-            # The seed is drawn, lest the noise of a stochastic estimator be the same in every batch.
+            # A new seed, so that a random estimator's noise differs between batches.
             fisher = replace(self.fisher, seed=int(torch.randint(2**31, ())))
             found = fisher(self.model, batch).diagonal()
             old = self.average.scaled(1 - self.alpha)
@@ -81,7 +81,7 @@ class RWalk(PathIntegral):
 
     @torch.no_grad()
     def _close(self) -> None:
-        """Add to the score what the path since the last corner is worth."""
+        """Add the current interval's part to the score."""
         gained, live = {}, trainable(self.model)
         for name, fisher in self.average.values.items():
             if name in self.path:
@@ -97,6 +97,6 @@ class RWalk(PathIntegral):
 
 
 def _scaled(importance: Diagonal) -> Diagonal:
-    """With 1 for its largest number."""
+    """`importance`, scaled to a maximum of 1."""
     largest = max((values.max() for values in importance.values.values()), default=torch.zeros(()))
     return importance.scaled(float(1 / largest)) if largest > 0 else importance

@@ -11,8 +11,8 @@ from cl_runner.streams.base import Stream, Task
 
 
 class SI(PathIntegral):
-    """Hold each weight as firmly as it made the losses of earlier tasks fall (eq. 4), for the way that it went:
-    the sum over tasks of path / (distance^2 + epsilon) (eq. 5)."""
+    """Penalise changes of each weight by how much it lowered the losses of earlier tasks for the distance it moved:
+    by the sum over tasks of path / (distance^2 + epsilon) (eq. 4, 5)."""
 
     saved = (*PathIntegral.saved, "start")
     name = "si"
@@ -27,11 +27,11 @@ class SI(PathIntegral):
         accumulation: Accumulation = "sum",
         head: bool = True,
     ) -> None:
-        """`strength`: the paper's c; `epsilon`: its damping; `gradient`: that the path integral takes, of the whole
-        loss (van de Ven's code), or without SI's own penalty (the paper's eq. 3, and its authors' code); `negative`:
-        what becomes of an importance below zero, of a weight that made the losses rise: kept (eq. 5; such a weight is
-        pushed away), or dropped from the sum over tasks (the authors' code); `accumulation`: over tasks, the paper's
-        sum, or an average in which each class counts once; `head`: whether the head is held too."""
+        """`strength`: the paper's c; `epsilon`: its damping; `gradient`: in the path integral, of the whole loss (van
+        de Ven's code), or without SI's own penalty (the paper's eq. 3, and its authors' code); `negative`: whether to
+        keep a negative importance, of a weight that raised the losses (eq. 5; such a weight is pushed away), or to drop
+        it from the sum over tasks (the authors' code); `accumulation`: over tasks, the paper's sum, or an average in
+        which each class counts once; `head`: whether to penalise changes of the head too."""
         super().__init__(strength, head)
         self.epsilon, self.negative = epsilon, negative
         self.unregularised = gradient == "task"

@@ -22,7 +22,7 @@ from cl_runner.streams.folder import LAYOUT, ImageFolder
 
 log = logging.getLogger("cl_runner")
 
-DOWNLOAD_TIMEOUT = 30  # seconds
+DOWNLOAD_TIMEOUT = 30  # seconds without an answer
 
 
 class Source(Protocol):

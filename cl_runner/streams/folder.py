@@ -56,7 +56,7 @@ class ImageFolder:
 
     @property
     def contents(self) -> str:
-        """A digest that changes if images are added, removed or differ in bytes, but not if all are copied."""
+        """A digest that changes if images are added, removed or differ in size, but not if all are copied."""
         return _digest([(name, stat.st_size) for name, stat in self._named()])
 
     def _fingerprint(self) -> str:

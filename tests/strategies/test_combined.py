@@ -124,7 +124,7 @@ def test_what_only_one_part_can_say_is_said_by_the_first_that_has_it(caplog):
     model = toy_model(stream)
     with caplog.at_level("WARNING", logger="cl_runner"):
         learn(strategy, stream, model, tasks=2)
-    assert caplog.text.count("the loss on the labels comes from icarl alone, not from lwf") == 1
+    assert caplog.text.count("loss on the labels taken from icarl alone, not from lwf") == 1
     icarl = strategy.parts["icarl"]
     batch = stream.tasks[1].train
     output = model(batch.images)
