@@ -117,7 +117,7 @@ def test_every_choice_says_in_a_line_what_it_is(file):
         ("optimizer.betas=[0.9]", "optimizer.betas"),
         ("scheduler=step scheduler.milestones=[2]", "scheduler.milestones.0: expected less than 1, got 2"),
         ("model._target_=os.system", "model._target_: expected a name in cl_runner, torch.optim, torchvision, timm"),
-        ("model._target_=cl_runner.clock.version", "model._target_: expected a class or function of cl_runner"),
+        ("model._target_=cl_runner.environment.version", "model._target_: expected a class or function of cl_runner"),
         ("model._target_=cl_runner.models.nothing.Here", "model._target_: expected something importable"),
         ("stream.scenario=class strategy=independent", "strategy: expected stream.scenario=task for Independent"),
         ("strategy.anchor=pretrained", "strategy.anchor: expected auto or previous"),
