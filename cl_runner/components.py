@@ -15,7 +15,7 @@ import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from cl_runner import CONF
-from cl_runner.errors import ConfigError, did_you_mean, hint, suggestion
+from cl_runner.errors import ConfigError, did_you_mean, hint, raised_at, suggestion
 
 # A config is not a program: a `_target_` may name only these, and what `plugins` lists.
 LIBRARIES = ("torch.optim", "torchvision", "timm")
@@ -116,8 +116,10 @@ def imported(target: Any, path: str = "_target_", allowed: tuple[str, ...] | Non
         )
     try:
         found = getattr(importlib.import_module(module_name), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"{path}._target_", f"expected something importable, got {target!r} ({error})") from None
+    except Exception as error:  # the module's own code may raise anything
+        message = error.msg if isinstance(error, SyntaxError) else str(error).partition("\n")[0]
+        why = ", ".join(filter(None, [f"{type(error).__name__}: {message}", raised_at(error)]))
+        raise ConfigError(f"{path}._target_", f"expected something importable, got {target!r} ({why})") from None
     # What a permitted module imports is not permitted with it.
     if not callable(found) or not permitted(getattr(found, "__module__", "") or ""):
         raise ConfigError(

@@ -1,4 +1,5 @@
 import inspect
+import re
 import sys
 from pathlib import Path
 
@@ -189,6 +190,26 @@ def test_a_plugin_may_be_named_once_it_is_listed(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match=r"strategy\._target_"):
         checked(*overrides)
     assert type(checked(*overrides, "plugins=[my_methods]").strategy).__name__ == "Mine"
+
+
+@pytest.mark.parametrize(
+    ("code", "why"),
+    [
+        ("\ndef x(:\n", "SyntaxError: invalid syntax, my_faults.py:2"),
+        ("a = nowhere\n", "NameError: name 'nowhere' is not defined, my_faults.py:1"),
+        ("import nothere_xyz\n", "ModuleNotFoundError: No module named 'nothere_xyz', my_faults.py:1"),
+        ("import json\njson.loads('{')\n", "char 1), my_faults.py:2"),
+        ("Mine = None\n", "got 'my_faults.Mine'"),
+    ],
+)
+def test_a_plugin_that_cannot_be_imported_is_said_with_its_line(code, why, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "my_faults.py").write_text(code)
+    sys.modules.pop("my_faults", None)
+    with pytest.raises(ConfigError, match=re.escape(why)) as error:
+        checked("strategy=finetune", "strategy._target_=my_faults.Mine", "plugins=[my_faults]")
+    assert error.value.field == "strategy._target_"
 
 
 def test_a_hook_that_is_misspelt_is_warned_of_once_and_no_other_method_is(tmp_path, monkeypatch, caplog):
