@@ -44,7 +44,8 @@ def in_order(argv: list[str]) -> list[str]:
     arguments = parser.parse_intermixed_args(argv)
     arguments.overrides = [_at_home(word) for word in arguments.overrides]
     for word in arguments.overrides:
-        if "=" not in word and not word.startswith("~"):
+        key, equals, _ = word.partition("=")
+        if not key.strip("+~") or not (equals or key.startswith("~")):
             raise ConfigError("command line", f"expected KEY=VALUE, or a command as the first word, got {word!r}")
     for option in ("config_name", "config_path", "experimental_rerun"):
         if getattr(arguments, option, None):
@@ -218,8 +219,8 @@ class _Words:
             group = override.key_or_group
             if group in RESERVED:
                 raise ConfigError(group, RESERVED[group])
-            if group in self._groups and not override.is_sweep_override() and not override.is_delete():
-                self._refuse_no_name(group, override.value())
+            if group in self._groups and not override.is_sweep_override():
+                self._refuse_no_choice(override)
         return overrides
 
     def _quoted(self, words: Sequence[str]) -> str:
@@ -234,10 +235,14 @@ class _Words:
                 return f'; such a value needs quotes of its own: "{key}={meant}"'
         return ""
 
-    def _refuse_no_name(self, group: str, value: object) -> None:
-        if not isinstance(value, (str, list)):
-            known = ", ".join(self._loader.get_group_options(group))
-            raise ConfigError(group, f"expected one of {known}, got {'null' if value is None else value}")
+    def _refuse_no_choice(self, override: Override) -> None:
+        """Refuse what is no name of a choice (a list, say), and to remove a group from the top level."""
+        known = f"expected one of {', '.join(self._loader.get_group_options(override.key_or_group))}"
+        if not override.is_delete():
+            if not isinstance(value := override.value(), str):
+                raise ConfigError(override.key_or_group, f"{known}, got {'null' if value is None else value}")
+        elif override.package is None:
+            raise ConfigError(override.key_or_group, f"{known}; it cannot be removed")
 
     def composed(self, words: Sequence[str], with_hydra: bool = False) -> DictConfig:
         """The configuration that the words compose to."""
@@ -251,6 +256,7 @@ class _Words:
         if any(word.startswith(("+", "~")) for word in chosen):
             return self.composed(words)
         if chosen not in self._chosen:
+            self.parsed(chosen)  # refuses what is no choice
             self._chosen[chosen] = self.composed(chosen)
         cfg = copy.deepcopy(self._chosen[chosen])
         try:

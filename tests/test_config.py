@@ -136,7 +136,9 @@ def test_every_choice_says_in_a_line_what_it_is(file):
             "tracker.notes: a sweep over several values needs -m (--multirun); a comma within a value",
         ),
         ("optimizer=null", "optimizer: expected one of adam, adamw, sgd, got null"),
-        ("~optimizer", "optimizer: expected a value, got nothing"),
+        ("~optimizer", "optimizer: expected one of adam, adamw, sgd; it cannot be removed"),
+        ("~strategy", "strategy: expected one of agem, "),
+        ("strategy=[ewc,l2]", "strategy: expected one of agem, "),
         (
             "fisher.representation=kronecker",
             "fisher.representation: expected 'diagonal', 'kfac', 'ekfac' or 'full', got 'kronecker'",

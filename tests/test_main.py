@@ -282,6 +282,8 @@ def test_what_a_command_cannot_do_is_one_line_and_status_2(cl_runner):
             "fisher: expected one of argmax, batched, empirical, exact, hybrid, probe, reversed, ",
         ),
         (["fisher=exactt"], "got 'exactt'; did you mean exact?"),
+        (["=3"], "command line: expected KEY=VALUE, or a command as the first word, got '=3'"),
+        (["-m", "strategy=[ewc,l2],lwf"], "strategy: expected one of agem, "),
         (["lr=0.1"], "lr: unknown key; did you mean optimizer.lr?"),
         (["strategy=combined", "strategy.strength=1"], "unknown key; did you mean strategy.parts.ewc.strength?"),
         (["strategy=combined", "strategy.parts.si.strength=1"], "+strategy@strategy.parts.si=CHOICE adds one"),
