@@ -29,6 +29,8 @@ BRACKETS = ("()", "[]", "{}")
 RESERVED = {
     **dict.fromkeys(("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir"), _FOLDERS),
     "hydra.mode": "expected -m (--multirun), which says the same",
+    "_pair": "it cannot be chosen: it follows from stream and model",
+    "protocol": "it cannot be chosen: it follows from experiment and strategy",
 }
 NOT_SWEPT = ("output_root", "rerun", "plugins")
 

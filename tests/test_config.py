@@ -157,6 +157,8 @@ def test_every_choice_says_in_a_line_what_it_is(file):
         ("strategy=ncm strategy.batch_size=0", "strategy.batch_size: expected at least 1"),
         ("output_root=/dev/null/runs", "output_root: expected a folder that can be written"),
         ("hydra.run.dir=elsewhere", "hydra.run.dir: expected output_root"),
+        ("_pair=x", "_pair: it cannot be chosen: it follows from stream and model"),
+        ("protocol@fisher=x", "protocol: it cannot be chosen: it follows from experiment and strategy"),
         ("stream=split_mnist data_root=none stream.scenario=class strategy=independent", "strategy: expected stream.s"),
         ("optimizer.betas=3", "optimizer.betas: expected a list, got 3"),
         ("trainer.first_task.epohcs=3", "trainer.first_task.epohcs: unknown key"),
