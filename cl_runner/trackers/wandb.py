@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Annotated, Any, Concatenate, Literal, ParamSpec
 from urllib.parse import urlsplit
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
+from pydantic_core import PydanticCustomError
 
 from cl_runner.identity import parts
 from cl_runner.trackers import sending
@@ -54,6 +55,12 @@ def guarded(
     return attempt
 
 
+def _without_marks(project: str) -> str:
+    if set(project) & set("/\\#?%:"):
+        raise PydanticCustomError("project", "text without any of / \\ # ? % :")
+    return project
+
+
 class Wandb(NullTracker):
     """Sends every row to Weights & Biases, with its `seq` as W&B's step.
 
@@ -63,7 +70,7 @@ class Wandb(NullTracker):
 
     def __init__(
         self,
-        project: Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[^/\\#?%:]+$")] = "cl_runner",
+        project: Annotated[str, Field(min_length=1, max_length=128), AfterValidator(_without_marks)] = "cl_runner",
         entity: str | None = None,
         mode: Literal["auto", "online", "offline"] = "auto",
         tags: list[str] | None = None,
