@@ -179,6 +179,11 @@ def test_every_choice_says_in_a_line_what_it_is(file):
         ("trainer.first_task.optimizer=3", "trainer.first_task.optimizer: expected a mapping, got 3"),
         ("stream.augment=[flip,rot]", "stream.augment.1: expected 'crop', 'flip' or 'brightness', got 'rot'"),
         ("tracker=wandb tracker.project=a/b", "tracker.project: expected text without any of / \\ # ? % :, got 'a/b'"),
+        (
+            f"tracker=wandb tracker.tags=[a,{65 * 'b'}]",
+            "tracker.tags.1: expected text of at most 64 characters, got",
+        ),
+        ("tracker=wandb tracker.mode=disabled", "tracker.mode: expected 'auto', 'online' or 'offline' (tracker=local"),
         ("trainer.first_task.optimizer.epss=1", "trainer.first_task.optimizer.epss: unknown key; did you mean eps?"),
         ("trainer.first_task.optimizer.lr=-1", "trainer.first_task.optimizer.lr: expected at least 0"),
         ("trainer.first_task.scheduler.milestones=[0.5]", "trainer.first_task.scheduler.milestones: unknown key"),
@@ -395,6 +400,12 @@ def test_a_run_keeps_its_hash_and_folder_when_its_file_of_weights_is_replaced(tm
     before = experiment.hash, experiment.folder
     weights.unlink()
     assert (experiment.hash, experiment.folder) == before
+
+
+def test_wandbs_own_variable_names_the_project_unless_a_key_does(monkeypatch):
+    monkeypatch.setenv("WANDB_PROJECT", "theirs")
+    assert config("tracker=wandb")["tracker"]["project"] == "theirs"
+    assert config("tracker=wandb", "tracker.project=mine")["tracker"]["project"] == "mine"
 
 
 def test_a_group_is_everything_but_the_seed():
