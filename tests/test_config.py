@@ -247,6 +247,18 @@ def test_a_hook_that_is_misspelt_is_warned_of_once_and_no_other_method_is(tmp_pa
     ]
 
 
+def test_a_hook_that_does_not_take_what_it_is_called_with_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "my_hooks.py").write_text(
+        "from cl_runner.strategies import Finetune\nclass Mine(Finetune):\n"
+        "    def after_task(self, *anything): ...\n    def before_task(self): ...\n"
+    )
+    says = re.escape("strategy: expected Mine.before_task(self, task), got (self) (my_hooks.py:4)")
+    with pytest.raises(ConfigError, match=says):
+        checked("strategy=finetune", "strategy._target_=my_hooks.Mine", "plugins=[my_hooks]")
+
+
 def test_a_sweep_may_name_choices_by_a_pattern():
     jobs = compose_jobs(["-m", *MLP, "strategy=glob(l?)"])
     assert [job.strategy._target_.rpartition(".")[2] for job in jobs] == ["L1", "L2"]
