@@ -180,8 +180,9 @@ def run_submitted(argv: list[str], folder: Path) -> None:
 def hydra_main(cfg: DictConfig) -> None:
     """Run one job, as Hydra calls it."""
     from cl_runner.job import carry_out
+    from cl_runner.sweep import this_command
 
-    carry_out(check(cfg))
+    carry_out(check(cfg), this_command())
 
 
 def _hydra_run() -> None:
@@ -191,9 +192,10 @@ def _hydra_run() -> None:
     @hydra.main(config_path=str(CONF), config_name="config", version_base=VERSION_BASE)
     def main(cfg: DictConfig) -> None:
         from cl_runner.job import carry_out
+        from cl_runner.sweep import this_command
 
         try:
-            carry_out(check(cfg))
+            carry_out(check(cfg), this_command())
         except Exception as error:
             failed.append(error)
 

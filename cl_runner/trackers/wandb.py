@@ -229,7 +229,7 @@ class Wandb(NullTracker):
             name=run.name,
             job_type=strategy,
             tags=list(dict.fromkeys([strategy, stream, model, run.scenario, *self.tags])),
-            notes="\n\n".join(filter(None, [self.notes, f"`{run.command}`"])),
+            notes="\n\n".join(filter(None, [self.notes, run.command and f"`{run.command}`"])),
             settings=self._wandb.Settings(**known),
         )
 
