@@ -2,7 +2,6 @@
 
 import os
 import sys
-import traceback
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from cl_runner import CONF
 from cl_runner.components import check_plugin
 from cl_runner.compose import GRID, VERSION_BASE, Request, compose_jobs, in_order, knows_all_keys, parse
 from cl_runner.config import Experiment, check, validated, with_valid_settings
-from cl_runner.errors import ConfigError, in_a_line
+from cl_runner.errors import ConfigError, in_a_line, raised_at
 from cl_runner.identity import display_name
 
 PLUGINS = "hydra_plugins.cl_runner"  # the launchers and sweepers of this project
@@ -88,7 +87,10 @@ def run_alone(experiment: Experiment) -> None:
         raise
     except Exception as error:
         log = experiment.folder / "run.log"
-        sys.exit(_say_failed(error, _place(error) + (f"; {log} has the whole of it" if log.exists() else "")))
+        # A disk's fault is not the code's; of any other, the line says more than the type.
+        where = "" if isinstance(error, OSError) else raised_at(error)
+        whole = f"; {log} has the whole of it" if log.exists() else ""
+        sys.exit(_say_failed(error, (f" ({where})" if where else "") + whole))
 
 
 def make_room(experiment: Experiment) -> None:
@@ -178,8 +180,9 @@ def run_submitted(argv: list[str], folder: Path) -> None:
 def hydra_main(cfg: DictConfig) -> None:
     """Run one job, as Hydra calls it."""
     from cl_runner.job import carry_out
+    from cl_runner.sweep import this_command
 
-    carry_out(check(cfg))
+    carry_out(check(cfg), this_command())
 
 
 def _hydra_run() -> None:
@@ -189,9 +192,10 @@ def _hydra_run() -> None:
     @hydra.main(config_path=str(CONF), config_name="config", version_base=VERSION_BASE)
     def main(cfg: DictConfig) -> None:
         from cl_runner.job import carry_out
+        from cl_runner.sweep import this_command
 
         try:
-            carry_out(check(cfg))
+            carry_out(check(cfg), this_command())
         except Exception as error:
             failed.append(error)
 
@@ -244,13 +248,3 @@ def _say_failed(error: Exception, where: str = "") -> int:
     """Print an error in one line. Returns the exit status."""
     print(f"cl-runner: {in_a_line(error)}{where}", file=sys.stderr)
     return 1
-
-
-def _place(error: Exception) -> str:
-    """Where an error was raised in code that is not installed (a user's own): the line says more than the type."""
-    if isinstance(error, OSError):  # a disk's fault, not the code's
-        return ""
-    frames = traceback.extract_tb(error.__traceback__)
-    files = {frame.filename for frame in frames if "site-packages" not in frame.filename} - {__file__}
-    own = [frame for frame in frames if frame.filename in files and Path(frame.filename).is_file()]
-    return f" ({os.path.relpath(own[-1].filename)}:{own[-1].lineno})" if own else ""

@@ -6,16 +6,17 @@ This is the only place that builds a `_target_`.
 import importlib
 import inspect
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any, get_args, get_origin
 
 import yaml
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from cl_runner import CONF
-from cl_runner.errors import ConfigError, did_you_mean, hint, suggestion
+from cl_runner.errors import ConfigError, did_you_mean, hint, raised_at, suggestion
 
 # A config is not a program: a `_target_` may name only these, and what `plugins` lists.
 LIBRARIES = ("torch.optim", "torchvision", "timm")
@@ -49,7 +50,7 @@ def checked_node(
     target = imported(node["_target_"], path, tuple(allowed))
     kind = kind or KINDS.get(path.rpartition(".")[2])
     if kind and not (inspect.isclass(target) and issubclass(target, imported(kind))):
-        raise ConfigError(f"{path}._target_", f"expected a {kind.rpartition('.')[2]}, got {node['_target_']!r}")
+        raise ConfigError(f"{path}._target_", f"expected a class derived from {kind}, got {node['_target_']!r}")
     parameters = inspect.signature(target).parameters
     known = parameters.keys() - provided
     for key in node:
@@ -116,8 +117,10 @@ def imported(target: Any, path: str = "_target_", allowed: tuple[str, ...] | Non
         )
     try:
         found = getattr(importlib.import_module(module_name), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"{path}._target_", f"expected something importable, got {target!r} ({error})") from None
+    except Exception as error:  # the module's own code may raise anything
+        message = error.msg if isinstance(error, SyntaxError) else str(error).partition("\n")[0]
+        why = ", ".join(filter(None, [f"{type(error).__name__}: {message}", raised_at(error)]))
+        raise ConfigError(f"{path}._target_", f"expected something importable, got {target!r} ({why})") from None
     # What a permitted module imports is not permitted with it.
     if not callable(found) or not permitted(getattr(found, "__module__", "") or ""):
         raise ConfigError(
@@ -155,14 +158,16 @@ def refuse_unknown(path: str, given: Iterable[str], known: Iterable[str], meant:
             raise ConfigError(field, f"unknown key; {meant or hint(key, sorted(known))}")
 
 
-def one_line(path: str, value: Any, error: ValidationError) -> ConfigError:
+def one_line(path: str, value: Any, error: ValidationError, known: Iterable[str] = ()) -> ConfigError:
     """One line for pydantic's errors about `value`: the field, what was expected (by any branch of a union), and what
-    was given."""
-    problems = error.errors()
+    was given. `known`: the keys that `value` may have."""
+    ways = [list(_on_the_way(value, problem["loc"])) for problem in error.errors()]
+    way = max(ways, key=len)  # of a union, the branch that fits the value best fails at a place within it
+    problems = [problem for problem, its in zip(error.errors(), ways, strict=True) if its == way]
     place, kind = problems[0]["loc"], problems[0]["type"]
-    field = ".".join([*filter(None, [path]), *_on_the_way(value, place)])
+    field = ".".join([*filter(None, [path]), *way])
     if kind == "extra_forbidden":
-        return ConfigError(field, "unknown key")
+        return ConfigError(field, f"unknown key; {hint(way[-1], known)}")
     if kind == "missing":
         return ConfigError(f"{field}.{place[-1]}".removeprefix("."), "expected a value, got nothing")
     wanted = dict.fromkeys(_expected(p["msg"]) for p in problems if "isinstance" not in p["msg"])
@@ -181,12 +186,11 @@ def _on_the_way(value: Any, place: Iterable[int | str]) -> Iterator[str]:
 
 
 def _expected(message: str) -> str:
+    message = re.sub(r"^\w+ should have (at \w+ \d+ items?) after validation, not \d+$", r"\1", message)
     message = (
         message.removeprefix("Input should be ")
-        .removeprefix("Value should have ")
         .removeprefix("a valid ")
         .removeprefix("an instance of ")
-        .replace("String should match pattern ", "text that matches ")
         .replace("String should have ", "text of ")
     )
     plain = {
@@ -204,13 +208,21 @@ def _expected(message: str) -> str:
 @contextmanager
 def naming(field: str, values: Mapping[str, Any] = MappingProxyType({})):
     """Turn a component's complaint about its arguments into a ConfigError that names it, and of its `values` the one
-    in question, where the message shows it (torch: "Invalid learning rate: -1.0")."""
+    in question, where the message shows it (torch: "Invalid learning rate: -1.0"), or one of its items."""
     try:
         yield
     except (ValueError, TypeError, AssertionError, RuntimeError) as error:
         message = str(error).splitlines()[0]
-        meant = [key for key, value in values.items() if message.endswith(f": {value}")]
-        raise ConfigError(f"{field}.{meant[0]}" if len(meant) == 1 else field, message) from error
+        shown = message.rpartition(": ")[2]
+        meant = [
+            key for key, value in values.items() if shown in map(str, value if isinstance(value, list) else [value])
+        ]
+        if len(meant) != 1:
+            raise ConfigError(field, message) from error
+        says = (
+            f"expected at least 0, got {shown}" if message.startswith("Invalid") and shown.startswith("-") else message
+        )
+        raise ConfigError(f"{field}.{meant[0]}", says) from error
 
 
 def named(field: str, make: Callable[[], Any]) -> Any:
@@ -221,7 +233,10 @@ def named(field: str, make: Callable[[], Any]) -> Any:
 def _checked_value(path: str, value: Any, hint: Any, allowed: Iterable[str]) -> Any:
     if isinstance(value, dict) and "_target_" in value:
         return checked_node(path, value, allowed, set())
-    if path.rpartition(".")[2] in KINDS:
+    if (name := path.rpartition(".")[2]) in KINDS:
+        if isinstance(value, dict) and value:
+            key = next(iter(value))
+            raise ConfigError(f"{path}.{key}", f"set {name}.{key} instead: {path} stands for the whole of {name}")
         raise ConfigError(path, f"expected a component (a mapping with a _target_), got {value!r}")
     if get_origin(hint) is dict and (kind := _kind_of(get_args(hint)[1])):
         return _checked_nodes(path, value, allowed, kind)
@@ -230,7 +245,13 @@ def _checked_value(path: str, value: Any, hint: Any, allowed: Iterable[str]) -> 
         # In JSON mode a list may stand for a tuple and a string for an enum; nothing else is converted.
         return adapter.dump_python(adapter.validate_json(json.dumps(value)), mode="json", warnings=False)
     except ValidationError as error:
-        raise one_line(path, value, error) from None
+        raise one_line(path, value, error, _fields(hint)) from None
+
+
+def _fields(annotation: Any) -> list[str]:
+    """The fields of the pydantic models that an annotation names."""
+    kinds = [kind for kind in (annotation, *get_args(annotation)) if inspect.isclass(kind)]
+    return [field for kind in kinds if issubclass(kind, BaseModel) for field in kind.model_fields]
 
 
 def _checked_nodes(path: str, nodes: Any, allowed: Iterable[str], kind: str) -> dict[str, Any]:

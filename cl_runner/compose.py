@@ -5,7 +5,9 @@ import itertools
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 import hydra
 from hydra import compose, initialize_config_dir
@@ -16,11 +18,11 @@ from hydra.core.override_parser.types import IntervalSweep, Override
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
+from yaml import YAMLError, safe_load
 
 from cl_runner import CONF
 from cl_runner.arguments import refuse_arguments
-from cl_runner.errors import EXPERIMENT_HEAD, ConfigError, did_you_mean
+from cl_runner.errors import EXPERIMENT_HEAD, ConfigError, did_you_mean, hint, suggestion
 
 VERSION_BASE = "1.3" if hydra.__version__ < "1.4" else None
 GRID = "hydra_plugins.cl_runner.sweepers.Grid"  # the sweeper whose jobs are all known in advance
@@ -29,7 +31,11 @@ BRACKETS = ("()", "[]", "{}")
 RESERVED = {
     **dict.fromkeys(("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir"), _FOLDERS),
     "hydra.mode": "expected -m (--multirun), which says the same",
+    "_pair": "it cannot be chosen: it follows from stream and model",
+    "protocol": "it cannot be chosen: it follows from experiment and strategy",
 }
+# Mappings of Hydra's own that take any key.
+OPEN = ("hydra.sweeper.params", "hydra.job.env_set", "hydra.job_logging", "hydra.hydra_logging")
 NOT_SWEPT = ("output_root", "rerun", "plugins")
 
 
@@ -44,7 +50,8 @@ def in_order(argv: list[str]) -> list[str]:
     arguments = parser.parse_intermixed_args(argv)
     arguments.overrides = [_at_home(word) for word in arguments.overrides]
     for word in arguments.overrides:
-        if "=" not in word and not word.startswith("~"):
+        key, equals, _ = word.partition("=")
+        if not key.strip("+~") or not (equals or key.startswith("~")):
             raise ConfigError("command line", f"expected KEY=VALUE, or a command as the first word, got {word!r}")
     for option in ("config_name", "config_path", "experimental_rerun"):
         if getattr(arguments, option, None):
@@ -132,6 +139,7 @@ def _single_run(words: "_Words", given: list[Override], argv: list[str]) -> Requ
             raise ConfigError(key, f"a sweep over several values needs -m (--multirun){quoted}")
         if override.key_or_group in ("hydra/launcher", "hydra/sweeper"):
             raise ConfigError(override.key_or_group, "expected -m (--multirun) beside it: it carries out sweeps")
+    _refuse_unknown_of_hydra(words, given)
     overrides = [_word(override) for override in given]
     cfg = words.composed(overrides, with_hydra=True)
     own = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
@@ -142,6 +150,7 @@ def _sweep(words: "_Words", given: list[Override], argv: list[str]) -> Request:
     for override in given:
         if override.is_sweep_override() and (override.is_hydra_override() or override.key_or_group in NOT_SWEPT):
             raise ConfigError(override.key_or_group, "expected one value: it is the same for all jobs of a sweep")
+    _refuse_unknown_of_hydra(words, given)
     single = [_word(override) for override in given if not override.is_sweep_override()]
     master = words.composed(single, with_hydra=True)
     _refuse_grids_in_a_grid(words, given, single)
@@ -154,6 +163,37 @@ def _sweep(words: "_Words", given: list[Override], argv: list[str]) -> Request:
         jobs = _one_at_a_time([list(_values(override, ends=True)) for override in keys.values()])
     composed = [(list(job), words.of_a_sweep(job)) for job in jobs]
     return Request(composed, master.hydra, words.for_hydra(argv, single), sweep=True)
+
+
+def _refuse_unknown_of_hydra(words: "_Words", given: list[Override]) -> None:
+    """Refuse keys that Hydra's own configuration lacks: Hydra would advise a +, and then do nothing with them."""
+    keys = [override.key_or_group for override in given if override.key_or_group.startswith("hydra.")]
+    if not keys:
+        return
+    others = [each for each in given if not each.is_sweep_override() and each.key_or_group not in keys]
+    whole = words.composed([_word(override) for override in others], with_hydra=True)
+    own = {"hydra": OmegaConf.to_container(whole.hydra, resolve=False)}
+    for key in keys:
+        node: Any = own
+        path = ""
+        for part in key.split("."):
+            if path in OPEN or not isinstance(node, dict):
+                break
+            if part not in node:
+                raise ConfigError(key, f"unknown key; {_hint_of_hydra(path, part, [str(known) for known in node])}")
+            node, path = node[part], f"{path}.{part}".removeprefix(".")
+
+
+def _hint_of_hydra(path: str, key: str, known: list[str]) -> str:
+    """A hint for a key that is unknown below `path`: another choice of a launcher or a sweeper may have it."""
+    group = path.replace(".", "/")
+    having: dict[str, list[str]] = {}
+    for file in sorted((CONF / group).glob("*.yaml")):
+        for other in safe_load(file.read_text()):
+            having.setdefault(other, []).append(file.stem)
+    for near in get_close_matches(key, [*known, *having], n=1):
+        return suggestion([near if near in known else f"{near} of {group}={' or '.join(having[near])}"])
+    return hint(key, known)
 
 
 def _refuse_grids_in_a_grid(words: "_Words", given: list[Override], single: list[str]) -> None:
@@ -218,8 +258,8 @@ class _Words:
             group = override.key_or_group
             if group in RESERVED:
                 raise ConfigError(group, RESERVED[group])
-            if group in self._groups and not override.is_sweep_override() and not override.is_delete():
-                self._refuse_no_name(group, override.value())
+            if group in self._groups and not override.is_sweep_override():
+                self._refuse_no_choice(override)
         return overrides
 
     def _quoted(self, words: Sequence[str]) -> str:
@@ -234,10 +274,14 @@ class _Words:
                 return f'; such a value needs quotes of its own: "{key}={meant}"'
         return ""
 
-    def _refuse_no_name(self, group: str, value: object) -> None:
-        if not isinstance(value, (str, list)):
-            known = ", ".join(self._loader.get_group_options(group))
-            raise ConfigError(group, f"expected one of {known}, got {'null' if value is None else value}")
+    def _refuse_no_choice(self, override: Override) -> None:
+        """Refuse what is no name of a choice (a list, say), and to remove a group from the top level."""
+        known = f"expected one of {', '.join(self._loader.get_group_options(override.key_or_group))}"
+        if not override.is_delete():
+            if not isinstance(value := override.value(), str):
+                raise ConfigError(override.key_or_group, f"{known}, got {'null' if value is None else value}")
+        elif override.package is None:
+            raise ConfigError(override.key_or_group, f"{known}; it cannot be removed")
 
     def composed(self, words: Sequence[str], with_hydra: bool = False) -> DictConfig:
         """The configuration that the words compose to."""
@@ -251,6 +295,7 @@ class _Words:
         if any(word.startswith(("+", "~")) for word in chosen):
             return self.composed(words)
         if chosen not in self._chosen:
+            self.parsed(chosen)  # refuses what is no choice
             self._chosen[chosen] = self.composed(chosen)
         cfg = copy.deepcopy(self._chosen[chosen])
         try:

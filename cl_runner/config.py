@@ -1,6 +1,7 @@
 """Turn a configuration into a checked experiment: its schema, and every check that needs no data."""
 
 import importlib.util
+import inspect
 import logging
 import os
 import re
@@ -118,6 +119,7 @@ def check(cfg: DictConfig, tried: list[Any] | None = None) -> Experiment:
     _check_optimizer(experiment)
     _check_output_root(config["output_root"])
     experiment.model.check()
+    _check_hooks(type(experiment.strategy))
     _warn_of_misspelt_hooks(type(experiment.strategy))
     experiment.strategy.check(experiment.stream, experiment.model)
     _check_active_logits(config["trainer"]["active_logits"], experiment.stream.scenario)
@@ -214,6 +216,22 @@ def _check_optimizer(experiment: Experiment) -> None:
             optimizer.step()
         with naming(f"{prefix}scheduler"):
             experiment.make_scheduler(optimizer=optimizer, steps=100, **(own.get("scheduler") or {}))
+
+
+def _check_hooks(strategy: type) -> None:
+    """Refuse a hook that does not take what it is called with."""
+    for name, hook in inspect.getmembers(imported(KINDS["strategy"]), inspect.isfunction):
+        own = getattr(strategy, name)
+        if own is hook or not inspect.isfunction(own):
+            continue
+        wanted, taken = inspect.signature(hook), inspect.signature(own)
+        try:
+            taken.bind(*wanted.parameters)
+        except TypeError:
+            expected, got = (f"({', '.join(each.parameters)})" for each in (wanted, taken))
+            place = f"{os.path.relpath(own.__code__.co_filename)}:{own.__code__.co_firstlineno}"
+            says = f"expected {strategy.__name__}.{name}{expected}, got {got} ({place})"
+            raise ConfigError("strategy", says) from None
 
 
 @cache

@@ -1,7 +1,11 @@
 """The error that users are meant to read, and the hints that go with it."""
 
+import os
+import sysconfig
+import traceback
 from collections.abc import Iterable
 from difflib import get_close_matches
+from pathlib import Path
 
 EXPERIMENT_HEAD = "an experiment's file has `# @package _global_` as its first line"
 
@@ -22,6 +26,23 @@ def in_a_line(error: BaseException) -> str:
     """An error's type and the first line of its message; without the type for a ConfigError."""
     kind = "" if isinstance(error, ConfigError) else f"{type(error).__name__}: "
     return f"{kind}{error}".partition("\n")[0]
+
+
+def raised_at(error: BaseException) -> str:
+    """Where an error was raised in code that is not installed (a user's own), as file:line; empty if it was not.
+
+    The file that caught the error is left out.
+    """
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"{os.path.relpath(error.filename)}:{error.lineno}"
+    frames = traceback.extract_tb(error.__traceback__)
+    others = [(frame.filename, frame.lineno) for frame in frames if frame.filename != frames[0].filename]
+    own = [(file, line) for file, line in others if Path(file).is_file() and not _is_installed(file)]
+    return f"{os.path.relpath(own[-1][0])}:{own[-1][1]}" if own else ""
+
+
+def _is_installed(file: str) -> bool:
+    return "site-packages" in file or file.startswith(sysconfig.get_path("stdlib"))
 
 
 def missing_extra(field: str, extra: str) -> ConfigError:

@@ -18,12 +18,12 @@ from cl_runner.interrupt import Interrupt, Stopped
 from cl_runner.logs import log_file, log_to
 from cl_runner.rerun import shown_if_done
 from cl_runner.run import run
-from cl_runner.sweep import place_of, this_command
+from cl_runner.sweep import place_of
 from cl_runner.trackers.console import Console, the_console
 
 
-def carry_out(experiment: Experiment) -> float | None:
-    """Run an experiment in its folder, and record how it ended.
+def carry_out(experiment: Experiment, command: str = "") -> float | None:
+    """Run an experiment in its folder, and record how it ended. `command`: what asks for it; empty for a script's own.
 
     Returns its accuracy on the validation splits, or on the test splits if there are none. Raises what the run raises;
     FolderInUseError if another process is running it; Stopped if a signal ended it and no launcher took over.
@@ -34,7 +34,7 @@ def carry_out(experiment: Experiment) -> float | None:
     gc.collect()  # frees an earlier job's model, which is in cycles: a full GPU does not trigger it
     try:
         with folder.locked(), interrupt.listening():
-            outcome = _outcome(_carried_out(experiment, folder, interrupt))
+            outcome = _outcome(_carried_out(experiment, folder, interrupt, command))
     except Stopped as stopped:
         interrupt.hand_on(stopped)
         raise
@@ -44,7 +44,7 @@ def carry_out(experiment: Experiment) -> float | None:
     return outcome
 
 
-def _carried_out(experiment: Experiment, folder: RunFolder, interrupt: Interrupt) -> dict[str, Any]:
+def _carried_out(experiment: Experiment, folder: RunFolder, interrupt: Interrupt, command: str) -> dict[str, Any]:
     if folder.done:  # by another process, since the check above
         return folder.results
     new = not folder.status
@@ -56,7 +56,7 @@ def _carried_out(experiment: Experiment, folder: RunFolder, interrupt: Interrupt
         groups=[experiment.group],
         pid=os.getpid(),
         host=socket.gethostname(),
-        command=this_command(),
+        command=command,
         images=experiment.stream.contents(experiment.config["data_root"]),
         code=plugin_digests(experiment.config["plugins"]),
         environment=environment(experiment.device),

@@ -2,7 +2,6 @@
 
 import os
 import secrets
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -134,7 +133,7 @@ def _start(tracker: Tracker, experiment: Experiment, folder: RunFolder, stream: 
             num_tasks=len(stream),
             scenario=str(stream.scenario),
             resumed=resumed,
-            command=command_of(folder.path, sys.argv[1:]),
+            command=command_of(folder.path, folder.status.get("command", "")),
         )
     )
 

@@ -153,6 +153,7 @@ def _values(row: Row, arguments: argparse.Namespace, failed: list[str]) -> Itera
     from cl_runner.config import check, validated
     from cl_runner.job import carry_out
     from cl_runner.rerun import move_aside
+    from cl_runner.sweep import this_command
 
     for seed in row.seeds:
         cfg = _configuration(row, seed, arguments)
@@ -164,7 +165,7 @@ def _values(row: Row, arguments: argparse.Namespace, failed: list[str]) -> Itera
             try:
                 experiment = check(cfg)
                 move_aside(experiment)
-                carry_out(experiment)
+                carry_out(experiment, this_command())
             except ConfigError as error:  # missing weights, say, which every seed of the row lacks
                 failed.append(f"{row.name}: {error}")
                 return

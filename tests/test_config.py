@@ -1,4 +1,5 @@
 import inspect
+import re
 import sys
 from pathlib import Path
 
@@ -113,7 +114,12 @@ def test_every_choice_says_in_a_line_what_it_is(file):
         ("stream.num_tasks=3", "stream.num_tasks: expected "),
         ("stream.num_tasks=0", "stream.num_tasks: expected at least 1"),
         ("stream.scenario=online", "stream.scenario: expected 'task', 'domain' or 'class', got 'online'"),
-        ("optimizer.lr=-1", "optimizer.lr: Invalid learning rate: -1"),
+        ("optimizer.lr=-1", "optimizer.lr: expected at least 0, got -1.0"),
+        ("optimizer=sgd optimizer.momentum=-1", "optimizer.momentum: expected at least 0, got -1.0"),
+        ("optimizer.betas=[0.9,1.5]", "optimizer.betas: Invalid beta parameter at index 1: 1.5"),
+        ("stream.class_order=[a]", "stream.class_order.0: expected int, got 'a'"),
+        ("stream.class_order=abc", "stream.class_order: expected 'natural' or int or a list, got 'abc'"),
+        ("model.widths=[]", "model.widths: expected at least 1 item, got []"),
         ("optimizer.betas=[0.9]", "optimizer.betas"),
         ("scheduler=step scheduler.milestones=[2]", "scheduler.milestones.0: expected less than 1, got 2"),
         ("model._target_=os.system", "model._target_: expected a name in cl_runner, torch.optim, torchvision, timm"),
@@ -136,16 +142,26 @@ def test_every_choice_says_in_a_line_what_it_is(file):
             "tracker.notes: a sweep over several values needs -m (--multirun); a comma within a value",
         ),
         ("optimizer=null", "optimizer: expected one of adam, adamw, sgd, got null"),
-        ("~optimizer", "optimizer: expected a value, got nothing"),
+        ("~optimizer", "optimizer: expected one of adam, adamw, sgd; it cannot be removed"),
+        ("~strategy", "strategy: expected one of agem, "),
+        ("strategy=[ewc,l2]", "strategy: expected one of agem, "),
         (
             "fisher.representation=kronecker",
             "fisher.representation: expected 'diagonal', 'kfac', 'ekfac' or 'full', got 'kronecker'",
         ),
         ("fisher=null", "fisher: expected one of argmax, batched, "),
         ("strategy._target_=3", "strategy._target_: expected the name of a class or function, got 3"),
-        ("strategy=finetune strategy._target_=cl_runner.models.MLP", "strategy._target_: expected a Strategy, got"),
-        ("tracker._target_=cl_runner.folder.write_atomically", "tracker._target_: expected a NullTracker, got"),
+        (
+            "strategy=finetune strategy._target_=cl_runner.models.MLP",
+            "strategy._target_: expected a class derived",
+        ),
+        (
+            "tracker._target_=cl_runner.folder.write_atomically",
+            "tracker._target_: expected a class derived",
+        ),
         ("strategy.fisher=3", "strategy.fisher: expected a component (a mapping with a _target_), got 3"),
+        ("strategy.fisher.draws=0", "strategy.fisher.draws: set fisher.draws instead: strategy.fisher stands for the"),
+        ("strategy=er strategy.memory.size=3", "strategy.memory.size: set memory.size instead"),
         ("strategy.fisher=null", "strategy.fisher: expected a component"),
         ("strategy.strength=inf", "strategy.strength: expected a finite number"),
         ("trainer.seed=-1", "trainer.seed: expected at least 0, got -1"),
@@ -155,15 +171,22 @@ def test_every_choice_says_in_a_line_what_it_is(file):
         ("strategy=ncm strategy.batch_size=0", "strategy.batch_size: expected at least 1"),
         ("output_root=/dev/null/runs", "output_root: expected a folder that can be written"),
         ("hydra.run.dir=elsewhere", "hydra.run.dir: expected output_root"),
+        ("_pair=x", "_pair: it cannot be chosen: it follows from stream and model"),
+        ("protocol@fisher=x", "protocol: it cannot be chosen: it follows from experiment and strategy"),
         ("stream=split_mnist data_root=none stream.scenario=class strategy=independent", "strategy: expected stream.s"),
         ("optimizer.betas=3", "optimizer.betas: expected a list, got 3"),
-        ("trainer.first_task.epohcs=3", "trainer.first_task.epohcs: unknown key"),
+        ("trainer.first_task.epohcs=3", "trainer.first_task.epohcs: unknown key; did you mean epochs?"),
         ("trainer.first_task.epochs=0", "trainer.first_task.epochs: expected at least 1, got 0"),
         ("trainer.first_task.optimizer=3", "trainer.first_task.optimizer: expected a mapping, got 3"),
         ("stream.augment=[flip,rot]", "stream.augment.1: expected 'crop', 'flip' or 'brightness', got 'rot'"),
-        ("tracker=wandb tracker.project=a/b", "tracker.project: expected text that matches "),
+        ("tracker=wandb tracker.project=a/b", "tracker.project: expected text without any of / \\ # ? % :, got 'a/b'"),
+        (
+            f"tracker=wandb tracker.tags=[a,{65 * 'b'}]",
+            "tracker.tags.1: expected text of at most 64 characters, got",
+        ),
+        ("tracker=wandb tracker.mode=disabled", "tracker.mode: expected 'auto', 'online' or 'offline' (tracker=local"),
         ("trainer.first_task.optimizer.epss=1", "trainer.first_task.optimizer.epss: unknown key; did you mean eps?"),
-        ("trainer.first_task.optimizer.lr=-1", "trainer.first_task.optimizer.lr: Invalid learning rate: -1"),
+        ("trainer.first_task.optimizer.lr=-1", "trainer.first_task.optimizer.lr: expected at least 0"),
         ("trainer.first_task.scheduler.milestones=[0.5]", "trainer.first_task.scheduler.milestones: unknown key"),
     ],
 )
@@ -192,6 +215,26 @@ def test_a_plugin_may_be_named_once_it_is_listed(tmp_path, monkeypatch):
     assert type(checked(*overrides, "plugins=[my_methods]").strategy).__name__ == "Mine"
 
 
+@pytest.mark.parametrize(
+    ("code", "why"),
+    [
+        ("\ndef x(:\n", "SyntaxError: invalid syntax, my_faults.py:2"),
+        ("a = nowhere\n", "NameError: name 'nowhere' is not defined, my_faults.py:1"),
+        ("import nothere_xyz\n", "ModuleNotFoundError: No module named 'nothere_xyz', my_faults.py:1"),
+        ("import json\njson.loads('{')\n", "char 1), my_faults.py:2"),
+        ("Mine = None\n", "got 'my_faults.Mine'"),
+    ],
+)
+def test_a_plugin_that_cannot_be_imported_is_said_with_its_line(code, why, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "my_faults.py").write_text(code)
+    sys.modules.pop("my_faults", None)
+    with pytest.raises(ConfigError, match=re.escape(why)) as error:
+        checked("strategy=finetune", "strategy._target_=my_faults.Mine", "plugins=[my_faults]")
+    assert error.value.field == "strategy._target_"
+
+
 def test_a_hook_that_is_misspelt_is_warned_of_once_and_no_other_method_is(tmp_path, monkeypatch, caplog):
     (tmp_path / "my_typos.py").write_text(
         "from cl_runner.strategies import EWC\nclass Mine(EWC):\n    def before_taskk(self, task): ...\n"
@@ -203,6 +246,18 @@ def test_a_hook_that_is_misspelt_is_warned_of_once_and_no_other_method_is(tmp_pa
     assert [record.getMessage() for record in caplog.records] == [
         "strategy: nothing calls Mine.before_taskk; did you mean before_task?"
     ]
+
+
+def test_a_hook_that_does_not_take_what_it_is_called_with_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "my_hooks.py").write_text(
+        "from cl_runner.strategies import Finetune\nclass Mine(Finetune):\n"
+        "    def after_task(self, *anything): ...\n    def before_task(self): ...\n"
+    )
+    says = re.escape("strategy: expected Mine.before_task(self, task), got (self) (my_hooks.py:4)")
+    with pytest.raises(ConfigError, match=says):
+        checked("strategy=finetune", "strategy._target_=my_hooks.Mine", "plugins=[my_hooks]")
 
 
 def test_a_sweep_may_name_choices_by_a_pattern():
@@ -358,6 +413,12 @@ def test_a_run_keeps_its_hash_and_folder_when_its_file_of_weights_is_replaced(tm
     before = experiment.hash, experiment.folder
     weights.unlink()
     assert (experiment.hash, experiment.folder) == before
+
+
+def test_wandbs_own_variable_names_the_project_unless_a_key_does(monkeypatch):
+    monkeypatch.setenv("WANDB_PROJECT", "theirs")
+    assert config("tracker=wandb")["tracker"]["project"] == "theirs"
+    assert config("tracker=wandb", "tracker.project=mine")["tracker"]["project"] == "mine"
 
 
 def test_a_group_is_everything_but_the_seed():

@@ -88,6 +88,22 @@ def test_the_method_that_contributing_shows_works_as_it_stands(cl_runner, tmp_pa
     assert any("forgetting" in line for line in said.splitlines())
 
 
+def test_what_is_shown_of_ones_own_network_stream_and_tracker_works_as_it_stands(cl_runner, tmp_path, monkeypatch):
+    text = (ROOT / "docs" / "extend.md").read_text()
+    files = re.findall(r"`(my_\S+)`:\n\n```\w+\n(.*?)```", text, re.DOTALL)
+    assert len(files) == 6
+    for name, content in files:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(content)
+    monkeypatch.syspath_prepend(tmp_path)
+    (command,) = commands("docs/extend.md")
+    status, said = cl_runner(*shlex.split(command)[1:], small=False)
+    assert status == 0, said
+    assert "learned 2" in said
+    (folder,) = Path("outputs").glob("ewc-shifted_digits-strided-s0-*")
+    assert (folder / "results.json").exists()
+
+
 def test_what_is_shown_of_python_works_as_it_stands(cl_runner, capsys):
     for command in commands("docs/python.md"):
         status, said = cl_runner(*shlex.split(command)[1:], small=False)

@@ -19,7 +19,7 @@ class RunInfo:
     num_tasks: int
     scenario: str  # the run's own scenario
     resumed: bool
-    command: str  # starts this run, and resumes it
+    command: str  # starts this run, and resumes it; empty for a run from Python
 
 
 class Tracker(Protocol):

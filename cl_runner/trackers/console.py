@@ -107,7 +107,8 @@ class Console(NullTracker):
         if self._run is not None:
             if failed or preempted:
                 stopped = ("saved and stopped", "bold") if preempted else ("failed", "bold red")
-                self.console.print(Text.assemble(stopped, "; go on with: ", self._run.command), soft_wrap=True)
+                again = f"; go on with: {self._run.command}" if self._run.command else ""
+                self.console.print(Text.assemble(stopped, again), soft_wrap=True)
             show_whereabouts(self._run.folder, self._wandb_line(), self.console)
             self._run = None
 

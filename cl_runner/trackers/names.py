@@ -34,9 +34,14 @@ def overrides_of(run: Path) -> list[str]:
     return yaml.safe_load(path.read_text(encoding="utf-8")) or [] if path.exists() else []
 
 
-def command_of(run: Path, argv: Sequence[str]) -> str:
-    """The command that makes this run alone, given the process's `argv`: for a sweep, that of the run's own job."""
-    words = list(argv)
+def command_of(run: Path, command: str) -> str:
+    """The command that makes this run alone, given the one that asked for it: for a sweep, that of the run's own job.
+
+    Empty if none did.
+    """
+    if not command:
+        return ""
+    words = shlex.split(command)[1:]
     if "--multirun" in words:
         place = words.index("--config-dir") if "--config-dir" in words else len(words)
         words = [*words[place : place + 2], *overrides_of(run)]

@@ -20,8 +20,10 @@ from pathlib import Path
 from typing import Annotated, Any, Concatenate, Literal, ParamSpec
 from urllib.parse import urlsplit
 
-from pydantic import Field
+from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic_core import PydanticCustomError
 
+from cl_runner.errors import ConfigError
 from cl_runner.identity import parts
 from cl_runner.trackers import sending
 from cl_runner.trackers.base import NullTracker, RunInfo
@@ -35,6 +37,7 @@ FINISH_SECONDS = 30.0  # after that, `cl-runner sync` can send the rest from the
 PREEMPTED_SECONDS = 5.0  # the same, if the machine is about to be taken away
 GRACE_SECONDS = 5.0  # for wandb to stop at that limit by itself
 PATIENCE_SECONDS = 30.0  # a row that takes longer is the last
+MODES = ("online", "offline", "shared", "disabled", "dryrun", "run")  # of WANDB_MODE
 
 P = ParamSpec("P")
 
@@ -49,9 +52,21 @@ def guarded(
             try:
                 method(self, *args, **kwargs)
             except Exception as error:
-                self._give_up(f"{type(error).__name__}: {error}")
+                self._give_up(error)
 
     return attempt
+
+
+def _without_marks(project: str) -> str:
+    if set(project) & set("/\\#?%:"):
+        raise PydanticCustomError("project", "text without any of / \\ # ? % :")
+    return project
+
+
+def _not_disabled(mode: object) -> object:
+    if mode == "disabled":
+        raise PydanticCustomError("mode", "'auto', 'online' or 'offline' (tracker=local does without W&B)")
+    return mode
 
 
 class Wandb(NullTracker):
@@ -63,12 +78,15 @@ class Wandb(NullTracker):
 
     def __init__(
         self,
-        project: Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[^/\\#?%:]+$")] = "cl_runner",
+        project: Annotated[str, Field(min_length=1, max_length=128), AfterValidator(_without_marks)] = "cl_runner",
         entity: str | None = None,
-        mode: Literal["auto", "online", "offline"] = "auto",
-        tags: list[str] | None = None,
+        mode: Annotated[Literal["auto", "online", "offline"], BeforeValidator(_not_disabled)] = "auto",
+        tags: list[Annotated[str, Field(min_length=1, max_length=64)]] | None = None,
         notes: str | None = None,
     ) -> None:
+        """Raises ConfigError for a WANDB_MODE that wandb would refuse only when the run has begun."""
+        if (variable := os.environ.get("WANDB_MODE", MODES[0])) not in MODES:
+            raise ConfigError("WANDB_MODE", f"expected one of {', '.join(MODES)}, got {variable!r}")
         self.project, self.entity, self.mode = project, entity, mode
         self.tags, self.notes = list(tags or []), notes
         self.failure: str | None = None  # why it is silent
@@ -133,7 +151,7 @@ class Wandb(NullTracker):
         except TimeoutError:
             self._cut_off = True
         except Exception as error:
-            self._give_up(f"{type(error).__name__}: {error}")
+            self._give_up(error)
         for name, value in self._environment.items():
             if value is None:
                 os.environ.pop(name, None)
@@ -178,7 +196,7 @@ class Wandb(NullTracker):
         except Exception as error:
             if mode != "online":
                 raise
-            log.warning("W&B: cannot go online, so the run is kept offline (%s)", error)
+            log.warning("W&B: cannot go online, so the run is kept offline (%s)", _joined(error))
             self._wandb.teardown()  # the half-made run would block another with its id
             sending.mark_sent(sending.folders(run.folder, run.id)[len(earlier) :])  # it is empty
             self._run, mode = self._open(run, "offline", bool(earlier)), "offline"
@@ -211,7 +229,7 @@ class Wandb(NullTracker):
             name=run.name,
             job_type=strategy,
             tags=list(dict.fromkeys([strategy, stream, model, run.scenario, *self.tags])),
-            notes="\n\n".join(filter(None, [self.notes, f"`{run.command}`"])),
+            notes="\n\n".join(filter(None, [self.notes, run.command and f"`{run.command}`"])),
             settings=self._wandb.Settings(**known),
         )
 
@@ -281,10 +299,15 @@ class Wandb(NullTracker):
         if (seconds := time.monotonic() - began) > PATIENCE_SECONDS:
             raise TimeoutError(f"a row took {seconds:.0f} seconds")
 
-    def _give_up(self, why: str) -> None:
+    def _give_up(self, error: Exception) -> None:
         if self.failure is None:
-            self.failure = why
-            log.warning("W&B: gave up (%s); the run goes on, and its folder has everything", why)
+            self.failure = f"{type(error).__name__}: {_joined(error)}"
+            log.warning("W&B: gave up (%s); the run goes on, and its folder has everything", self.failure)
+
+
+def _joined(error: Exception) -> str:
+    """An error's message in one line: the first of pydantic's lines says only how many there are."""
+    return " ".join(str(error).split())
 
 
 def within(seconds: float, do: Callable[..., None], *arguments: Any) -> None:

@@ -1,3 +1,4 @@
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -83,14 +84,18 @@ def test_a_run_that_nothing_was_set_for_has_no_overrides(tmp_path: Path, content
 
 
 @pytest.mark.parametrize(
-    ("argv", "command"),
+    ("words", "command"),
     [
         (["strategy=ewc", "seed=1"], "cl-runner strategy=ewc seed=1"),
         (["--multirun", "strategy=ewc,lwf", "seed=1,2"], "cl-runner strategy=lwf seed=2"),
         (["--multirun", "--config-dir", "my conf", "seed=1,2"], "cl-runner --config-dir 'my conf' strategy=lwf seed=2"),
     ],
 )
-def test_the_command_is_that_of_the_run_alone(argv, command, tmp_path):
+def test_the_command_is_that_of_the_run_alone(words, command, tmp_path):
     (tmp_path / ".hydra").mkdir()
     (tmp_path / ".hydra" / "overrides.yaml").write_text("- strategy=lwf\n- seed=2\n")
-    assert command_of(tmp_path, argv) == command
+    assert command_of(tmp_path, shlex.join(["cl-runner", *words])) == command
+
+
+def test_a_run_that_no_command_asked_for_has_none(tmp_path: Path) -> None:
+    assert command_of(tmp_path, "") == ""

@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import pytest
 
+from cl_runner.errors import ConfigError
 from cl_runner.trackers import sending
 from cl_runner.trackers.base import Many
 from cl_runner.trackers.local import Local
@@ -201,6 +202,21 @@ def test_a_client_that_raises_ends_no_run_and_is_told_once(
     ]
     assert tracker.line().startswith("W&B: gave up (OSError: no space left); send what it has with: cl-runner sync ")
     assert "WANDB_DATA_DIR" not in os.environ
+
+
+def test_what_wandb_raises_at_the_start_is_told_in_one_line(tmp_path: Path) -> None:
+    tracker = Wandb(mode="offline", tags=[80 * "x"])
+    tracker.start(run_info(tmp_path))
+    tracker.close()
+    assert "ValidationError: 1 validation error" in tracker.line()
+    assert "64 characters" in tracker.line()
+    assert "\n" not in tracker.line()
+
+
+def test_a_mode_that_wandb_does_not_know_is_refused_before_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offlin")
+    with pytest.raises(ConfigError, match="WANDB_MODE: expected one of online, offline, .*, got 'offlin'"):
+        Wandb()
 
 
 def test_a_client_that_became_slow_is_not_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
