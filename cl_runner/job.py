@@ -14,7 +14,7 @@ from cl_runner.environment import environment
 from cl_runner.errors import ConfigError
 from cl_runner.folder import RunFolder
 from cl_runner.identity import plugin_digests
-from cl_runner.interrupt import Interrupt, Stopped
+from cl_runner.interrupt import Interrupt, Stopped, heed_all
 from cl_runner.logs import log_file, log_to
 from cl_runner.rerun import shown_if_done
 from cl_runner.run import run
@@ -31,7 +31,6 @@ def carry_out(experiment: Experiment) -> float | None:
     folder, interrupt = RunFolder(experiment.folder), Interrupt(experiment.config["rerun"])
     if shown_if_done(experiment):
         return _outcome(folder.results)
-    gc.collect()  # frees an earlier job's model, which is in cycles: a full GPU does not trigger it
     try:
         with folder.locked(), interrupt.listening():
             outcome = _outcome(_carried_out(experiment, folder, interrupt))
@@ -50,6 +49,9 @@ def _carried_out(experiment: Experiment, folder: RunFolder, interrupt: Interrupt
     new = not folder.status
     if (folder.path / CHECKPOINTS).exists():
         interrupt.place = "goes on where it was saved"  # until the checkpoint has been read, and the place is known
+    with interrupt.deferred():  # what a collection calls cannot raise Stopped
+        gc.collect()  # frees an earlier job's model, which is in cycles: a full GPU does not trigger it
+    heed_all()
     folder.write_config(experiment.config)
     folder.start(
         hash=experiment.hash,

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from cl_runner.command import run_submitted
 from cl_runner.compose import compose_jobs, in_order, parse
 from cl_runner.errors import ConfigError
+from cl_runner.job import carry_out
 from cl_runner.report.groups import group_runs
 from cl_runner.report.runs import read
 from cl_runner.report.status import Board
@@ -153,6 +155,36 @@ def test_ctrl_c_stops_the_sweep_and_the_same_command_goes_on(fragile, tmp_path):
     status, said = fragile()
     assert status == 0, said
     assert "3 done (1 of them before)" in said
+
+
+@pytest.mark.parametrize(
+    ("number", "status", "late"),
+    [(signal.SIGTERM, 143, False), (signal.SIGINT, 130, False), (signal.SIGTERM, 143, True)],
+)
+def test_a_signal_between_two_jobs_stops_the_sweep_even_where_an_exception_would_be_lost(
+    number, status, late, fragile, tmp_path, monkeypatch
+):
+    """`late`: when Hydra has made the second job's folder."""
+
+    class Dropped:
+        def __del__(self):
+            signal.raise_signal(number)
+
+    def surrounded(experiment):
+        if late and experiment.config["strategy"]["width"] == 1:
+            Dropped()
+        outcome = carry_out(experiment)
+        if not late:
+            Dropped()
+        return outcome
+
+    monkeypatch.setattr("cl_runner.job.carry_out", surrounded)
+    returned, said = fragile()
+    assert returned == status, said
+    assert "3 jobs: 1 done, 2 pending" in said
+    assert "cl-runner: stopped; the same command goes on" in said
+    assert [job["state"] for job in plan(tmp_path)["jobs"]] == ["done", "pending", "pending"]
+    assert (tmp_path / "outputs" / plan(tmp_path)["jobs"][1]["folder"]).exists() == late
 
 
 def test_a_job_that_another_process_is_at_is_left_to_it(fragile, tmp_path):

@@ -47,12 +47,18 @@ class Planned(Sweeper):
         )
 
     def launch(self, jobs: "Sequence[Job]") -> None:
-        """Carry out the jobs that are not done; what goes wrong outside of their runs is recorded in the plan."""
+        """Carry out the jobs that are not done; what goes wrong outside of their runs is recorded in the plan.
+
+        Raises Stopped if the sweep was told to stop between two jobs.
+        """
+        from cl_runner.interrupt import heed_all
+
         # Within this process they are launched one by one, so that each is checked when its turn comes. Jobs in
         # processes of their own check themselves.
         alone = type(self.launcher).__name__ == "BasicLauncher"
         over = ("done",) if getattr(self.launcher, "finds_running", False) else ("done", "running")
         for batch in [[job] for job in jobs] if alone else [list(jobs)]:
+            heed_all()
             left = [job for job in batch if self.plan.outcome(job)[0] not in over]
             todo = [job for job in left if not alone or self._unchanged(job)]
             if todo:
