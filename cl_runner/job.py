@@ -5,7 +5,6 @@ import os
 import shutil
 import signal
 import socket
-import traceback
 from typing import Any
 
 from cl_runner.checkpoint import FOLDER as CHECKPOINTS
@@ -37,9 +36,10 @@ def carry_out(experiment: Experiment) -> float | None:
     except Stopped as stopped:
         interrupt.hand_on(stopped)
         raise
-    if interrupt.asked is not None:
-        # There was nothing left to stop here: the signal is for whatever comes next, such as a sweep's next job.
-        signal.raise_signal(signal.Signals[interrupt.asked])
+    finally:
+        if interrupt.asked is not None and interrupt.stopping is None:
+            # There was nothing left to stop here: the signal is for whatever comes next, such as a sweep's next job.
+            signal.raise_signal(signal.Signals[interrupt.asked])
     return outcome
 
 
@@ -68,13 +68,9 @@ def _carried_out(experiment: Experiment, folder: RunFolder, interrupt: Interrupt
         try:
             shown = Console(console, experiment.tracker.line, place_of(experiment.folder))
             return run(experiment, folder, [experiment.tracker, shown], interrupt)
-        except BaseException as error:
-            if interrupt.stopping is not None:
-                folder.stop(interrupt.stopping)
-            elif new and isinstance(error, ConfigError):
+        except ConfigError:
+            if new:
                 shutil.rmtree(folder.path)  # the run never began
-            else:
-                folder.fail(error, traceback.format_exc())
             raise
 
 
