@@ -228,9 +228,16 @@ def _check_sweep(request: Request, jobs: list[Experiment]) -> None:
         node: Any = OmegaConf.to_container(request.hydra[name], resolve=True)
         if node["_target_"].startswith(PLUGINS):
             check_plugin(f"hydra.{name}", node, PLUGINS)
-    if sweeper == OPTUNA and not all(job.config["stream"].get("validation") for job in jobs):
+    if sweeper != OPTUNA:
+        return
+    if not all(job.config["stream"].get("validation") for job in jobs):
         raise ConfigError(
             "stream.validation", "expected a share above 0: hydra/sweeper=optuna selects by it, and never by test data"
+        )
+    if not request.swept:
+        some = "strategy=ewc,lwf or 'optimizer.lr=tag(log,interval(1e-4,1e-1))'"
+        raise ConfigError(
+            "hydra/sweeper", f"optuna expected something to search, such as {some}, got only single values"
         )
 
 

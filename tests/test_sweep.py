@@ -20,6 +20,7 @@ from cl_runner.sweep import Job, Sweep, sweeps
 from tests.report import samples
 
 MLP = ["model=mlp"]
+SEARCHED = ["hydra/sweeper=optuna", "stream.validation=0.2"]
 TINY = ["trainer.epochs=1", "strategy=finetune", "model.widths=[4]", "stream.max_tasks=2"]
 
 # A process that holds a run's folder until it is told to end.
@@ -325,6 +326,10 @@ def test_what_makes_no_sweep_is_refused(words, message):
         (["hydra/launcher=local", "hydra.launcher.at_once=0"], "hydra.launcher.at_once: expected at least 1, got 0"),
         (["hydra/launcher=local", "+hydra.launcher.at_one=2"], "hydra.launcher.at_one: unknown key; did you mean"),
         (["hydra/sweeper=optuna"], "stream.validation: expected a share above 0"),
+        ([*SEARCHED], "hydra/sweeper: optuna expected something to search"),
+        ([*SEARCHED, "optimizer.lr=interval(1e-1,1e-4)"], "optimizer.lr: expected an interval from a lower number"),
+        ([*SEARCHED, "optimizer.lr=tag(log,interval(0,1e-4))"], "optimizer.lr: expected a logarithmic interval"),
+        ([*SEARCHED, "trainer.epochs=interval(1,4)"], "trainer.epochs: expected int, got 1.0"),
     ],
 )
 def test_a_sweep_that_cannot_work_is_refused_before_there_is_a_folder(cl_runner, tmp_path, words, message):
@@ -344,20 +349,21 @@ def test_a_missing_extra_is_named(cl_runner, monkeypatch):
         assert f"pip install '.[{words[0].partition('=')[2]}]'" in said
 
 
-SEARCH = ["-m", *TINY[1:], "hydra/sweeper=optuna", "optimizer.lr=tag(log,interval(1e-3,1.0))", "stream.validation=0.2"]
+SEARCH = ["-m", *TINY[1:], *SEARCHED, "optimizer.lr=tag(log,interval(1e-3,1.0))"]
 
 
 def test_a_search_goes_on_and_finds_the_best_validation_accuracy(cl_runner, tmp_path):
     pytest.importorskip("optuna")
     said = ""
     for trials in (2, 4):
-        status, said = cl_runner(*SEARCH, "trainer.epochs=1,2", f"hydra.sweeper.trials={trials}")
+        status, said = cl_runner(*SEARCH, "trainer.epochs=int(interval(1,2))", f"hydra.sweeper.trials={trials}")
         assert status == 0, said
     results = [json.loads(path.read_text()) for path in (tmp_path / "outputs").glob("*/results.json")]
     best = max(results, key=lambda each: each["metrics"]["validation_accuracy"])
     assert len(results) == 4
     assert f"validation accuracy {100 * best['metrics']['validation_accuracy']:.2f} %" in said
     assert f"optimizer.lr={best['config']['optimizer']['lr']}" in said
+    assert {each["config"]["trainer"]["epochs"] for each in results} <= {1, 2}
     assert [len(sweep.jobs) for sweep in sweeps(tmp_path / "outputs")] == [2, 4]
 
 
