@@ -367,6 +367,17 @@ def test_a_search_goes_on_and_finds_the_best_validation_accuracy(cl_runner, tmp_
     assert [len(sweep.jobs) for sweep in sweeps(tmp_path / "outputs")] == [2, 4]
 
 
+def test_a_trial_that_failed_is_final_and_counted_apart(fragile, tmp_path):
+    pytest.importorskip("optuna")
+    (tmp_path / "break.1").touch()
+    search = [*SEARCHED, "hydra.sweeper.sampler=random", "hydra.sweeper.trials=4", "strategy.width=1,2"]
+    for _ in range(2):
+        status, said = fragile(*search)
+        assert status == 1, said
+        assert "best of 3 completed trials (1 failed): validation accuracy" in said
+        (tmp_path / "break.1").unlink(missing_ok=True)
+
+
 def test_what_a_job_said_before_it_had_a_folder_is_not_lost(tmp_path):
     sweep = Sweep(tmp_path, "cl-runner -m", [Job(["seed=0"], "gone", "01234567", error="conf: changed")])
     sweep.close()

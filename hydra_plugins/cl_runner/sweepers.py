@@ -205,5 +205,7 @@ def _say_best(study: "Study") -> None:
     from optuna.trial import TrialState
 
     if done := study.get_trials(states=[TrialState.COMPLETE]):
+        failed = len(study.get_trials(states=[TrialState.FAIL]))
+        trials = f"{len(done)} completed trial{'s' * (len(done) != 1)}{f' ({failed} failed)' * bool(failed)}"
         words = " ".join(f"{key}={value}" for key, value in study.best_params.items())
-        print(f"best of {len(done)} trials: validation accuracy {100 * study.best_value:.2f} % with {words}")
+        print(f"best of {trials}: validation accuracy {100 * study.best_value:.2f} % with {words}")
