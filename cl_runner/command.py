@@ -1,9 +1,11 @@
 """Carry out a command line of overrides: one run, or the jobs of a sweep."""
 
+import gc
 import os
 import sys
 import traceback
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -124,7 +126,7 @@ def run_sweep(request: Request, experiments: list[Experiment]) -> int:
     # A signal between two jobs waits until the next one is to begin. Jobs in other processes have launchers that stop
     # them.
     here = request.hydra.launcher._target_ == BASIC
-    with interrupt.listening() if here else nullcontext(), interrupt.deferred():
+    with interrupt.listening() if here else nullcontext(), interrupt.deferred(), _passed_over_by_collections():
         try:
             if not sweep.jobs or done_before < len(sweep.jobs):
                 hydra_main()
@@ -143,6 +145,16 @@ def run_sweep(request: Request, experiments: list[Experiment]) -> int:
         print(f"cl-runner: stopped; {again} goes on", file=sys.stderr)
         return getattr(stopped, "status", 130)
     return 0 if sweep.jobs and sweep.counts()["done"] == len(sweep.jobs) else 1
+
+
+@contextmanager
+def _passed_over_by_collections() -> Iterator[None]:
+    """Have the garbage collector pass over all that exists, modules above all: it is called before every job."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _planned(request: Request, experiments: list[Experiment]) -> "Sweep":
