@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 
 from cl_runner.command import run_submitted
 from cl_runner.compose import compose_jobs, in_order, parse
@@ -211,6 +212,18 @@ def test_a_job_whose_configuration_has_changed_since_is_refused(fragile, tmp_pat
     assert "conf: changed since submission" in said
     assert plan(tmp_path)["jobs"][1]["error"].startswith("conf: changed since submission")
     assert len([path for path in (tmp_path / "outputs").iterdir() if path.is_dir()]) == 1
+
+
+def test_a_job_is_composed_once_to_be_checked_and_run(fragile, monkeypatch):
+    composed, load = [], ConfigLoaderImpl.load_sweep_config
+
+    def counted(loader, config, overrides):
+        composed.append(overrides[-1])
+        return load(loader, config, overrides)
+
+    monkeypatch.setattr(ConfigLoaderImpl, "load_sweep_config", counted)
+    assert fragile()[0] == 0
+    assert composed == [f"strategy.width={width}" for width in range(3)]
 
 
 def test_a_submitted_job_whose_configuration_has_changed_since_is_refused(tmp_path, monkeypatch):
