@@ -1,9 +1,12 @@
 """Carry out a command line of overrides: one run, or the jobs of a sweep."""
 
+import gc
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import hydra
 from omegaconf import DictConfig, OmegaConf
@@ -15,8 +18,12 @@ from cl_runner.config import Experiment, check, validated, with_valid_settings
 from cl_runner.errors import ConfigError, in_a_line, raised_at
 from cl_runner.identity import display_name
 
+if TYPE_CHECKING:
+    from cl_runner.sweep import Sweep
+
 PLUGINS = "hydra_plugins.cl_runner"  # the launchers and sweepers of this project
 OPTUNA = f"{PLUGINS}.sweepers.Optuna"
+BASIC = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"  # runs jobs in this process
 
 
 def run(argv: list[str]) -> None:
@@ -109,12 +116,55 @@ def make_room(experiment: Experiment) -> None:
 
 def run_sweep(request: Request, experiments: list[Experiment]) -> int:
     """Carry out the jobs that are not done, and summarise them all. Returns the exit status."""
-    from cl_runner.folder import RunFolder
-    from cl_runner.interrupt import same_command
-    from cl_runner.rerun import is_made_again, join, move_aside, other_code, other_images, refuse_halves
-    from cl_runner.sweep import Job, Sweep, of_this_command, this_command
+    from cl_runner.interrupt import Interrupt, same_command
+    from cl_runner.rerun import join
+    from cl_runner.sweep import of_this_command
 
     sys.argv[1:] = request.argv
+    sweep = _planned(request, experiments)
+    done_before = sweep.counts()["done"]
+    stopped: KeyboardInterrupt | None = None
+    interrupt = Interrupt()
+    # A signal between two jobs waits until the next one is to begin. Jobs in other processes have launchers that stop
+    # them.
+    here = request.hydra.launcher._target_ == BASIC
+    with interrupt.listening() if here else nullcontext(), interrupt.deferred(), _passed_over_by_collections():
+        try:
+            if not sweep.jobs or done_before < len(sweep.jobs):
+                hydra_main()
+        except KeyboardInterrupt as error:
+            stopped = error
+        except Exception as error:  # from the launcher itself: a job's own error is in the plan
+            _say_failed(error)
+        for experiment in experiments:
+            join(experiment)
+        sweep = of_this_command(sweep.root)
+        sweep.close()
+        for line in sweep.summary(done_before):
+            print(line)
+    if stopped is not None:
+        again = same_command(rerun=experiments[0].config["rerun"])
+        print(f"cl-runner: stopped; {again} goes on", file=sys.stderr)
+        return getattr(stopped, "status", 130)
+    return 0 if sweep.jobs and sweep.counts()["done"] == len(sweep.jobs) else 1
+
+
+@contextmanager
+def _passed_over_by_collections() -> Iterator[None]:
+    """Have the garbage collector pass over all that exists, modules above all: it is called before every job."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+def _planned(request: Request, experiments: list[Experiment]) -> "Sweep":
+    """The sweep, written to its file, with the earlier runs moved aside that are to start over."""
+    from cl_runner.folder import RunFolder
+    from cl_runner.rerun import is_made_again, join, move_aside, other_code, other_images, refuse_halves
+    from cl_runner.sweep import Job, Sweep, this_command
+
     root = Path(experiments[0].config["output_root"])
     sweep = Sweep(root, this_command(), grows=request.hydra.sweeper._target_ != GRID)
     if not sweep.grows:
@@ -134,26 +184,7 @@ def run_sweep(request: Request, experiments: list[Experiment]) -> int:
     for experiment in experiments:  # also those that compute what another one computes
         join(experiment)
     sweep.write()
-    done_before = sweep.counts()["done"]
-    stopped: KeyboardInterrupt | None = None
-    try:
-        if not sweep.jobs or done_before < len(sweep.jobs):
-            hydra_main()
-    except KeyboardInterrupt as error:
-        stopped = error
-    except Exception as error:  # from the launcher itself: a job's own error is in the plan
-        _say_failed(error)
-    for experiment in experiments:
-        join(experiment)
-    sweep = of_this_command(root)
-    sweep.close()
-    for line in sweep.summary(done_before):
-        print(line)
-    if stopped is not None:
-        again = same_command(rerun=experiments[0].config["rerun"])
-        print(f"cl-runner: stopped; {again} goes on", file=sys.stderr)
-        return getattr(stopped, "status", 130)
-    return 0 if sweep.jobs and sweep.counts()["done"] == len(sweep.jobs) else 1
+    return sweep
 
 
 def run_submitted(argv: list[str], folder: Path) -> None:
@@ -213,9 +244,16 @@ def _check_sweep(request: Request, jobs: list[Experiment]) -> None:
         node: Any = OmegaConf.to_container(request.hydra[name], resolve=True)
         if node["_target_"].startswith(PLUGINS):
             check_plugin(f"hydra.{name}", node, PLUGINS)
-    if sweeper == OPTUNA and not all(job.config["stream"].get("validation") for job in jobs):
+    if sweeper != OPTUNA:
+        return
+    if not all(job.config["stream"].get("validation") for job in jobs):
         raise ConfigError(
             "stream.validation", "expected a share above 0: hydra/sweeper=optuna selects by it, and never by test data"
+        )
+    if not request.swept:
+        some = "strategy=ewc,lwf or 'optimizer.lr=tag(log,interval(1e-4,1e-1))'"
+        raise ConfigError(
+            "hydra/sweeper", f"optuna expected something to search, such as {some}, got only single values"
         )
 
 

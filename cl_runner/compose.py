@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -83,11 +84,13 @@ class Request:
 
     jobs: for each configuration, the overrides that select it alone, and the configuration itself. Unless the sweeper
         is a grid, these are samples of what it may ask for: every choice, and both ends of every interval.
+    swept: the keys that take several values in turn.
     hydra: Hydra's own part of the configuration: `launcher`, `sweeper`.
     argv: the command line as Hydra takes it.
     """
 
     jobs: list[tuple[list[str], DictConfig]]
+    swept: list[str]
     hydra: DictConfig
     argv: list[str]
     sweep: bool
@@ -143,7 +146,7 @@ def _single_run(words: "_Words", given: list[Override], argv: list[str]) -> Requ
     overrides = [_word(override) for override in given]
     cfg = words.composed(overrides, with_hydra=True)
     own = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
-    return Request([(overrides, own)], cfg.hydra, words.for_hydra(argv, overrides), sweep=False)
+    return Request([(overrides, own)], [], cfg.hydra, words.for_hydra(argv, overrides), sweep=False)
 
 
 def _sweep(words: "_Words", given: list[Override], argv: list[str]) -> Request:
@@ -162,7 +165,8 @@ def _sweep(words: "_Words", given: list[Override], argv: list[str]) -> Request:
     else:
         jobs = _one_at_a_time([list(_values(override, ends=True)) for override in keys.values()])
     composed = [(list(job), words.of_a_sweep(job)) for job in jobs]
-    return Request(composed, master.hydra, words.for_hydra(argv, single), sweep=True)
+    swept = [key for key, override in keys.items() if override.is_sweep_override()]
+    return Request(composed, swept, master.hydra, words.for_hydra(argv, single), sweep=True)
 
 
 def _refuse_unknown_of_hydra(words: "_Words", given: list[Override]) -> None:
@@ -230,9 +234,18 @@ def _values(override: Override, ends: bool = False) -> Iterator[str]:
             raise ConfigError(key, f"expected values to take in turn, got none in {override.input_line}")
         yield from values
     elif ends and isinstance(interval := override.value(), IntervalSweep):
+        _refuse_no_interval(key, interval, override.input_line)
         yield from (f"{key}={value}" for value in (interval.start, interval.end))
     else:
         raise ConfigError(key, "expected values to take in turn; an interval is for hydra/sweeper=optuna")
+
+
+def _refuse_no_interval(key: str, interval: IntervalSweep, word: str | None) -> None:
+    low, high = float(interval.start or 0), float(interval.end or 0)
+    if not (math.isfinite(low) and math.isfinite(high) and low <= high):
+        raise ConfigError(key, f"expected an interval from a lower number to a higher one, got {word}")
+    if "log" in interval.tags and low <= 0:
+        raise ConfigError(key, f"expected a logarithmic interval to begin above 0, got {word}")
 
 
 def _word(override: Override) -> str:

@@ -26,10 +26,10 @@ class Stopped(KeyboardInterrupt):
 
 
 class Interrupt:
-    """Handles the signals that ask a run to stop.
+    """Handles the signals that ask a run, or a sweep of several in this process, to stop.
 
     In the body of `deferred` a signal is only noted, and `soon` is called; elsewhere it ends the run on the spot, which
-    then resumes from the last checkpoint. A second Ctrl-C always does.
+    then resumes from the last checkpoint. A second Ctrl-C always does, except in what is deferred once it is stopping.
 
     Where SIGTERM has a handler other than Python's own, it only announces what is to come: that handler is called once
     the run is saved, and if it returns the run goes on. (submitit's does: it requeues a job on SIGUSR2.)
@@ -49,6 +49,7 @@ class Interrupt:
     def listening(self) -> Iterator[None]:
         """Install the handlers for the body, in the main thread only (no other can); ignored signals stay ignored."""
         if threading.current_thread() is threading.main_thread():
+            _listening.append(self)
             for name in filter(lambda name: hasattr(signal, name), STOPPING):
                 before = signal.getsignal(getattr(signal, name))
                 if before not in (signal.SIG_IGN, None):
@@ -59,6 +60,8 @@ class Interrupt:
         finally:
             for name, before in self._before.items():
                 signal.signal(getattr(signal, name), before)
+            if self in _listening:
+                _listening.remove(self)
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
@@ -72,22 +75,22 @@ class Interrupt:
     def heed(self) -> None:
         """Stop if a signal asked for it; call when everything is saved.
 
-        Raises Stopped.
+        Raises Stopped, also again: where Python was in a callback, which cannot raise, the first was lost.
         """
-        if self.asked is not None:
-            name, self.asked = self.asked, None
+        name, self.asked = self.stopping or self.asked, None
+        if name is not None:
             self._obey(name)
 
     def hand_on(self, stopped: Stopped) -> None:
         """Call the handler that was there before, a launcher's, now that nothing of the run is left in this process."""
-        before = self._before.get(stopped.name, signal.SIG_DFL)
+        before = self._launchers(stopped.name)
         if before not in PLAIN:
             before(signal.Signals[stopped.name], None)
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
         impatient = name == "SIGINT" and "SIGINT" in (self.asked, self.stopping)
-        if self.stopping is not None and not impatient:
+        if self.stopping is not None and (self._deferred or not impatient):
             return
         self.soon()
         if self._deferred and not impatient:
@@ -97,8 +100,26 @@ class Interrupt:
 
     def _obey(self, name: str) -> None:
         self.stopping = name
-        before = self._before.get(name, signal.SIG_DFL)
+        before = self._launchers(name)
         if name != "SIGTERM" or before in PLAIN:
             raise Stopped(name, self.command, self.place)
         before(signal.SIGTERM, None)  # may end the process by an exception of its own
         self.stopping = None
+
+    def _launchers(self, name: str) -> Any:
+        """The handler found around the run, and around the sweep that it belongs to."""
+        before = self._before.get(name, signal.SIG_DFL)
+        around = getattr(before, "__self__", None)
+        return around._launchers(name) if isinstance(around, Interrupt) else before
+
+
+_listening: list[Interrupt] = []  # those whose handlers are installed, outermost first
+
+
+def heed_all() -> None:
+    """Stop, if that was asked for: of the run or, before it began, of the sweep around it.
+
+    Raises Stopped.
+    """
+    for interrupt in _listening:
+        interrupt.heed()

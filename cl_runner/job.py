@@ -5,7 +5,6 @@ import os
 import shutil
 import signal
 import socket
-import traceback
 from typing import Any
 
 from cl_runner.checkpoint import FOLDER as CHECKPOINTS
@@ -14,7 +13,7 @@ from cl_runner.environment import environment
 from cl_runner.errors import ConfigError
 from cl_runner.folder import RunFolder
 from cl_runner.identity import plugin_digests
-from cl_runner.interrupt import Interrupt, Stopped
+from cl_runner.interrupt import Interrupt, Stopped, heed_all
 from cl_runner.logs import log_file, log_to
 from cl_runner.rerun import shown_if_done
 from cl_runner.run import run
@@ -31,16 +30,16 @@ def carry_out(experiment: Experiment, command: str = "") -> float | None:
     folder, interrupt = RunFolder(experiment.folder), Interrupt(experiment.config["rerun"])
     if shown_if_done(experiment):
         return _outcome(folder.results)
-    gc.collect()  # frees an earlier job's model, which is in cycles: a full GPU does not trigger it
     try:
         with folder.locked(), interrupt.listening():
             outcome = _outcome(_carried_out(experiment, folder, interrupt, command))
     except Stopped as stopped:
         interrupt.hand_on(stopped)
         raise
-    if interrupt.asked is not None:
-        # There was nothing left to stop here: the signal is for whatever comes next, such as a sweep's next job.
-        signal.raise_signal(signal.Signals[interrupt.asked])
+    finally:
+        if interrupt.asked is not None and interrupt.stopping is None:
+            # There was nothing left to stop here: the signal is for whatever comes next, such as a sweep's next job.
+            signal.raise_signal(signal.Signals[interrupt.asked])
     return outcome
 
 
@@ -50,6 +49,9 @@ def _carried_out(experiment: Experiment, folder: RunFolder, interrupt: Interrupt
     new = not folder.status
     if (folder.path / CHECKPOINTS).exists():
         interrupt.place = "goes on where it was saved"  # until the checkpoint has been read, and the place is known
+    with interrupt.deferred():  # what a collection calls cannot raise Stopped
+        gc.collect()  # frees an earlier job's model, which is in cycles: a full GPU does not trigger it
+    heed_all()
     folder.write_config(experiment.config)
     folder.start(
         hash=experiment.hash,
@@ -66,13 +68,9 @@ def _carried_out(experiment: Experiment, folder: RunFolder, interrupt: Interrupt
         try:
             shown = Console(console, experiment.tracker.line, place_of(experiment.folder))
             return run(experiment, folder, [experiment.tracker, shown], interrupt)
-        except BaseException as error:
-            if interrupt.stopping is not None:
-                folder.stop(interrupt.stopping)
-            elif new and isinstance(error, ConfigError):
+        except ConfigError:
+            if new:
                 shutil.rmtree(folder.path)  # the run never began
-            else:
-                folder.fail(error, traceback.format_exc())
             raise
 
 

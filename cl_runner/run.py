@@ -2,6 +2,7 @@
 
 import os
 import secrets
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -36,14 +37,26 @@ def run(
     """
     journal, interrupt = Local(), interrupt or Interrupt()
     tracker = Many([journal, *watchers])
-    failed = True
     try:
         results = _run(experiment, folder, journal, tracker, interrupt)
-        failed = False
-    finally:
-        preempted = interrupt.stopping is not None
-        tracker.close(failed=failed and not preempted, preempted=preempted)
+    except BaseException as error:
+        _end(folder, tracker, interrupt, error)
+        raise
+    tracker.close()
     return results
+
+
+def _end(folder: RunFolder, tracker: Tracker, interrupt: Interrupt, error: BaseException) -> None:
+    """Note in the folder what ended the run, and then say so: whoever reads that it is saved may kill the process."""
+    stopped_by = interrupt.stopping
+    try:
+        with interrupt.deferred():
+            if stopped_by is not None:
+                folder.stop(stopped_by)
+            else:
+                folder.fail(error, traceback.format_exc())
+    finally:
+        tracker.close(failed=stopped_by is None, preempted=stopped_by is not None)
 
 
 def _run(

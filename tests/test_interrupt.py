@@ -1,10 +1,11 @@
 import os
 import signal
 import threading
+from contextlib import suppress
 
 import pytest
 
-from cl_runner.interrupt import Interrupt, Stopped
+from cl_runner.interrupt import Interrupt, Stopped, heed_all
 
 STATUS = {signal.SIGTERM: 143, signal.SIGUSR2: 140, signal.SIGINT: 130, signal.SIGHUP: 129}
 
@@ -136,3 +137,56 @@ def test_a_launcher_that_ends_the_process_on_sigterm_is_known_to_have_stopped_th
     with pytest.raises(SystemExit), interrupt.listening():
         send(signal.SIGTERM)
     assert interrupt.stopping == "SIGTERM"
+
+
+def test_a_signal_within_a_job_of_a_sweep_stops_the_job_and_with_it_the_sweep():
+    sweep, job = Interrupt(), Interrupt()
+    with sweep.listening(), sweep.deferred():
+        with pytest.raises(Stopped) as stopped, job.listening():
+            send(signal.SIGTERM)
+        job.hand_on(stopped.value)
+        assert (job.stopping, sweep.asked, sweep.stopping) == ("SIGTERM", None, None)
+
+
+def test_a_signal_between_two_jobs_waits_for_the_next():
+    sweep = Interrupt()
+    with sweep.listening(), sweep.deferred():
+        heed_all()
+        with Interrupt().listening():
+            pass
+        send(signal.SIGTERM)
+        with pytest.raises(Stopped):
+            heed_all()
+    heed_all()
+
+
+def test_a_launcher_around_a_sweep_is_called_for_the_job_that_it_stops():
+    called = []
+    signal.signal(signal.SIGTERM, lambda number, frame: called.append(number))
+    job = Interrupt()
+    with Interrupt().listening(), job.listening():
+        send(signal.SIGTERM)
+    assert called == [signal.SIGTERM]
+    assert job.stopping is None
+
+
+def test_a_stop_that_got_lost_in_a_callback_is_made_up_for():
+    interrupt = Interrupt()
+    with interrupt.listening():
+        with suppress(Stopped):
+            send(signal.SIGTERM)
+        with pytest.raises(Stopped):
+            interrupt.heed()
+
+
+@pytest.mark.parametrize("times", [1, 3])
+def test_what_is_written_while_a_run_stops_is_written_to_its_end(times):
+    interrupt = Interrupt()
+    with interrupt.listening():
+        with pytest.raises(Stopped):
+            send(signal.SIGINT)
+        with interrupt.deferred():
+            for _ in range(times):
+                send(signal.SIGINT)
+        with pytest.raises(Stopped):
+            send(signal.SIGINT)

@@ -160,6 +160,38 @@ def test_trackers_are_told_that_a_stopped_run_will_go_on_and_that_a_failed_one_f
     assert closed == [(False, True), (True, False), (False, False)]
 
 
+@pytest.mark.parametrize(
+    ("action", "state"),
+    [(partial(send, signal.SIGINT), "pending"), (partial(int, "x"), "failed"), (lambda: None, "done")],
+    ids=["stopped", "failed", "done"],
+)
+def test_ctrl_c_while_a_run_says_how_it_ended_does_not_change_that(action, state, tmp_path):
+    class Slow(NullTracker):
+        def close(self, failed=False, preempted=False):
+            send(signal.SIGINT)
+
+    made = at_step(experiment(tmp_path, "strategy=finetune"), 3, action)
+    made.tracker = Slow()
+    with pytest.raises(Stopped):
+        carry_out(made)
+    assert RunFolder(made.folder).state == state
+
+
+def test_a_second_ctrl_c_does_not_keep_a_stopped_run_from_noting_that_it_was_stopped(tmp_path, monkeypatch):
+    made = at_step(experiment(tmp_path, "strategy=finetune"), 3, partial(send, signal.SIGINT))
+    update = RunFolder.update_status
+
+    def impatient(folder, **values):
+        if values.get("state") == "pending":
+            send(signal.SIGINT)
+        update(folder, **values)
+
+    monkeypatch.setattr(RunFolder, "update_status", impatient)
+    with pytest.raises(Stopped):
+        carry_out(made)
+    assert RunFolder(made.folder).state == "pending"
+
+
 def test_a_run_that_failed_says_why_where_anyone_looks(tmp_path):
     def fail():
         raise ValueError("this is why")

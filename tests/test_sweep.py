@@ -2,15 +2,18 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 
 from cl_runner.command import run_submitted
 from cl_runner.compose import compose_jobs, in_order, parse
 from cl_runner.errors import ConfigError
+from cl_runner.job import carry_out
 from cl_runner.report.groups import group_runs
 from cl_runner.report.runs import read
 from cl_runner.report.status import Board
@@ -18,6 +21,7 @@ from cl_runner.sweep import Job, Sweep, sweeps
 from tests.report import samples
 
 MLP = ["model=mlp"]
+SEARCHED = ["hydra/sweeper=optuna", "stream.validation=0.2"]
 TINY = ["trainer.epochs=1", "strategy=finetune", "model.widths=[4]", "stream.max_tasks=2"]
 
 # A process that holds a run's folder until it is told to end.
@@ -155,6 +159,36 @@ def test_ctrl_c_stops_the_sweep_and_the_same_command_goes_on(fragile, tmp_path):
     assert "3 done (1 of them before)" in said
 
 
+@pytest.mark.parametrize(
+    ("number", "status", "late"),
+    [(signal.SIGTERM, 143, False), (signal.SIGINT, 130, False), (signal.SIGTERM, 143, True)],
+)
+def test_a_signal_between_two_jobs_stops_the_sweep_even_where_an_exception_would_be_lost(
+    number, status, late, fragile, tmp_path, monkeypatch
+):
+    """`late`: when Hydra has made the second job's folder."""
+
+    class Dropped:
+        def __del__(self):
+            signal.raise_signal(number)
+
+    def surrounded(experiment):
+        if late and experiment.config["strategy"]["width"] == 1:
+            Dropped()
+        outcome = carry_out(experiment)
+        if not late:
+            Dropped()
+        return outcome
+
+    monkeypatch.setattr("cl_runner.job.carry_out", surrounded)
+    returned, said = fragile()
+    assert returned == status, said
+    assert "3 jobs: 1 done, 2 pending" in said
+    assert "cl-runner: stopped; the same command goes on" in said
+    assert [job["state"] for job in plan(tmp_path)["jobs"]] == ["done", "pending", "pending"]
+    assert (tmp_path / "outputs" / plan(tmp_path)["jobs"][1]["folder"]).exists() == late
+
+
 def test_a_job_that_another_process_is_at_is_left_to_it(fragile, tmp_path):
     fragile()
     _, second, third = [tmp_path / "outputs" / job["folder"] for job in plan(tmp_path)["jobs"]]
@@ -178,6 +212,18 @@ def test_a_job_whose_configuration_has_changed_since_is_refused(fragile, tmp_pat
     assert "conf: changed since submission" in said
     assert plan(tmp_path)["jobs"][1]["error"].startswith("conf: changed since submission")
     assert len([path for path in (tmp_path / "outputs").iterdir() if path.is_dir()]) == 1
+
+
+def test_a_job_is_composed_once_to_be_checked_and_run(fragile, monkeypatch):
+    composed, load = [], ConfigLoaderImpl.load_sweep_config
+
+    def counted(loader, config, overrides):
+        composed.append(overrides[-1])
+        return load(loader, config, overrides)
+
+    monkeypatch.setattr(ConfigLoaderImpl, "load_sweep_config", counted)
+    assert fragile()[0] == 0
+    assert composed == [f"strategy.width={width}" for width in range(3)]
 
 
 def test_a_submitted_job_whose_configuration_has_changed_since_is_refused(tmp_path, monkeypatch):
@@ -293,6 +339,10 @@ def test_what_makes_no_sweep_is_refused(words, message):
         (["hydra/launcher=local", "hydra.launcher.at_once=0"], "hydra.launcher.at_once: expected at least 1, got 0"),
         (["hydra/launcher=local", "+hydra.launcher.at_one=2"], "hydra.launcher.at_one: unknown key; did you mean"),
         (["hydra/sweeper=optuna"], "stream.validation: expected a share above 0"),
+        ([*SEARCHED], "hydra/sweeper: optuna expected something to search"),
+        ([*SEARCHED, "optimizer.lr=interval(1e-1,1e-4)"], "optimizer.lr: expected an interval from a lower number"),
+        ([*SEARCHED, "optimizer.lr=tag(log,interval(0,1e-4))"], "optimizer.lr: expected a logarithmic interval"),
+        ([*SEARCHED, "trainer.epochs=interval(1,4)"], "trainer.epochs: expected int, got 1.0"),
     ],
 )
 def test_a_sweep_that_cannot_work_is_refused_before_there_is_a_folder(cl_runner, tmp_path, words, message):
@@ -312,21 +362,33 @@ def test_a_missing_extra_is_named(cl_runner, monkeypatch):
         assert f"pip install '.[{words[0].partition('=')[2]}]'" in said
 
 
-SEARCH = ["-m", *TINY[1:], "hydra/sweeper=optuna", "optimizer.lr=tag(log,interval(1e-3,1.0))", "stream.validation=0.2"]
+SEARCH = ["-m", *TINY[1:], *SEARCHED, "optimizer.lr=tag(log,interval(1e-3,1.0))"]
 
 
 def test_a_search_goes_on_and_finds_the_best_validation_accuracy(cl_runner, tmp_path):
     pytest.importorskip("optuna")
     said = ""
     for trials in (2, 4):
-        status, said = cl_runner(*SEARCH, "trainer.epochs=1,2", f"hydra.sweeper.trials={trials}")
+        status, said = cl_runner(*SEARCH, "trainer.epochs=int(interval(1,2))", f"hydra.sweeper.trials={trials}")
         assert status == 0, said
     results = [json.loads(path.read_text()) for path in (tmp_path / "outputs").glob("*/results.json")]
     best = max(results, key=lambda each: each["metrics"]["validation_accuracy"])
     assert len(results) == 4
     assert f"validation accuracy {100 * best['metrics']['validation_accuracy']:.2f} %" in said
     assert f"optimizer.lr={best['config']['optimizer']['lr']}" in said
+    assert {each["config"]["trainer"]["epochs"] for each in results} <= {1, 2}
     assert [len(sweep.jobs) for sweep in sweeps(tmp_path / "outputs")] == [2, 4]
+
+
+def test_a_trial_that_failed_is_final_and_counted_apart(fragile, tmp_path):
+    pytest.importorskip("optuna")
+    (tmp_path / "break.1").touch()
+    search = [*SEARCHED, "hydra.sweeper.sampler=random", "hydra.sweeper.trials=4", "strategy.width=1,2"]
+    for _ in range(2):
+        status, said = fragile(*search)
+        assert status == 1, said
+        assert "best of 3 completed trials (1 failed): validation accuracy" in said
+        (tmp_path / "break.1").unlink(missing_ok=True)
 
 
 def test_what_a_job_said_before_it_had_a_folder_is_not_lost(tmp_path):

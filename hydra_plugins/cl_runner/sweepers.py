@@ -8,8 +8,9 @@ import json
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
+from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override
 from hydra.core.plugins import Plugins
@@ -30,6 +31,24 @@ if TYPE_CHECKING:
     from cl_runner.sweep import Job, Sweep
 
 
+class ComposedOnce:
+    """Hydra's loader of configurations, for the launcher: it is handed the one that was composed to check its job."""
+
+    def __init__(self, loader: ConfigLoader) -> None:
+        self._loader = loader
+        self._composed: dict[tuple[str, ...], DictConfig] = {}
+
+    def composed(self, config: DictConfig, overrides: list[str]) -> DictConfig:
+        now = self._composed[tuple(overrides)] = self._loader.load_sweep_config(config, overrides)
+        return now
+
+    def load_sweep_config(self, config: DictConfig, overrides: list[str]) -> DictConfig:
+        return self._composed.pop(tuple(overrides), None) or self._loader.load_sweep_config(config, overrides)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loader, name)
+
+
 class Planned(Sweeper):
     """What the sweepers share: they pass jobs in the sweep's plan to the launcher."""
 
@@ -42,17 +61,26 @@ class Planned(Sweeper):
         self.config: DictConfig = config
         self.loader = hydra_context.config_loader
         self.plan: Sweep = of_this_command(Path(config.output_root))
+        self.once = ComposedOnce(self.loader)
         self.launcher: Launcher = Plugins.instance().instantiate_launcher(
-            hydra_context=hydra_context, task_function=task_function, config=config
+            hydra_context=HydraContext(cast(ConfigLoader, self.once), hydra_context.callbacks),
+            task_function=task_function,
+            config=config,
         )
 
     def launch(self, jobs: "Sequence[Job]") -> None:
-        """Carry out the jobs that are not done; what goes wrong outside of their runs is recorded in the plan."""
+        """Carry out the jobs that are not done; what goes wrong outside of their runs is recorded in the plan.
+
+        Raises Stopped if the sweep was told to stop between two jobs.
+        """
+        from cl_runner.interrupt import heed_all
+
         # Within this process they are launched one by one, so that each is checked when its turn comes. Jobs in
         # processes of their own check themselves.
         alone = type(self.launcher).__name__ == "BasicLauncher"
         over = ("done",) if getattr(self.launcher, "finds_running", False) else ("done", "running")
         for batch in [[job] for job in jobs] if alone else [list(jobs)]:
+            heed_all()
             left = [job for job in batch if self.plan.outcome(job)[0] not in over]
             todo = [job for job in left if not alone or self._unchanged(job)]
             if todo:
@@ -65,7 +93,7 @@ class Planned(Sweeper):
     def _unchanged(self, job: "Job") -> bool:
         """Whether the job's overrides still compose to what they did when the sweep was planned."""
         try:
-            now = self.loader.load_sweep_config(self.config, job.overrides).hydra.sweep.subdir
+            now = self.once.composed(self.config, job.overrides).hydra.sweep.subdir
         except Exception as error:  # whatever the files contain by now
             why = str(error).partition("\n")[0]
             self._failed(job, ConfigError("conf", f"changed since submission, and cannot be read now: {why}"))
@@ -199,5 +227,7 @@ def _say_best(study: "Study") -> None:
     from optuna.trial import TrialState
 
     if done := study.get_trials(states=[TrialState.COMPLETE]):
+        failed = len(study.get_trials(states=[TrialState.FAIL]))
+        trials = f"{len(done)} completed trial{'s' * (len(done) != 1)}{f' ({failed} failed)' * bool(failed)}"
         words = " ".join(f"{key}={value}" for key, value in study.best_params.items())
-        print(f"best of {len(done)} trials: validation accuracy {100 * study.best_value:.2f} % with {words}")
+        print(f"best of {trials}: validation accuracy {100 * study.best_value:.2f} % with {words}")
