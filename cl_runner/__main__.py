@@ -35,7 +35,9 @@ def main() -> None:
         except OSError as error:
             if error.filename is None:
                 raise
-            print(f"cl-runner: {error.filename}: {error.strerror}", file=sys.stderr)  # no permission to read it, say
+            print(
+                f"cl-runner: {error.filename}: {error.strerror or error}", file=sys.stderr
+            )  # no permission to read it, say
             sys.exit(2)
         except KeyboardInterrupt as stopped:  # a run says where it resumes, and which signal it was
             print(f"cl-runner: {str(stopped) or 'stopped'}", file=sys.stderr)
@@ -54,7 +56,7 @@ def _answer(argv: list[str]) -> None:
         )
     else:
         from cl_runner.command import hydra_main, run, try_composing
-        from cl_runner.compose import compose_jobs, in_order
+        from cl_runner.compose import for_hydra, in_order
 
         words = {word.partition("=")[0] for word in argv}
         if not words & ASKS_HYDRA:
@@ -64,12 +66,13 @@ def _answer(argv: list[str]) -> None:
             sys.argv[1:] = ["--hydra-help"]  # with overrides beside it, Hydra's help is a traceback
         elif words & {"--cfg", "-c"}:
             try_composing(argv)
+            sys.argv[1:] = for_hydra(argv)
         else:
             given = in_order(argv)  # refuses stray words in one line, without Hydra's usage
             if "--multirun" in given:
                 raise ConfigError("command line", "expected no -m (--multirun) where one configuration is shown")
             if words & {"--help", "-h"}:
-                compose_jobs(given)  # refuses an unknown choice in one line, where Hydra prints several
+                sys.argv[1:] = for_hydra(argv)  # refuses an unknown choice in one line, where Hydra prints several
         hydra_main()
 
 

@@ -198,12 +198,14 @@ def run_submitted(argv: list[str], folder: Path) -> None:
 
     with log_to(the_console()):
         sys.argv[1:] = in_order(argv)
-        (cfg,) = compose_jobs(sys.argv[1:])
+        request = parse(sys.argv[1:])
+        ((_, cfg),) = request.jobs
         now = check(cfg).folder.name
     if now != folder.name:
         raise ConfigError("conf", f"changed since submission: {folder.name} would be {now}; give the command again")
     if RunFolder(folder).state not in ("done", "running"):
         os.environ["HYDRA_FULL_ERROR"] = "1"
+        sys.argv[1:] = request.argv
         hydra_main()
 
 

@@ -4,7 +4,7 @@ import copy
 import itertools
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -117,6 +117,18 @@ def parse(argv: list[str]) -> Request:
         if not arguments.multirun:
             return _single_run(words, given, argv)
         return _sweep(words, given, argv)
+
+
+def for_hydra(argv: list[str]) -> list[str]:
+    """A command line as Hydra accepts it: all of its options first, then the overrides.
+
+    Raises ConfigError for what Hydra itself would refuse.
+    """
+    accepted, options = parse(in_order(argv)).argv, list(argv)
+    overrides = get_args_parser().parse_intermixed_args(argv).overrides
+    for word in overrides:
+        options.remove(word)
+    return [*options, *accepted[len(accepted) - len(overrides) :]]
 
 
 def knows_all_keys(argv: list[str]) -> bool:
@@ -332,18 +344,27 @@ class _Words:
         return argv
 
     def _lenient(self, word: str) -> str:
-        """The word with unknown keys allowed, so that the check can suggest the nearest valid one."""
-        return f"++{word}" if self._sets_a_value(word) else word
+        return lenient(word, self._groups)
 
     def _sets_a_value(self, word: str) -> bool:
-        """Whether a word sets a value, rather than makes a choice, adds or deletes something, or names a folder."""
-        key, equals, _ = word.partition("=")
-        return (
-            bool(equals)
-            and not key.startswith(("+", "~", "hydra"))
-            and "/" not in key
-            and key.partition("@")[0] not in self._groups
-        )
+        return _sets_a_value(word, self._groups)
+
+
+def lenient(word: str, groups: Collection[str]) -> str:
+    """The word with unknown keys allowed: a later check can suggest the nearest valid one, and knows which arguments a
+    component takes that its YAML does not list. `groups`: of the configuration."""
+    return f"++{word}" if _sets_a_value(word, groups) else word
+
+
+def _sets_a_value(word: str, groups: Collection[str]) -> bool:
+    """Whether a word sets a value, rather than makes a choice, adds or deletes something, or names a folder."""
+    key, equals, _ = word.partition("=")
+    return (
+        bool(equals)
+        and not key.startswith(("+", "~", "hydra"))
+        and "/" not in key
+        and key.partition("@")[0] not in groups
+    )
 
 
 def choices(config_dir: str | None = None) -> dict[str, dict[str, str]]:

@@ -265,6 +265,15 @@ def test_hydras_own_help_is_shown_whatever_is_beside_it(cl_runner):
     assert "--config-dir" in said
 
 
+@pytest.mark.parametrize("words", [["optimizer.amsgrad=true"], ["trainer.first_task.epochs=3"]])
+def test_arguments_that_a_yaml_does_not_list_are_shown_as_they_are_run(words, cl_runner):
+    key = words[0].partition("=")[0].rpartition(".")[2]
+    status, said = cl_runner(*words, "--cfg", "job")
+    assert (status, f"{key}: {words[0].partition('=')[2]}\n" in said) == (0, True)
+    status, said = cl_runner("--help", *words)
+    assert status == 0, said
+
+
 def test_what_a_command_cannot_do_is_one_line_and_status_2(cl_runner):
     status, said = cl_runner("status", "nothing", small=False)
     assert status == 2

@@ -172,10 +172,10 @@ def test_a_signal_between_two_jobs_stops_the_sweep_even_where_an_exception_would
         def __del__(self):
             signal.raise_signal(number)
 
-    def surrounded(experiment):
+    def surrounded(experiment, command):
         if late and experiment.config["strategy"]["width"] == 1:
             Dropped()
-        outcome = carry_out(experiment)
+        outcome = carry_out(experiment, command)
         if not late:
             Dropped()
         return outcome
@@ -272,6 +272,12 @@ hydra:
       strategy.strength: 1,2
       seed: range(0,3)
 """
+
+
+@pytest.mark.parametrize("word", ["optimizer.amsgrad=true,false", "trainer.first_task.epochs=1,2"])
+def test_an_argument_that_its_yaml_does_not_list_may_be_swept_over(word, cl_runner, tmp_path):
+    status, said = cl_runner("-m", *TINY, word)
+    assert (status, "2 jobs: 2 done" in said) == (0, True), said
 
 
 @pytest.fixture

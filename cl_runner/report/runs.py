@@ -93,7 +93,7 @@ def _planned(folder: Path) -> tuple[dict[str, str | None], list[LeftOut]]:
     """job's folder -> what went wrong outside of its run, for the folder's sweeps; and their plan, if damaged."""
     try:
         return {job.folder: job.error for sweep in sweeps(folder) for job in sweep.jobs}, []
-    except (ConfigError, KeyError, TypeError) as error:
+    except (ConfigError, OSError, KeyError, TypeError) as error:
         return {}, [LeftOut(SWEEPS, "damaged", str(error))]
 
 

@@ -15,6 +15,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobStatus
+from hydra.errors import HydraException
 from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
@@ -39,11 +40,20 @@ class ComposedOnce:
         self._composed: dict[tuple[str, ...], DictConfig] = {}
 
     def composed(self, config: DictConfig, overrides: list[str]) -> DictConfig:
-        now = self._composed[tuple(overrides)] = self._loader.load_sweep_config(config, overrides)
+        now = self._composed[tuple(overrides)] = self._composed_now(config, overrides)
         return now
 
     def load_sweep_config(self, config: DictConfig, overrides: list[str]) -> DictConfig:
-        return self._composed.pop(tuple(overrides), None) or self._loader.load_sweep_config(config, overrides)
+        return self._composed.pop(tuple(overrides), None) or self._composed_now(config, overrides)
+
+    def _composed_now(self, config: DictConfig, overrides: list[str]) -> DictConfig:
+        from cl_runner.compose import lenient
+
+        try:
+            return self._loader.load_sweep_config(config, overrides)
+        except HydraException:  # an argument that its component takes but its YAML does not list
+            groups = self._loader.list_groups("")
+            return self._loader.load_sweep_config(config, [lenient(word, groups) for word in overrides])
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._loader, name)
