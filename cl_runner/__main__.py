@@ -32,12 +32,10 @@ def main() -> None:
         except ConfigError as error:
             print(f"cl-runner: {error}", file=sys.stderr)
             sys.exit(2)
-        except OSError as error:
+        except OSError as error:  # no permission to read a file, say
             if error.filename is None:
                 raise
-            print(
-                f"cl-runner: {error.filename}: {error.strerror or error}", file=sys.stderr
-            )  # no permission to read it, say
+            print(f"cl-runner: {error.filename}: {error.strerror or error}", file=sys.stderr)
             sys.exit(2)
         except KeyboardInterrupt as stopped:  # a run says where it resumes, and which signal it was
             print(f"cl-runner: {str(stopped) or 'stopped'}", file=sys.stderr)
