@@ -119,7 +119,8 @@ def imported(target: Any, path: str = "_target_", allowed: tuple[str, ...] | Non
         found = getattr(importlib.import_module(module_name), name)
     except Exception as error:  # the module's own code may raise anything
         message = error.msg if isinstance(error, SyntaxError) else str(error).partition("\n")[0]
-        why = ", ".join(filter(None, [f"{type(error).__name__}: {message}", raised_at(error)]))
+        kind = ": ".join(filter(None, [type(error).__name__, message]))
+        why = ", ".join(filter(None, [kind, raised_at(error)]))
         raise ConfigError(f"{path}._target_", f"expected something importable, got {target!r} ({why})") from None
     # What a permitted module imports is not permitted with it.
     if not callable(found) or not permitted(getattr(found, "__module__", "") or ""):

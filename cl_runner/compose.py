@@ -36,7 +36,7 @@ RESERVED = {
     "protocol": "it cannot be chosen: it follows from experiment and strategy",
 }
 # Mappings of Hydra's own that take any key.
-OPEN = ("hydra.sweeper.params", "hydra.job.env_set", "hydra.job_logging", "hydra.hydra_logging")
+OPEN = ("hydra.sweeper.params", "hydra.callbacks", "hydra.job.env_set", "hydra.job_logging", "hydra.hydra_logging")
 NOT_SWEPT = ("output_root", "rerun", "plugins")
 
 

@@ -221,7 +221,7 @@ def _check_optimizer(experiment: Experiment) -> None:
 def _check_hooks(strategy: type) -> None:
     """Refuse a hook that does not take what it is called with."""
     for name, hook in inspect.getmembers(imported(KINDS["strategy"]), inspect.isfunction):
-        own = getattr(strategy, name)
+        own = inspect.getattr_static(strategy, name)  # a static method is no function here
         if own is hook or not inspect.isfunction(own):
             continue
         wanted, taken = inspect.signature(hook), inspect.signature(own)

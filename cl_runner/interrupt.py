@@ -116,6 +116,11 @@ class Interrupt:
 _listening: list[Interrupt] = []  # those whose handlers are installed, outermost first
 
 
+def sweep_listens() -> bool:
+    """Whether, outside of a run, the sweep that it belongs to handles signals in this process."""
+    return bool(_listening)
+
+
 def heed_all() -> None:
     """Stop, if that was asked for: of the run or, before it began, of the sweep around it.
 

@@ -13,7 +13,7 @@ from cl_runner.environment import environment
 from cl_runner.errors import ConfigError
 from cl_runner.folder import RunFolder
 from cl_runner.identity import plugin_digests
-from cl_runner.interrupt import Interrupt, Stopped, heed_all
+from cl_runner.interrupt import Interrupt, Stopped, heed_all, sweep_listens
 from cl_runner.logs import log_file, log_to
 from cl_runner.rerun import shown_if_done
 from cl_runner.run import run
@@ -30,15 +30,18 @@ def carry_out(experiment: Experiment, command: str = "") -> float | None:
     folder, interrupt = RunFolder(experiment.folder), Interrupt(experiment.config["rerun"])
     if shown_if_done(experiment):
         return _outcome(folder.results)
+    failed = True
     try:
         with folder.locked(), interrupt.listening():
             outcome = _outcome(_carried_out(experiment, folder, interrupt, command))
+        failed = False
     except Stopped as stopped:
         interrupt.hand_on(stopped)
         raise
     finally:
-        if interrupt.asked is not None and interrupt.stopping is None:
+        if interrupt.asked is not None and interrupt.stopping is None and (not failed or sweep_listens()):
             # There was nothing left to stop here: the signal is for whatever comes next, such as a sweep's next job.
+            # Without a sweep, it would hide the error that the run ended with.
             signal.raise_signal(signal.Signals[interrupt.asked])
     return outcome
 
@@ -53,20 +56,20 @@ def _carried_out(experiment: Experiment, folder: RunFolder, interrupt: Interrupt
         gc.collect()  # frees an earlier job's model, which is in cycles: a full GPU does not trigger it
     heed_all()
     folder.write_config(experiment.config)
-    folder.start(
-        hash=experiment.hash,
-        groups=[experiment.group],
-        pid=os.getpid(),
-        host=socket.gethostname(),
-        command=command,
-        images=experiment.stream.contents(experiment.config["data_root"]),
-        code=plugin_digests(experiment.config["plugins"]),
-        environment=environment(experiment.device),
-    )
     console = the_console()
     with log_to(console), log_file(folder.path):
         try:
             shown = Console(console, experiment.tracker.line, place_of(experiment.folder))
+            folder.start(
+                hash=experiment.hash,
+                groups=[experiment.group],
+                pid=os.getpid(),
+                host=socket.gethostname(),
+                command=command,
+                images=experiment.stream.contents(experiment.config["data_root"]),
+                code=plugin_digests(experiment.config["plugins"]),
+                environment=environment(experiment.device),
+            )
             return run(experiment, folder, [experiment.tracker, shown], interrupt)
         except ConfigError:
             if new:

@@ -274,9 +274,12 @@ hydra:
 """
 
 
+@pytest.mark.parametrize("how", [[], [*SEARCHED, "hydra.sweeper.trials=2", "hydra.sweeper.sampler=qmc"]])
 @pytest.mark.parametrize("word", ["optimizer.amsgrad=true,false", "trainer.first_task.epochs=1,2"])
-def test_an_argument_that_its_yaml_does_not_list_may_be_swept_over(word, cl_runner, tmp_path):
-    status, said = cl_runner("-m", *TINY, word)
+def test_an_argument_that_its_yaml_does_not_list_may_be_swept_over(word, how, cl_runner):
+    if how:
+        pytest.importorskip("optuna")
+    status, said = cl_runner("-m", *TINY, *how, word)
     assert (status, "2 jobs: 2 done" in said) == (0, True), said
 
 

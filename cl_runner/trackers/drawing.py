@@ -58,7 +58,10 @@ def readable_on(colour: Sequence[float] | np.ndarray) -> str:
 
 def wrapped(title: str, width: int, lines: int = 2) -> str:
     """A title of up to so many lines of `width` characters, without its middle if that is not enough."""
-    return "\n".join(textwrap.wrap(shortened(title, (width - 8) * lines), width))
+    limit = width * lines
+    while len(parts := textwrap.wrap(shortened(title, limit), width)) > lines:
+        limit -= 1
+    return "\n".join(parts)
 
 
 def shortened(title: str, limit: int) -> str:

@@ -56,6 +56,8 @@ class ComposedOnce:
             return self._loader.load_sweep_config(config, [lenient(word, groups) for word in overrides])
 
     def __getattr__(self, name: str) -> Any:
+        if name == "_loader":  # of a copy that is being made
+            raise AttributeError(name)
         return getattr(self._loader, name)
 
 
@@ -148,7 +150,7 @@ class Optuna(Planned):
 
         words = [f"{key}={value}" for key, value in self.params.items()] + arguments
         overrides = OverridesParser.create(config_loader=self.loader).parse_overrides(words)
-        by_key = {override.get_key_element(): override for override in overrides}
+        by_key = {override.get_key_element().lstrip("+"): override for override in overrides}
         space = {key: _distribution(override) for key, override in by_key.items() if override.is_sweep_override()}
         fixed = [str(override.input_line) for override in by_key.values() if not override.is_sweep_override()]
         study = self._study([str(override.input_line) for override in by_key.values()])
@@ -176,7 +178,7 @@ class Optuna(Planned):
         from cl_runner.identity import digest, run_folder
         from cl_runner.sweep import Job
 
-        config = validated(self.loader.load_sweep_config(self.config, overrides))
+        config = validated(self.once.load_sweep_config(self.config, overrides))
         job = Job(overrides, run_folder(config).name, digest(config))
         found = next((other for other in self.plan.jobs if other.folder == job.folder), None)
         if found is None:
