@@ -223,6 +223,7 @@ def test_a_plugin_may_be_named_once_it_is_listed(tmp_path, monkeypatch):
         ("import nothere_xyz\n", "ModuleNotFoundError: No module named 'nothere_xyz', my_faults.py:1"),
         ("import json\njson.loads('{')\n", "char 1), my_faults.py:2"),
         ("Mine = None\n", "got 'my_faults.Mine'"),
+        ("assert False\n", "(AssertionError, my_faults.py:1)"),
     ],
 )
 def test_a_plugin_that_cannot_be_imported_is_said_with_its_line(code, why, tmp_path, monkeypatch):
@@ -254,6 +255,7 @@ def test_a_hook_that_does_not_take_what_it_is_called_with_is_refused(tmp_path, m
     (tmp_path / "my_hooks.py").write_text(
         "from cl_runner.strategies import Finetune\nclass Mine(Finetune):\n"
         "    def after_task(self, *anything): ...\n    def before_task(self): ...\n"
+        "    @staticmethod\n    def before_batch(batch): ...\n"  # right, and before the other by name
     )
     says = re.escape("strategy: expected Mine.before_task(self, task), got (self) (my_hooks.py:4)")
     with pytest.raises(ConfigError, match=says):

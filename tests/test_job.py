@@ -309,6 +309,36 @@ def test_a_signal_that_comes_when_all_is_done_is_for_what_comes_next(tmp_path, m
     assert RunFolder(made.folder).done
 
 
+def test_a_signal_that_comes_while_a_failure_is_noted_does_not_hide_it(tmp_path, monkeypatch):
+    made = experiment(tmp_path, "strategy=finetune")
+    update = RunFolder.update_status
+
+    def late(folder, **values):
+        if values.get("state") == "failed":
+            send(signal.SIGINT)
+        update(folder, **values)
+
+    def fail():
+        raise RuntimeError("boom")
+
+    monkeypatch.setattr(RunFolder, "update_status", late)
+    with pytest.raises(RuntimeError, match="boom"):
+        carry_out(at_step(made, 3, fail))
+    assert RunFolder(made.folder).state == "failed"
+
+
+def test_a_run_that_has_not_begun_is_not_said_to_be_killed(tmp_path, monkeypatch):
+    made = experiment(tmp_path, "strategy=finetune")
+
+    def full(folder):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("cl_runner.job.place_of", full)
+    with pytest.raises(OSError, match="No space left"):
+        carry_out(made)
+    assert RunFolder(made.folder).state == "pending"
+
+
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_the_command_line_says_how_to_go_on_and_ends_as_is_usual(number, status, tmp_path):
     command = [*CLI, "strategy=finetune", "trainer.epochs=10000", "trainer.log_every=1"]

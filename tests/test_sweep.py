@@ -1,5 +1,6 @@
 """Sweeps, carried out within this process by Hydra's own launcher."""
 
+import copy
 import json
 import os
 import signal
@@ -18,6 +19,7 @@ from cl_runner.report.groups import group_runs
 from cl_runner.report.runs import read
 from cl_runner.report.status import Board
 from cl_runner.sweep import Job, Sweep, sweeps
+from hydra_plugins.cl_runner.sweepers import ComposedOnce
 from tests.report import samples
 
 MLP = ["model=mlp"]
@@ -310,6 +312,27 @@ def test_the_command_line_replaces_what_a_grid_says_of_the_same_key(with_grid):
 def test_a_sweep_over_experiments_that_hold_grids_is_refused(with_grid):
     with pytest.raises(ConfigError, match="experiment: one holds a grid of its own .* one output_root"):
         compose_jobs(with_grid("experiment=one,other"))
+
+
+def test_the_command_line_replaces_what_a_search_says_of_the_same_key(cl_runner, tmp_path, with_grid):
+    pytest.importorskip("optuna")
+    unlisted = "optimizer.amsgrad=true"  # Hydra takes it, and then every value beside it, with a ++ alone
+    words = ["experiment=one", "strategy.strength=5", unlisted, *SEARCHED, "hydra.sweeper.trials=1"]
+    status, said = cl_runner(*with_grid(*words, *TINY[:1], "stream.max_tasks=1"))
+    assert status == 0, said
+    (results,) = (tmp_path / "outputs").glob("*/results.json")
+    assert json.loads(results.read_text())["config"]["strategy"]["strength"] == 5
+    assert "++" not in said.partition("best of")[2].partition("\n")[0]
+
+
+def test_a_job_composed_once_can_be_copied():
+    assert copy.copy(ComposedOnce({1: 2})).items() == {1: 2}.items()
+
+
+def test_hydras_callbacks_may_be_chosen():
+    callback = "hydra.experimental.callbacks.LogJobReturnCallback"
+    request = parse([*MLP, f"+hydra.callbacks.log._target_={callback}"])
+    assert f"+hydra.callbacks.log._target_={callback}" in request.argv
 
 
 def test_hydra_runs_the_grid_that_was_checked(cl_runner, tmp_path, with_grid):

@@ -65,6 +65,14 @@ def test_numbers_are_dropped_where_they_do_not_fit() -> None:
     assert texts(lower(21, 0.5)) == []
 
 
+@pytest.mark.parametrize("word", ["a=1", "pretrained_strength=100", 120 * "x"])
+def test_a_wrapped_title_has_no_more_lines_than_asked_for(word: str) -> None:
+    for count in (1, 2, 3, 8, 30):
+        lines = drawing.wrapped("ewc " + " ".join([word] * count), 46).splitlines()
+        assert len(lines) <= 2
+        assert max(map(len, lines)) <= 46
+
+
 def test_numbers_are_light_on_dark_and_dark_on_light() -> None:
     assert drawing.readable_on(drawing.ACCURACY.colours(1.0)) == "white"
     assert drawing.readable_on(drawing.ACCURACY.colours(0.0)) == INK
