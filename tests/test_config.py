@@ -8,13 +8,14 @@ import torch
 import yaml
 from omegaconf import OmegaConf
 
-from cl_runner import CONF
+from cl_runner import CONF, strategies
 from cl_runner.components import PROVIDED, build, imported
 from cl_runner.compose import choices, compose_jobs, in_order, parse
 from cl_runner.config import check, validated
 from cl_runner.errors import ConfigError
 from cl_runner.identity import digest, display_name, run_folder
 from cl_runner.models import mlp
+from cl_runner.strategies.base import _in_short
 
 MLP = ["model=mlp"]
 COMPONENT_FILES = sorted(
@@ -50,6 +51,15 @@ def test_every_argument_of_every_component_stands_in_its_yaml(file):
 
 
 PRESETS = {"simplecil": "ncm"}  # another name for the same method
+
+
+def test_what_a_refusal_says_of_a_method_is_a_whole_clause():
+    kinds = [value for value in vars(strategies).values() if isinstance(value, type)]
+    assert len(kinds) > 30
+    for kind in kinds:
+        said = _in_short(kind)
+        assert said
+        assert not set(said) & set("()"), said
 
 
 @pytest.mark.parametrize("group", ["strategy", "model", "fisher", "memory", "optimizer"])

@@ -135,6 +135,8 @@ def test_a_baseline_that_may_be_several_or_is_none_is_refused(grid):
         find_baselines(grid, "ewc")
     with pytest.raises(ConfigError, match="there are: ewc strength=1e4"):
         find_baselines(grid, "lwf")
+    with pytest.raises(ConfigError, match="there are: ewc strength=1e4"):
+        find_baselines(grid, "ewc strength=3 lr=0.1")  # as a row could be called
     with pytest.raises(ConfigError, match="expected one value of strategy, got 'ewc,strategy=finetune'"):
         find_baselines(grid, "ewc,strategy=finetune")
 
