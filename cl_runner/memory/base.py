@@ -53,7 +53,7 @@ class Memory(ABC):
         return self._rows[: len(self)]
 
     def warn_of_lack(self, stream: Stream) -> None:
-        """Warn if some class will have no row here, for methods that predict from the rows of each class."""
+        """Warn if some class will have no row here, for methods that rely on rows of each class."""
         groups = [task.classes for task in stream.tasks]
         wanted = {"all": len(set().union(*groups)), "task": max(len(group) for group in groups)}.get(self.per, 1)
         if self.size < wanted:

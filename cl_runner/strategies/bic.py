@@ -1,5 +1,6 @@
 """BiC: bias correction (Wu et al., 2019, arXiv 1905.13260)."""
 
+import logging
 from typing import Annotated
 
 import torch
@@ -14,6 +15,8 @@ from cl_runner.ranges import Seed
 from cl_runner.strategies.inference import CHUNK, evaluating
 from cl_runner.strategies.taught import Exemplars
 from cl_runner.streams.base import Examples, Scenario, Stream, Task, concatenate
+
+log = logging.getLogger("cl_runner")
 
 
 class BiC(Exemplars):
@@ -75,6 +78,8 @@ class BiC(Exemplars):
         self.scale, self.shift = torch.ones_like(self.scale), torch.zeros_like(self.shift)
         if len(balanced):
             self.scale[self.new], self.shift[self.new] = self._fitted(balanced).to(self.scale)
+        elif len(self.memory):
+            log.warning("bic: no correction in task %d: some class has a single row, which is trained on", task.index)
         super().after_task(task)
 
     def predict(self, images: Tensor, task_ids: Tensor) -> Tensor:

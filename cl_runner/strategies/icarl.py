@@ -30,7 +30,6 @@ class ICaRL(Exemplars):
 
     def setup(self, model: Model, stream: Stream) -> None:
         super().setup(model, stream)
-        self.memory.warn_of_lack(stream)
         self.means = model.head.weight.new_zeros(stream.num_classes, model.head.in_features)  # [K, D], of length one
 
     def task_loss(self, batch: Examples, output: Output) -> Tensor:

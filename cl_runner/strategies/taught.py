@@ -75,6 +75,10 @@ class Exemplars(Taught):
     def __init__(self, *, memory: Memory) -> None:
         self.memory = memory
 
+    def setup(self, model: Model, stream: Stream) -> None:
+        super().setup(model, stream)
+        self.memory.warn_of_lack(stream)
+
     def training_data(self, task: Task) -> Examples:
         fresh = task.train
         return fresh + self.memory.examples.to(fresh.labels.device) if len(self.memory) else fresh

@@ -170,6 +170,8 @@ class Recipe(ABC):
         self.check_classes(num_classes)
         self._num_source_classes = num_classes
         self._image_shape = image_shape
+        if 0 in (sizes := self.task_sizes or []):
+            raise ConfigError("stream", f"expected at least one class in each task, got none in task {sizes.index(0)}")
         channels, *size = image_shape
         if self.pad_to is not None and self.pad_to < max(size):
             raise ConfigError("stream.pad_to", f"expected at least the images' {max(size)} pixels, got {self.pad_to}")

@@ -44,10 +44,11 @@ def test_the_held_out_rows_are_not_the_first_in_the_order_that_the_trainer_shuff
         assert not all((in_front == image).flatten(1).all(1).any() for image in held_out)
 
 
-def test_nothing_is_held_out_and_nothing_corrected_where_a_class_has_a_single_exemplar():
+def test_nothing_is_held_out_and_nothing_corrected_where_a_class_has_a_single_exemplar(caplog):
     stream = toy_stream("class")
     strategy = bic(size=1)
     learn(strategy, stream, toy_model(stream))
+    assert [record.getMessage().partition(":")[0] for record in caplog.records] == ["bic"] * (len(stream) - 1)
     learned, apart = strategy._parts(stream.tasks[2])
     assert (len(learned), len(apart)) == (len(stream.tasks[2].train) + 6, 0)
     assert (strategy.scale.unique().tolist(), strategy.shift.unique().tolist()) == ([1.0], [0.0])

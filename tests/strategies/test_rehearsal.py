@@ -196,7 +196,7 @@ def test_weights_make_the_mean_over_rows_the_sum_of_the_parts_means():
     assert torch.equal(joined.images, concatenate(parts).images)
 
 
-@pytest.mark.parametrize("make", [lambda memory: ICaRL(memory=memory), lambda memory: GDumb(memory=memory)])
+@pytest.mark.parametrize("make", [ICaRL, GDumb, BiC, LUCIR])
 @pytest.mark.parametrize(
     ("memory", "said"),
     [
@@ -212,7 +212,7 @@ def test_a_memory_without_a_row_for_each_class_is_warned_of_where_nothing_else_i
 ):
     stream = toy_stream("class")
     with caplog.at_level("WARNING", logger="cl_runner"):
-        make(ClassBalanced(**memory)).setup(toy_model(stream), stream)
+        make(memory=ClassBalanced(**memory)).setup(toy_model(stream), stream)
     assert [record.message for record in caplog.records] == ([said] if said else [])
 
 

@@ -66,6 +66,16 @@ def test_a_share_that_sets_nothing_aside_is_refused(most: int, share: float) -> 
         one_task(max_per_class=most, validation=share)
 
 
+def test_a_recipe_whose_task_has_no_classes_is_refused() -> None:
+    class Gap(Split):
+        def labels(self, index: int, num_classes: int) -> torch.Tensor:
+            labels = super().labels(index, num_classes)
+            return torch.full_like(labels, -1) if index == 2 else labels
+
+    with pytest.raises(ConfigError, match="at least one class in each task, got none in task 2"):
+        Gap(name="digits", num_tasks=5)
+
+
 def test_the_seed_chooses_the_images() -> None:
     chosen, again, other = (one_task(max_per_class=20, seed=seed).train.images for seed in (1, 1, 2))
     assert torch.equal(chosen, again)
