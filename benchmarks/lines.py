@@ -1,7 +1,7 @@
 """Count lines of code per method: our file beside those of the same method in Avalanche and in Mammoth.
 
 A line counts if it holds anything other than a comment or a docstring. What a file imports is not counted: neither our
-base classes (`Taught`, `Importance`, ...) nor theirs.
+base classes (`Distillation`, `Importance`, ...) nor theirs.
 
     pip download --no-deps avalanche-lib && unzip avalanche_lib-*.whl -d peers
     git clone https://github.com/aimagelab/mammoth peers/mammoth

@@ -19,7 +19,7 @@ from cl_runner.config import Experiment, check
 from cl_runner.folder import RunFolder
 from cl_runner.job import carry_out
 from cl_runner.models.model import Model
-from cl_runner.randomness import of_task, seed_all
+from cl_runner.randomness import seed_all, task_seed
 from cl_runner.streams.base import Stream
 
 # One of the authors' orders: they permute the labels by numpy's permutation of seed 3, so this is its inverse.
@@ -72,7 +72,7 @@ def loop(experiment: Experiment, nudge: int | None) -> list[float]:
         model.train()
         start = [weight.detach().clone() for weight in weights]
         path = [torch.zeros_like(weight) for weight in weights]
-        generator, done = torch.Generator().manual_seed(of_task(SEED, task.index)), 0
+        generator, done = torch.Generator().manual_seed(task_seed(SEED, task.index)), 0
         while done < trainer["iterations"]:
             for batch in task.train.shuffled(trainer["batch_size"], generator, drop_last=True):
                 if done == trainer["iterations"]:

@@ -30,7 +30,7 @@ from cl_runner.schedulers import constant
 from cl_runner.strategies import Finetune
 from cl_runner.streams.base import Examples, Scenario, Shape, Stream, Task
 from cl_runner.trackers.base import RunInfo
-from cl_runner.trackers.local import Local
+from cl_runner.trackers.journal import Journal
 from cl_runner.trainer import Trainer, Work
 
 
@@ -47,7 +47,7 @@ def runner_seconds(architecture, stream: Stream, batch_size: int, folder: Path) 
     """One epoch as a run trains it."""
     model, strategy = architecture.build(stream), Finetune()
     strategy.setup(model, stream)
-    journal = Local()
+    journal = Journal()
     journal.start(RunInfo(folder, "bench", "bench", "bench", {}, 1, "domain", False, ""))
     trainer = Trainer(epochs=1, batch_size=batch_size)
     trainer.start(Work(model, strategy, partial(torch.optim.SGD, lr=0.01), constant, journal.step, Position()))

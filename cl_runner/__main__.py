@@ -4,8 +4,8 @@ import sys
 from importlib import import_module
 
 from cl_runner import __version__
+from cl_runner.closed_pipe import ignore_closed_pipe
 from cl_runner.errors import ConfigError, hint
-from cl_runner.unread import read_or_not
 
 # These only print something about the configuration: Hydra handles them, and torch is never imported.
 ASKS_HYDRA = {"--help", "-h", "--hydra-help", "--cfg", "-c", "--info", "-i", "--shell-completion", "-sc"}
@@ -26,7 +26,7 @@ def main() -> None:
 
     Exit status: 0 done, 1 a run failed, 2 the configuration cannot work, 128 + n stopped by signal n.
     """
-    with read_or_not():
+    with ignore_closed_pipe():
         try:
             _answer(sys.argv[1:])
         except ConfigError as error:

@@ -32,9 +32,9 @@ def run(argv: list[str]) -> None:
     Raises ConfigError, as do the functions below.
     """
     from cl_runner.logs import log_to
-    from cl_runner.trackers.console import the_console
+    from cl_runner.trackers.console import make_console
 
-    with log_to(the_console()):  # data may have to be downloaded and decoded
+    with log_to(make_console()):  # data may have to be downloaded and decoded
         sys.argv[1:] = in_order(argv)
         request = parse(sys.argv[1:])
         tried: list[Any] = []
@@ -194,9 +194,9 @@ def run_submitted(argv: list[str], folder: Path) -> None:
     """
     from cl_runner.folder import RunFolder
     from cl_runner.logs import log_to
-    from cl_runner.trackers.console import the_console
+    from cl_runner.trackers.console import make_console
 
-    with log_to(the_console()):
+    with log_to(make_console()):
         sys.argv[1:] = in_order(argv)
         request = parse(sys.argv[1:])
         ((_, cfg),) = request.jobs

@@ -18,7 +18,7 @@ from cl_runner.logs import log_file, log_to
 from cl_runner.rerun import shown_if_done
 from cl_runner.run import run
 from cl_runner.sweep import place_of
-from cl_runner.trackers.console import Console, the_console
+from cl_runner.trackers.console import TerminalTracker, make_console
 
 
 def carry_out(experiment: Experiment, command: str = "") -> float | None:
@@ -56,10 +56,10 @@ def _carried_out(experiment: Experiment, folder: RunFolder, interrupt: Interrupt
         gc.collect()  # frees an earlier job's model, which is in cycles: a full GPU does not trigger it
     heed_all()
     folder.write_config(experiment.config)
-    console = the_console()
+    console = make_console()
     with log_to(console), log_file(folder.path):
         try:
-            shown = Console(console, experiment.tracker.line, place_of(experiment.folder))
+            shown = TerminalTracker(console, experiment.tracker.line, place_of(experiment.folder))
             folder.start(
                 hash=experiment.hash,
                 groups=[experiment.group],

@@ -11,18 +11,18 @@ import torch
 def seed_all(seed: int) -> None:
     """Seed every global generator (PyTorch's on every device, numpy's and Python's) with a seed derived from `seed`, so
     that they differ from generators seeded with `seed` itself (a task's order of batches)."""
-    seed = derived(seed, "global")
+    seed = derive_seed(seed, "global")
     torch.manual_seed(seed)
     np.random.seed(seed % 2**32)
     random.seed(seed)
 
 
-def derived(seed: int, purpose: str) -> int:
+def derive_seed(seed: int, purpose: str) -> int:
     """A seed of its own for `purpose`: generators that start from `seed` itself draw other numbers."""
     return int.from_bytes(blake2b(f"{seed} {purpose}".encode(), digest_size=7).digest())
 
 
-def of_task(seed: int, index: int) -> int:
+def task_seed(seed: int, index: int) -> int:
     """Another seed for every task; a prime apart, as the seeds of a sweep are not."""
     return seed * 1_000_003 + index
 

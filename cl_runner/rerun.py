@@ -12,7 +12,7 @@ from cl_runner.errors import ConfigError
 from cl_runner.folder import RunFolder
 from cl_runner.identity import plugin_digests
 from cl_runner.lock import FolderInUseError
-from cl_runner.trackers.console import show_results, the_console
+from cl_runner.trackers.console import make_console, show_results
 
 
 def shown_if_done(experiment: Experiment) -> bool:
@@ -114,7 +114,7 @@ def show(experiment: Experiment) -> None:
     folder, now = RunFolder(experiment.folder), environment(experiment.device)
     results: dict[str, Any] = folder.results
     then = results["environment"]
-    console = the_console()
+    console = make_console()
     console.print("This run is done (rerun=true runs it again).")
     show_results(results, folder.path, console)
     for what in (*other_images(experiment), *other_code(experiment)):

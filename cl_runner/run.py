@@ -14,11 +14,11 @@ from cl_runner.folder import RunFolder
 from cl_runner.interrupt import Interrupt
 from cl_runner.models.model import Model
 from cl_runner.pulse import pulse
-from cl_runner.randomness import of_task, seed_all
+from cl_runner.randomness import seed_all, task_seed
 from cl_runner.state import State
 from cl_runner.streams.base import Stream, Task
 from cl_runner.trackers.base import Many, RunInfo, Tracker
-from cl_runner.trackers.local import Local
+from cl_runner.trackers.journal import Journal
 from cl_runner.trackers.names import command_of, overrides_of, run_name
 from cl_runner.trainer import Trainer, Work
 
@@ -35,7 +35,7 @@ def run(
     `watchers` are told everything that goes into the folder's own files; `interrupt` is told of signals. Returns the
     content of results.json. Raises Stopped if a signal asked for it.
     """
-    journal, interrupt = Local(), interrupt or Interrupt()
+    journal, interrupt = Journal(), interrupt or Interrupt()
     tracker = Many([journal, *watchers])
     try:
         results = _run(experiment, folder, journal, tracker, interrupt)
@@ -60,12 +60,12 @@ def _end(folder: RunFolder, tracker: Tracker, interrupt: Interrupt, error: BaseE
 
 
 def _run(
-    experiment: Experiment, folder: RunFolder, journal: Local, tracker: Tracker, interrupt: Interrupt
+    experiment: Experiment, folder: RunFolder, journal: Journal, tracker: Tracker, interrupt: Interrupt
 ) -> dict[str, Any]:
     clock, trainer = Clock(experiment.device), experiment.trainer
     with clock("prepare"), pulse(folder.beat, BEAT):
         _set_precision(trainer)
-        seed_all(of_task(trainer.seed, 0))
+        seed_all(task_seed(trainer.seed, 0))
         stream: Stream = experiment.stream.load(experiment.config["data_root"], experiment.device)
         active_logits = trainer.active_logits or experiment.strategy.active_logits
         model: Model = experiment.model.build(stream, active_logits).to(experiment.device)
@@ -107,7 +107,7 @@ def _learn(task: Task, state: State, record: Record) -> None:
     """Learn one task, continuing from the run's current phase."""
     strategy, trainer, clock, position = state.strategy, state.trainer, state.clock, state.position
     if position.phase == "begin":
-        seed_all(of_task(trainer.seed, task.index))  # the same in a resumed process
+        seed_all(task_seed(trainer.seed, task.index))  # the same in a resumed process
         state.model.reveal(task)
         if strategy.offline and task.index < len(state.stream) - 1:
             position.tasks += 1

@@ -20,7 +20,7 @@ from cl_runner.losses import Position
 from cl_runner.models.model import Model
 from cl_runner.randomness import random_state, restore_random_state
 from cl_runner.streams.base import Scenario, Stream, Task
-from cl_runner.trackers.local import Local
+from cl_runner.trackers.journal import Journal
 
 log = logging.getLogger("cl_runner")
 
@@ -38,7 +38,7 @@ class State:
         stream: Stream,
         model: Model,
         clock: Clock,
-        journal: Local,
+        journal: Journal,
         interrupt: Interrupt,
     ) -> None:
         self.experiment, self.folder, self.stream, self.model = experiment, folder, stream, model
@@ -51,7 +51,7 @@ class State:
         self.validation: Rows = {scenario: [] for scenario in self.rows}
         samples = self.trainer.drift_samples if model.pretrained_head is not None else 0
         self.drift = Drift(model, stream, samples, self.trainer.eval_batch_size) if samples else None
-        self.moved: dict[str, float] = {}
+        self.drift_metrics: dict[str, float] = {}
         self.zero_shot: dict[Scenario, list[float]] = {}
         self.random: dict[str, Any] | None = None  # generators at the phase's start; None: it seeds them itself
 
@@ -62,7 +62,7 @@ class State:
         new = self.stream.tasks[:learned] if self.strategy.offline else [task]
         if any(self.validation.values()) or any(len(each.validation) for each in new):
             self._add(self.validation, task, self.evaluate(learned, "validation"))
-        self.moved = self.drift.measure() if self.drift else {}
+        self.drift_metrics = self.drift.measure() if self.drift else {}
 
     def _add(self, matrices: Rows, task: Task, rows: dict[Scenario, list[float]]) -> None:
         for scenario, row in rows.items():
@@ -85,7 +85,7 @@ class State:
         sizes = torch.tensor([len(task.test) for task in self.stream.tasks[:learned]], dtype=torch.float64)
         return {
             **metrics.summarise(self.matrices(), zero_shot, str(self.stream.scenario), learned, sizes),
-            **self.moved,
+            **self.drift_metrics,
             **{name: value for name, value in self.strategy.report().items() if not name.endswith(SECONDS)},
         }
 
@@ -163,7 +163,7 @@ class State:
             "trainer": self.trainer.state_dict(),
             "rows": {str(scenario): rows for scenario, rows in self.rows.items()},
             "validation": {str(scenario): rows for scenario, rows in self.validation.items()},
-            "moved": self.moved,
+            "drift_metrics": self.drift_metrics,
             "zero_shot": {str(scenario): row for scenario, row in self.zero_shot.items()},
             "journal": self.journal.offset,
             "seconds": self.clock.seconds,
@@ -181,7 +181,7 @@ class State:
         self.strategy.load_state_dict(state["strategy"])
         self.rows = {Scenario(name): rows for name, rows in state["rows"].items()}
         self.validation = {Scenario(name): rows for name, rows in state["validation"].items()}
-        self.moved = state["moved"]
+        self.drift_metrics = state["drift_metrics"]
         self.zero_shot = {Scenario(name): row for name, row in state["zero_shot"].items()}
         self.journal.rewind(state["journal"])
         self.clock.add(state["seconds"], state["peak_memory"])

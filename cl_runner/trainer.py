@@ -17,7 +17,7 @@ from cl_runner.errors import ConfigError
 from cl_runner.losses import Losses, Position
 from cl_runner.models.heads import keep_unreached_rows
 from cl_runner.models.model import ActiveLogits, Model, Output
-from cl_runner.randomness import of_task, random_state, restore_random_state
+from cl_runner.randomness import random_state, restore_random_state, task_seed
 from cl_runner.ranges import Count, Seed
 from cl_runner.strategies.base import Strategy
 from cl_runner.streams.base import Examples, Task, number_of_batches
@@ -189,7 +189,7 @@ class Trainer:
         """The task's remaining batches, in the order determined by its seed."""
         assert self.losses is not None, "a task is being learned"
         done, steps, steps_a_pass = self.losses.done, self.losses.steps, self.losses.steps_a_pass
-        generator = torch.Generator().manual_seed(of_task(self.seed, task.index))
+        generator = torch.Generator().manual_seed(task_seed(self.seed, task.index))
         for _ in range(done // steps_a_pass):
             torch.randperm(len(data), generator=generator)  # the order of an earlier pass
         while done < steps:

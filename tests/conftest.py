@@ -57,7 +57,7 @@ def cl_runner(tmp_path, monkeypatch, capsys):
 @pytest.fixture
 def no_picture(monkeypatch):
     """Draw no accuracy.png: that takes longer than the rest of a small run."""
-    monkeypatch.setattr("cl_runner.trackers.local.draw_accuracy", lambda *_: None)
+    monkeypatch.setattr("cl_runner.trackers.journal.draw_accuracy", lambda *_: None)
 
 
 @pytest.fixture

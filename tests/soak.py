@@ -29,7 +29,7 @@ from cl_runner.config import check, validated
 from cl_runner.folder import RunFolder
 from cl_runner.identity import run_folder
 from cl_runner.job import carry_out
-from cl_runner.trackers.local import draw_accuracy
+from cl_runner.trackers.journal import draw_accuracy
 from tests.test_resume import overrides_for, without_timing
 
 MOST_KILLS = 6  # of one run

@@ -7,7 +7,19 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "cl_runner"
 FLOORS = [
-    {"errors", "folder", "streams", "metrics", "trackers", "identity", "arguments", "unread", "lock", "interrupt", ""}
+    {
+        "errors",
+        "folder",
+        "streams",
+        "metrics",
+        "trackers",
+        "identity",
+        "arguments",
+        "closed_pipe",
+        "lock",
+        "interrupt",
+        "",
+    }
     | {"pulse", "randomness", "losses", "ranges", "schedulers", "clock", "environment", "logs"},
     {"models", "memory"},
     {"fisher"},

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from cl_runner.randomness import derived, random_state, restore_random_state, seed_all
+from cl_runner.randomness import derive_seed, random_state, restore_random_state, seed_all
 
 
 def drawn():
@@ -26,9 +26,9 @@ def test_the_global_generator_repeats_no_generator_that_starts_from_the_seed_its
 
 
 def test_a_seed_is_another_for_every_purpose_and_for_every_seed():
-    seeds = {derived(seed, purpose) for seed in range(100) for purpose in ("backbone", "head")}
+    seeds = {derive_seed(seed, purpose) for seed in range(100) for purpose in ("backbone", "head")}
     assert len(seeds) == 200
-    assert derived(3, "backbone") == derived(3, "backbone")
+    assert derive_seed(3, "backbone") == derive_seed(3, "backbone")
     for seed in seeds:
         torch.Generator().manual_seed(seed)
 

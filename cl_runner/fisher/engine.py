@@ -13,7 +13,7 @@ from cl_runner.fisher.curvature import Diagonal, Parameters
 from cl_runner.fisher.kernels import Precision
 from cl_runner.fisher.layers import Uncovered
 from cl_runner.fisher.passes import SlicedVectors, Vectors, add_tapped_squares, zeros
-from cl_runner.fisher.trial import refuse_batch_dependence, way_for
+from cl_runner.fisher.trial import choose_way, refuse_batch_dependence
 from cl_runner.models.model import Model, PretrainedView, trainable
 
 OUTPUT_NUMBERS = 1 << 24  # numbers in the output vectors held at a time
@@ -130,7 +130,7 @@ class MeasuredGradients:
         if not self._parameters:
             return
         if self._way is None:
-            self._way = way_for(self.model, inputs, self._tapped)
+            self._way = choose_way(self.model, inputs, self._tapped)
         for rows in self.slices(len(inputs), passes):
             some = inputs[rows], partial(vectors, rows)
             try:
@@ -138,7 +138,7 @@ class MeasuredGradients:
             # Raised in the forward pass, before anything was added: this batch takes another path through the model,
             # although its first and last image alone may not.
             except Uncovered as uncovered:
-                self._way = way_for(self.model, some[0], self._tapped, str(uncovered))
+                self._way = choose_way(self.model, some[0], self._tapped, str(uncovered))
                 self._add(self._way, *some)
         self._sums.close_batch()
 

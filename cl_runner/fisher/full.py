@@ -12,7 +12,7 @@ from cl_runner.fisher.curvature import Curvature, Diagonal, Parameters
 from cl_runner.fisher.engine import OUTPUT_NUMBERS, wide
 from cl_runner.fisher.passes import SlicedVectors
 from cl_runner.fisher.per_sample import add_vmapped, even_slices, looped_gradients, vmapped_gradients
-from cl_runner.fisher.trial import objection, refuse_batch_dependence, refuse_dependence
+from cl_runner.fisher.trial import disagreement, refuse_batch_dependence, refuse_dependence
 from cl_runner.models.heads import per_row
 from cl_runner.models.model import Model, PretrainedView, trainable
 
@@ -155,7 +155,7 @@ class OuterProducts:
 
     def _look(self, inputs: Tensor) -> None:
         refuse_dependence(self.model, inputs)
-        if objection(self.model, inputs, add_vmapped) is not None:
+        if disagreement(self.model, inputs, add_vmapped) is not None:
             self._gradients = looped_gradients
 
     def _receive(self, gradients: Parameters) -> None:

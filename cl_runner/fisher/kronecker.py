@@ -38,7 +38,7 @@ from cl_runner.fisher.passes import SlicedVectors, Vectors, add_passes
 from cl_runner.fisher.per_sample import even_slices
 from cl_runner.fisher.products import CACHE, ROOM, slices
 from cl_runner.fisher.taps import Taps
-from cl_runner.fisher.trial import objection, refuse_batch_dependence
+from cl_runner.fisher.trial import disagreement, refuse_batch_dependence
 from cl_runner.models.heads import per_row
 from cl_runner.models.model import Model, PretrainedView, trainable
 
@@ -285,7 +285,7 @@ class KroneckerFactors:
 
     def _look(self, inputs: Tensor) -> None:
         """Find the layers that have factors."""
-        reason = objection(self.model, inputs[[0, -1]]) if self.parameters else None
+        reason = disagreement(self.model, inputs[[0, -1]]) if self.parameters else None
         if reason is not None:
             raise _not_held(reason)
         uses = Taps(self.model, inputs[[0, -1]]).uses

@@ -22,7 +22,7 @@ NOISE = 1e-6  # ... plus this, relative to the largest norm in the same module
 SAME = 1e-2  # how far two logits of the same image may be apart, relative to their norm
 
 
-def way_for(
+def choose_way(
     model: Model | PretrainedView, inputs: Tensor, tapped: Callable[..., None], reason: str | None = None
 ) -> Callable[..., None]:
     """The fastest way to sum this model's per-sample gradients whose squares agree with plain autograd's on two images:
@@ -31,11 +31,11 @@ def way_for(
     `reason`: why it cannot be `tapped`, where that is known already.
     """
     pair = inputs[[0, -1]]
-    reason = reason or objection(model, pair, tapped)
+    reason = reason or disagreement(model, pair, tapped)
     if reason is None:
         return tapped
     refuse_dependence(model, pair)
-    further = objection(model, pair, add_vmapped)
+    further = disagreement(model, pair, add_vmapped)
     if further is None:
         _say_once("by vmap, which is slower", reason)
         return add_vmapped
@@ -47,7 +47,7 @@ def way_for(
 FAILURES = (RuntimeError, TypeError, IndexError)
 
 
-def objection(model: Model | PretrainedView, inputs: Tensor, way: AddsSquares = add_tapped_squares) -> str | None:
+def disagreement(model: Model | PretrainedView, inputs: Tensor, way: AddsSquares = add_tapped_squares) -> str | None:
     """Why `way` does not work for this model, or None if it agrees with plain autograd on `inputs`."""
     found, expected = zeros(model), zeros(model)
     generator = torch.Generator().manual_seed(0)

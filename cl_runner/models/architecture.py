@@ -21,7 +21,7 @@ from cl_runner.models.heads import Init
 from cl_runner.models.model import ActiveLogits, Model
 from cl_runner.models.preprocess import Interpolation, Preprocess
 from cl_runner.models.weights import Inputs, Net
-from cl_runner.randomness import derived
+from cl_runner.randomness import derive_seed
 from cl_runner.ranges import Count, Seed
 from cl_runner.streams.base import Scenario, Shape, Stream
 
@@ -137,7 +137,7 @@ class Architecture(ABC):
 
         Raises ConfigError if weights, images and network do not fit together.
         """
-        with seeded(derived(self.seed, "backbone")):  # else the head's rows would repeat the first layer's
+        with seeded(derive_seed(self.seed, "backbone")):  # else the head's rows would repeat the first layer's
             inputs, net = self._assembled(stream)
             num_features = self._num_features(net, inputs)
             frozen = frozen_names(net.backbone, self.freeze)
@@ -159,7 +159,7 @@ class Architecture(ABC):
                 metadata={"format": "pt", "architecture": self.label, **inputs.metadata()},
             )
             norm_stats = self.norm_stats or ("frozen" if self.pretrained else "adapt")
-            model.hold_statistics(norm_layers(net.backbone, None if norm_stats == "frozen" else frozen))
+            model.keep_in_eval(norm_layers(net.backbone, None if norm_stats == "frozen" else frozen))
         return model
 
     @cached_property

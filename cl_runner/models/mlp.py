@@ -13,7 +13,7 @@ from torch import nn
 from cl_runner.models.architecture import Architecture
 from cl_runner.models.heads import Init, draw
 from cl_runner.models.weights import Net
-from cl_runner.randomness import derived
+from cl_runner.randomness import derive_seed
 from cl_runner.ranges import Count
 from cl_runner.streams.base import Shape
 
@@ -54,7 +54,7 @@ class MLP(Architecture):
 
     def network(self, shape: Shape, published: bool) -> Net:
         layers = perceptron(prod(shape), self.widths, self.activation, self.dropout)
-        generator = torch.Generator().manual_seed(derived(self.seed, "backbone"))
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, "backbone"))
         for layer in layers:
             if isinstance(layer, nn.Linear) and self.init != "torch":
                 draw(layer, self.init, generator)

@@ -110,7 +110,7 @@ class Model(nn.Module):
         """`logits` [B, K] with -inf for outputs not visible to each example's task [B]."""
         return logits.masked_fill(~self.visible[task_ids], -torch.inf)
 
-    def hold_statistics(self, modules: Iterable[nn.Module]) -> None:
+    def keep_in_eval(self, modules: Iterable[nn.Module]) -> None:
         """Keep these modules (normalisation layers) in eval mode, whatever the model's own mode."""
         self._eval_only = list(modules)
         self.train(self.training)

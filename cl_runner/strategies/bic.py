@@ -10,10 +10,10 @@ from torch import Tensor
 
 from cl_runner.memory.base import Memory
 from cl_runner.models.model import Model, Output
-from cl_runner.randomness import derived, of_task
+from cl_runner.randomness import derive_seed, task_seed
 from cl_runner.ranges import Seed
+from cl_runner.strategies.distillation import Exemplars
 from cl_runner.strategies.inference import CHUNK, evaluating
-from cl_runner.strategies.taught import Exemplars
 from cl_runner.streams.base import Examples, Scenario, Stream, Task, concatenate
 
 log = logging.getLogger("cl_runner")
@@ -67,7 +67,7 @@ class BiC(Exemplars):
         if self.number == 1:
             return {}
         outside = ~self.old
-        target = self.taught(output).logits * self.scale + self.shift  # with the previous task's correction
+        target = self.teacher_output(output).logits * self.scale + self.shift  # with the previous task's correction
         target = (target / self.temperature).masked_fill(outside, -torch.inf).softmax(1)
         student = (output.logits / self.temperature).masked_fill(outside, -torch.inf).log_softmax(1)
         losses = -(target * student.masked_fill(outside, 0)).sum(1)
@@ -92,7 +92,7 @@ class BiC(Exemplars):
             return fresh, fresh[:0]
         held = self.memory.examples.to(fresh.labels.device)
         # The trainer shuffles the task's rows by the task's own seed.
-        generator = torch.Generator().manual_seed(derived(of_task(self.seed, task.index), "held out"))
+        generator = torch.Generator().manual_seed(derive_seed(task_seed(self.seed, task.index), "held out"))
         to_spare = [int(part.labels.unique(return_counts=True)[1].min()) - 1 for part in (fresh, held)]
         count = min(max(1, round(self.held_out * len(held) / len(held.labels.unique()))), *to_spare)
         kept, apart = [], []

@@ -59,7 +59,7 @@ class EASE(Strategy):
         super().setup(model, stream)
         backbone = vision_transformer(model.backbone, type(self).__name__)
         backbone.requires_grad_(False)
-        model.hold_statistics(backbone.modules())
+        model.keep_in_eval(backbone.modules())
         self.adapters = [Bottleneck(backbone.embed_dim, self.width, self.scale) for _ in backbone.blocks]
         for adapter, block in zip(self.adapters, backbone.blocks, strict=True):
             adapter.to(model.device).beside(block.get_submodule("mlp"))

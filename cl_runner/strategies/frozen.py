@@ -23,7 +23,7 @@ class Frozen(Strategy):
     def setup(self, model: Model, stream: Stream) -> None:
         super().setup(model, stream)
         model.backbone.requires_grad_(False)
-        model.hold_statistics(model.backbone.modules())
+        model.keep_in_eval(model.backbone.modules())
         self.cached_features = FeatureCache(model)
 
     def training_data(self, task: Task) -> Examples:

@@ -23,12 +23,12 @@ class GDumb(Strategy):
     def setup(self, model: Model, stream: Stream) -> None:
         super().setup(model, stream)
         self.memory.warn_of_lack(stream)
-        self.came = {name: value.clone() for name, value in model.backbone.state_dict().items()}
+        self.initial_state = {name: value.clone() for name, value in model.backbone.state_dict().items()}
 
     def before_task(self, task: Task) -> None:
         model = self.model
         self.memory.add_task(task.train, features_of(model))
-        model.backbone.load_state_dict(self.came)
+        model.backbone.load_state_dict(self.initial_state)
         model.draw_head(task, model.revealed)
 
     def training_data(self, task: Task) -> Examples:

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from cl_runner.memory.base import Memory
 from cl_runner.models.model import Model, Output
+from cl_runner.strategies.distillation import Exemplars
 from cl_runner.strategies.inference import CHUNK, features_of
-from cl_runner.strategies.taught import Exemplars
 from cl_runner.streams.base import Examples, Scenario, Stream, Task
 
 
@@ -39,7 +39,7 @@ class ICaRL(Exemplars):
     def penalties(self, batch: Examples, output: Output) -> dict[str, Tensor]:
         if self.number == 1:
             return {}
-        wanted = (self.taught(output).logits / self.temperature).sigmoid()
+        wanted = (self.teacher_output(output).logits / self.temperature).sigmoid()
         return {"icarl": _cross_entropies(output.logits, wanted, self.old.expand_as(wanted))}
 
     def after_task(self, task: Task) -> None:

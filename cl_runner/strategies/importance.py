@@ -21,7 +21,7 @@ class Importance(Strategy):
     Head rows that no loss had seen by then are left out.
     """
 
-    saved = ("held",)
+    saved = ("penalty",)
     holds_earlier_weights = True
     name: ClassVar[str]  # the penalty's
 
@@ -31,17 +31,17 @@ class Importance(Strategy):
 
     def setup(self, model: Model, stream: Stream) -> None:
         super().setup(model, stream)
-        self.held = Penalty()
+        self.penalty = Penalty()
 
     def penalties(self, batch: Examples, output: Output) -> dict[str, Tensor]:
-        if not self.held.terms:
+        if not self.penalty.terms:
             return {}
-        return {self.name: self.strength * self.held(dict(self.model.named_parameters()))}
+        return {self.name: self.strength * self.penalty(dict(self.model.named_parameters()))}
 
     @property
     def importance(self) -> Diagonal:
         """The importances in force; empty before the first task has been learned."""
-        return self.held.terms[0].curvature.diagonal() if self.held.terms else Diagonal({})
+        return self.penalty.terms[0].curvature.diagonal() if self.penalty.terms else Diagonal({})
 
     def accumulated(self, importance: Diagonal, task: Task, accumulation: Accumulation) -> Diagonal:
         """The importance over all tasks so far, given that of `task`: a sum, or an average in which each class counts
@@ -51,15 +51,15 @@ class Importance(Strategy):
         share = share_of_classes(task, self.stream)
         return self.importance.scaled(1 - share).plus(importance, share)
 
-    def of_held(self, importance: Diagonal) -> Diagonal:
+    def anchored_part(self, importance: Diagonal) -> Diagonal:
         """The part of `importance` for the weights and head rows that can be anchored now."""
         return covered(importance, self.model, head=self.head)
 
-    def hold(self, importance: Diagonal) -> None:
+    def anchor(self, importance: Diagonal) -> None:
         """Anchor the weights where they are now, with `importance` in place of any earlier one."""
-        anchor = Anchor.at(self.model, head=self.head)
-        if anchor.weights:
-            self.held = Penalty().plus(self.of_held(importance), anchor.weights)
+        here = Anchor.at(self.model, head=self.head)
+        if here.weights:
+            self.penalty = Penalty().plus(self.anchored_part(importance), here.weights)
 
 
 class PathIntegral(Importance):
@@ -84,7 +84,7 @@ class PathIntegral(Importance):
         # Copies, since the gradients may still be clipped in place.
         self._slopes = _copied({name: p.grad for name, p in live.items() if p.grad is not None}, self._slopes)
         self._before = _copied({name: live[name].detach() for name in self._slopes}, self._before)
-        for term in self.held.terms if self.unregularised else ():
+        for term in self.penalty.terms if self.unregularised else ():
             pull = term.curvature.product({name: live[name] - value for name, value in term.anchor.items()})
             for name in self._slopes.keys() & pull.keys():
                 self._slopes[name] -= 2 * self.strength * pull[name]

@@ -4,11 +4,11 @@ from pydantic import NonNegativeFloat
 from torch import Tensor
 
 from cl_runner.models.model import Output
-from cl_runner.strategies.taught import Taught
+from cl_runner.strategies.distillation import Distillation
 from cl_runner.streams.base import Examples
 
 
-class LFL(Taught):
+class LFL(Distillation):
     """Keep the features of each new batch near those of the model before the task (eq. 2), and freeze the classifier's
     boundaries.
 
@@ -23,7 +23,7 @@ class LFL(Taught):
     def penalties(self, batch: Examples, output: Output) -> dict[str, Tensor]:
         if self.number == 1 and self.model.pretrained_head is None:
             return {}
-        distances = (output.features - self.taught(output).features).square().sum(1)
+        distances = (output.features - self.teacher_output(output).features).square().sum(1)
         return {"lfl": self.strength * distances.mean() / 2}
 
     def after_step(self, batch: Examples, output: Output) -> None:

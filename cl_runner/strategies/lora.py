@@ -76,7 +76,7 @@ class LoRA(Strategy):
         for branch, layer in zip(self.branches, self.layers, strict=True):
             branch.beside(layer)
         model.backbone.requires_grad_(False)
-        model.hold_statistics(norm_layers(model.backbone, None))
+        model.keep_in_eval(norm_layers(model.backbone, None))
         model.add_module("adapters", nn.ModuleList(self.branches))
         self.learned: dict[int, dict[str, Tensor]] = {}
 

@@ -10,7 +10,7 @@ from cl_runner.memory.base import Memory
 from cl_runner.models.cosine import CosineHead
 from cl_runner.models.model import Model, Output
 from cl_runner.ranges import Count
-from cl_runner.strategies.taught import Exemplars
+from cl_runner.strategies.distillation import Exemplars
 from cl_runner.streams.base import Examples, Scenario, Stream, Task
 
 
@@ -66,7 +66,7 @@ class LUCIR(Exemplars):
     def penalties(self, batch: Examples, output: Output) -> dict[str, Tensor]:
         if self.number == 1:
             return {}
-        turned = 1 - F.cosine_similarity(output.features, self.taught(output).features)
+        turned = 1 - F.cosine_similarity(output.features, self.teacher_output(output).features)
         terms = {"lucir": self.strength * self.balance * turned.mean()}
         if len(self.new):
             terms["lucir_margin"] = self.margin_strength * self._ranking(batch, output)

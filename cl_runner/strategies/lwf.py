@@ -10,12 +10,12 @@ from cl_runner.errors import ConfigError
 from cl_runner.models.architecture import Architecture
 from cl_runner.models.model import Model, Output, PretrainedView
 from cl_runner.strategies.anchors import Source, check_source, wants_pretrained, wants_previous
-from cl_runner.strategies.taught import Taught, frozen_copy
+from cl_runner.strategies.distillation import Distillation, frozen_copy
 from cl_runner.streams.base import Examples, Stream, Task
 from cl_runner.streams.recipe import Recipe
 
 
-class LwF(Taught):
+class LwF(Distillation):
     """On each new batch, distil the old outputs of the model before the task.
 
     With the pretrained model as a teacher, the outputs of its own head are distilled as well, in every task (the
@@ -23,7 +23,7 @@ class LwF(Taught):
     new outputs by themselves, which peers and we leave out.
     """
 
-    saved = (*Taught.saved, "old_groups")
+    saved = (*Distillation.saved, "old_groups")
 
     def __init__(
         self,
@@ -87,7 +87,7 @@ class LwF(Taught):
         terms = {}
         if self.old_groups and wants_previous(self.source):
             weight = {"constant": 1.0, "tasks": self.number - 1, "average": 1 - 1 / self.number}[self.weighting]
-            target = self.taught(output).logits
+            target = self.teacher_output(output).logits
             losses = [self.distillation(output.logits[:, group], target[:, group]) for group in self.old_groups]
             terms["lwf"] = weight * self.strength * torch.stack(losses).mean()
         if self.pretrained is not None:

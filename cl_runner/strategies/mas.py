@@ -44,4 +44,4 @@ class MAS(Importance):
     def after_task(self, task: Task) -> None:
         if task.index < len(self.stream) - 1:  # no later task could change the last one's weights
             importance = self.magnitudes(self.model, task.train).diagonal()
-            self.hold(self.accumulated(importance, task, self.accumulation))
+            self.anchor(self.accumulated(importance, task, self.accumulation))

@@ -9,7 +9,7 @@ from torch import Tensor
 from cl_runner.models.architecture import Architecture, seeded
 from cl_runner.models.model import Model, Output
 from cl_runner.models.prompts import Prompts, vision_transformer
-from cl_runner.randomness import derived
+from cl_runner.randomness import derive_seed
 from cl_runner.strategies.base import Strategy
 from cl_runner.streams.base import Examples, Stream, Task
 from cl_runner.streams.recipe import Recipe
@@ -43,8 +43,8 @@ class Prompting(Strategy):
         super().setup(model, stream)
         backbone = vision_transformer(model.backbone, type(self).__name__)
         backbone.requires_grad_(False)
-        model.hold_statistics(backbone.modules())
-        with seeded(derived(model.seed, "prompts")):
+        model.keep_in_eval(backbone.modules())
+        with seeded(derive_seed(model.seed, "prompts")):
             self.prompts = self.prompts_for(backbone, len(stream)).to(model.device)
         self.prompts.enter(backbone)
         model.add_module("prompts", self.prompts)

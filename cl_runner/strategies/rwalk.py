@@ -26,7 +26,7 @@ class RWalk(PathIntegral):
     the smallest is practically 0.
     """
 
-    saved = (*PathIntegral.saved, "average", "score", "past", "corner", "made")
+    saved = (*PathIntegral.saved, "average", "score", "past", "interval_start", "steps")
     name = "rwalk"
     unregularised = True
 
@@ -51,16 +51,16 @@ class RWalk(PathIntegral):
         super().setup(model, stream)
         self.fisher.check(model, stream.image_shape)
         self.average = self.score = self.past = Diagonal({})
-        self.corner: dict[str, Tensor] = {}  # the weights at the interval's beginning
-        self.made = 0  # steps in this task
+        self.interval_start: dict[str, Tensor] = {}  # the weights at the interval's beginning
+        self.steps = 0  # steps in this task
 
     def before_task(self, task: Task) -> None:
         super().before_task(task)
-        self.score, self.made = Diagonal({}), 0
-        self._turn()
+        self.score, self.steps = Diagonal({}), 0
+        self._start_interval()
 
     def before_batch(self, batch: Examples) -> Examples:
-        if self.made % self.interval == 0:
+        if self.steps % self.interval == 0:
             # A new seed, so that a random estimator's noise differs between batches.
             fisher = replace(self.fisher, seed=int(torch.randint(2**31, ())))
             found = fisher(self.model, batch).diagonal()
@@ -70,30 +70,30 @@ class RWalk(PathIntegral):
 
     def after_step(self, batch: Examples, output: Output) -> None:
         super().after_step(batch, output)
-        self.made += 1
-        if self.made % self.interval == 0:
-            self._close()
+        self.steps += 1
+        if self.steps % self.interval == 0:
+            self._end_interval()
 
     def after_task(self, task: Task) -> None:
-        self._close()
+        self._end_interval()
         self.past = self.past.plus(self.score).scaled(0.5) if self.past.values else self.score
-        self.hold(_scaled(self.of_held(self.average)).plus(_scaled(self.of_held(self.past))))
+        self.anchor(_scaled(self.anchored_part(self.average)).plus(_scaled(self.anchored_part(self.past))))
 
     @torch.no_grad()
-    def _close(self) -> None:
+    def _end_interval(self) -> None:
         """Add the current interval's part to the score."""
         gained, live = {}, trainable(self.model)
         for name, fisher in self.average.values.items():
             if name in self.path:
-                divergence = fisher * (live[name] - self.corner[name]).square() / 2
+                divergence = fisher * (live[name] - self.interval_start[name]).square() / 2
                 gained[name] = self.path[name].clamp(min=0) / (divergence + self.epsilon)
         self.score = self.score.plus(Diagonal(gained))
-        self._turn()
+        self._start_interval()
 
-    def _turn(self) -> None:
+    def _start_interval(self) -> None:
         live = trainable(self.model)
         self.path = {name: torch.zeros_like(value) for name, value in live.items()}
-        self.corner = {name: value.detach().clone() for name, value in live.items()}
+        self.interval_start = {name: value.detach().clone() for name, value in live.items()}
 
 
 def _scaled(importance: Diagonal) -> Diagonal:

@@ -53,4 +53,4 @@ class SI(PathIntegral):
         total = self.accumulated(Diagonal(importance), task, self.accumulation)
         if self.negative == "drop":
             total = Diagonal({name: values.clamp(min=0) for name, values in total.values.items()})
-        self.hold(total)
+        self.anchor(total)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console as Terminal
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.style import Style
 from rich.table import Table
@@ -25,22 +25,22 @@ BETWEEN = "evaluating and consolidating"  # what a run does when it learns no ba
 LOW, HIGH = (176, 112, 64), (40, 150, 160)  # text colours of accuracy 0 and 1: legible on black and on white
 
 
-def the_console() -> Terminal:
-    """The process's terminal, shared by tables, bars and log records."""
-    console = Terminal()
-    return console if console.is_terminal else Terminal(width=PIPE_WIDTH)
+def make_console() -> Console:
+    """A console on the process's output; as wide as a page if that is no terminal."""
+    console = Console()
+    return console if console.is_terminal else Console(width=PIPE_WIDTH)
 
 
-class Console(NullTracker):
+class TerminalTracker(NullTracker):
     """Shows a run on `console`: a line per task and, only on a terminal, progress bars.
 
     wandb_line: called for W&B's line when the run is over. place: the job's number in its sweep, such as "3/16".
     """
 
     def __init__(
-        self, console: Terminal | None = None, wandb_line: Callable[[], str] = lambda: "", place: str = ""
+        self, console: Console | None = None, wandb_line: Callable[[], str] = lambda: "", place: str = ""
     ) -> None:
-        self.console, self._wandb_line, self._place = console or Terminal(), wandb_line, place
+        self.console, self._wandb_line, self._place = console or Console(), wandb_line, place
         self._run: RunInfo | None = None
         self._progress: Progress | None = None
         self._bars: dict[str, TaskID] = {}
@@ -118,13 +118,13 @@ class Console(NullTracker):
             self._progress = None
 
 
-def show_results(results: dict[str, Any], folder: Path, console: Terminal) -> None:
+def show_results(results: dict[str, Any], folder: Path, console: Console) -> None:
     """Show a finished run as when it ended; `results` is the content of results.json."""
     show_tables(results, results["config"]["stream"]["scenario"], console)
     show_whereabouts(folder, "", console)
 
 
-def show_tables(results: dict[str, Any], scenario: str, console: Terminal) -> None:
+def show_tables(results: dict[str, Any], scenario: str, console: Console) -> None:
     """Show the run's own accuracy matrix, every defined metric, and the seconds by phase."""
     rows = results["accuracy"][scenario]
     digits = next((digits for digits in (1, 0) if _matrix_width(len(rows), digits) <= console.width), None)
@@ -136,7 +136,7 @@ def show_tables(results: dict[str, Any], scenario: str, console: Terminal) -> No
     console.print(Text.assemble(("seconds  ", "dim"), seconds), soft_wrap=True)
 
 
-def show_whereabouts(folder: Path, wandb_line: str, console: Terminal) -> None:
+def show_whereabouts(folder: Path, wandb_line: str, console: Console) -> None:
     """Show the run's folder and W&B's line, unwrapped so that they can be copied."""
     console.print(Text.assemble(("folder   ", "dim"), str(folder)), soft_wrap=True)
     if wandb_line:

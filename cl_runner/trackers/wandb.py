@@ -27,7 +27,7 @@ from cl_runner.errors import ConfigError
 from cl_runner.identity import parts
 from cl_runner.trackers import sending
 from cl_runner.trackers.base import NullTracker, RunInfo
-from cl_runner.trackers.local import entries, read_journal
+from cl_runner.trackers.journal import entries, read_journal
 
 log = logging.getLogger("cl_runner")
 

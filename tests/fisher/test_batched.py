@@ -86,7 +86,7 @@ def test_statistics_and_modes_are_as_they_were_after_train_mode() -> None:
 
 def test_layers_that_the_model_holds_still_stay_so_in_train_mode() -> None:
     subject = model("batch norm")
-    subject.hold_statistics([subject.backbone[1]])
+    subject.keep_in_eval([subject.backbone[1]])
     assert distance(Batched(train_mode=True)(subject, examples()), Batched()(subject, examples())) < 1e-10
 
 

@@ -20,7 +20,7 @@ from cl_runner.fisher.magnitudes import Magnitudes
 from cl_runner.fisher.passes import add_tapped_squares
 from cl_runner.fisher.per_sample import add_looped, add_vmapped
 from cl_runner.fisher.taps import Taps
-from cl_runner.fisher.trial import objection
+from cl_runner.fisher.trial import disagreement
 from cl_runner.models.model import Model
 from cl_runner.streams.base import Examples
 
@@ -114,7 +114,7 @@ def test_what_the_taps_fall_back_on_is_the_definition_too(
     name: str, way: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     subject, data = model(name), examples(5)
-    monkeypatch.setattr(engine, "way_for", lambda *_: way)
+    monkeypatch.setattr(engine, "choose_way", lambda *_: way)
     with untouched(subject):
         found = Exact(batch_size=3)(subject, data)
     assert distance(found, reference.exact(subject, data)) < 1e-10
@@ -126,7 +126,7 @@ def test_channels_last_changes_nothing(name: str, way: Callable[..., None], monk
     subject, data = model(name), examples(5)
     expected = reference.exact(subject, data)
     subject.preprocess.memory_format = torch.channels_last
-    monkeypatch.setattr(engine, "way_for", lambda *_: way)
+    monkeypatch.setattr(engine, "choose_way", lambda *_: way)
     assert distance(Exact()(subject.to(memory_format=torch.channels_last), data), expected) < 1e-10
 
 
@@ -134,7 +134,7 @@ def test_channels_last_changes_nothing(name: str, way: Callable[..., None], monk
 def test_every_kind_of_layer_is_covered_by_taps(name: str) -> None:
     subject = model(name)
     with undisturbed(subject):
-        assert objection(subject, subject.preprocess(examples(2).images)) is None
+        assert disagreement(subject, subject.preprocess(examples(2).images)) is None
 
 
 @pytest.mark.parametrize("name", ["mlp", "conv", "batch norm", "attention"])

@@ -11,7 +11,7 @@ from torch import nn
 from cl_runner.fisher import reference
 from cl_runner.fisher.engine import undisturbed
 from cl_runner.fisher.estimators import Empirical
-from cl_runner.fisher.trial import objection
+from cl_runner.fisher.trial import disagreement
 from cl_runner.models.efficientnet import EfficientNetLite0
 from cl_runner.models.model import Model
 from cl_runner.models.preprocess import Preprocess
@@ -73,7 +73,7 @@ def images(count: int) -> Examples:
 def test_a_network_is_covered_by_taps_and_right_in_float32(name: str) -> None:
     model, data = subject(NETWORKS[name]), images(3)
     with undisturbed(model):
-        assert objection(model, model.preprocess(data.images[:2])) is None
+        assert disagreement(model, model.preprocess(data.images[:2])) is None
     found, expected = Empirical()(model, data), reference.empirical(model, data)
     assert distance(found, expected) < 1e-5
     for parameter, values in expected.values.items():

@@ -106,7 +106,7 @@ def test_the_output_carries_logits_features_and_the_pixels_that_gave_them():
 def test_held_statistics_stay_where_they_are_in_every_mode():
     model = model_for()
     norm = model.backbone[2]
-    model.hold_statistics([norm])
+    model.keep_in_eval([norm])
     for mode in (True, False, True):
         model.train(mode)
         assert model.backbone[1].training is mode
@@ -117,7 +117,7 @@ def test_held_statistics_stay_where_they_are_in_every_mode():
 
 def test_a_copy_holds_its_own_statistics():
     model = model_for()
-    model.hold_statistics([model.backbone[2]])
+    model.keep_in_eval([model.backbone[2]])
     twin = copy.deepcopy(model).train()
     assert not twin.backbone[2].training
     twin(images(SHAPE))

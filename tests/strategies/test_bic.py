@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from cl_runner.errors import ConfigError
 from cl_runner.memory import Herding
 from cl_runner.models.mlp import MLP
-from cl_runner.randomness import of_task
+from cl_runner.randomness import task_seed
 from cl_runner.strategies import BiC, Finetune
 from cl_runner.streams.split import Split
 from tests.strategies.midway import assert_resumes
@@ -35,7 +35,7 @@ def test_the_held_out_rows_are_not_the_first_in_the_order_that_the_trainer_shuff
     learn(strategy, stream, toy_model(stream), tasks=1, epochs=1)
     task = stream.tasks[1]
     fresh = task.train
-    first = fresh[torch.randperm(len(fresh), generator=torch.Generator().manual_seed(of_task(0, task.index)))]
+    first = fresh[torch.randperm(len(fresh), generator=torch.Generator().manual_seed(task_seed(0, task.index)))]
     _, apart = strategy._parts(task)
     for label in task.classes:
         held_out = apart.images[apart.labels == label]

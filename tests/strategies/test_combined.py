@@ -38,7 +38,7 @@ from cl_runner.strategies import (
     RWalk,
 )
 from cl_runner.strategies.base import Strategy
-from cl_runner.strategies.taught import Taught
+from cl_runner.strategies.distillation import Distillation
 from cl_runner.streams.split import Split
 from tests.strategies import midway
 from tests.strategies.midway import assert_resumes
@@ -211,7 +211,7 @@ def test_a_teacher_answers_as_the_model_did_before_the_task_with_its_prompts_and
     inputs = model.eval()(stream.tasks[0].test.images).inputs
     before = model.encode(inputs).logits
     strategy.before_task(stream.tasks[1])
-    teacher = next(part for part in strategy.parts.values() if isinstance(part, Taught)).teacher
+    teacher = next(part for part in strategy.parts.values() if isinstance(part, Distillation)).teacher
     torch.testing.assert_close(teacher.encode(inputs).logits, before)
 
 

@@ -31,7 +31,7 @@ def test_the_importance_is_that_of_a_slow_loop_summed_over_tasks(scenario, outpu
     second = by_samples(model, stream.tasks[1].train, outputs)
     for name, values in strategy.importance.values.items():
         torch.testing.assert_close(values, first[name] + second[name], rtol=1e-4, atol=1e-6)
-        assert torch.equal(strategy.held.terms[0].anchor[name], model.state_dict()[name])
+        assert torch.equal(strategy.penalty.terms[0].anchor[name], model.state_dict()[name])
 
 
 def learn_second(strategy, stream, model):
@@ -103,4 +103,4 @@ def test_a_wholly_frozen_model_is_no_error():
     model.backbone.requires_grad_(False)
     strategy = MAS(head=False)
     learn(strategy, stream, model)
-    assert not strategy.held.terms
+    assert not strategy.penalty.terms

@@ -73,7 +73,7 @@ def test_parts_and_statistics_that_are_frozen_stay_so(make):
     stream = toy_stream("class")
     model = toy_model(stream, norm=True)
     model.backbone[1].requires_grad_(False)
-    model.hold_statistics([model.backbone[2]])
+    model.keep_in_eval([model.backbone[2]])
     before = {name: value.clone() for name, value in model.backbone.state_dict().items() if name[0] != "2"}
     statistics = model.backbone[2].running_mean.clone()
     learn(make(), stream, model)

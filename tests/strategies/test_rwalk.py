@@ -19,7 +19,7 @@ class Watched(RWalk):
         self.fishers, self.paths, self.corners, self.averages = [], [], [], []
 
     def before_batch(self, batch):
-        if self.made % self.interval == 0:
+        if self.steps % self.interval == 0:
             self.fishers.append(self.fisher(self.model, batch).values)
             self.corners.append({name: value.detach().clone() for name, value in self.model.named_parameters()})
             self.paths.append({name: torch.zeros_like(value) for name, value in self.corners[-1].items()})
@@ -97,7 +97,7 @@ def test_without_the_head_the_importances_of_the_rest_are_scaled_to_one_each():
     stream = toy_stream("domain")
     strategy = RWalk(fisher=Exact(), head=False)
     learn(strategy, stream, toy_model(stream), tasks=1)
-    parts = [strategy.of_held(part) for part in (strategy.average, strategy.past)]
+    parts = [strategy.anchored_part(part) for part in (strategy.average, strategy.past)]
     assert all("head.weight" not in part.values for part in parts)
     for name, found in strategy.importance.values.items():
         largest = [max(values.max() for values in part.values.values()) for part in parts]

@@ -56,7 +56,7 @@ def test_the_importance_is_the_path_over_the_squared_distance_and_damping_summed
     learn(strategy, stream, model, tasks=2)
     for name, values in strategy.importance.values.items():
         torch.testing.assert_close(values, by_hand[name])
-    assert all(torch.equal(strategy.held.terms[0].anchor[name], value) for name, value in model.named_parameters())
+    assert all(torch.equal(strategy.penalty.terms[0].anchor[name], value) for name, value in model.named_parameters())
 
 
 def by_the_papers_algorithm(stream, model, strength, epsilon, steps):

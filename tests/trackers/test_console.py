@@ -2,20 +2,20 @@ import io
 import logging
 from pathlib import Path
 
-from rich.console import Console as Terminal
+from rich.console import Console
 
 from cl_runner.logs import log_file, log_to
-from cl_runner.trackers.console import Console, show_results, show_tables
+from cl_runner.trackers.console import TerminalTracker, show_results, show_tables
 from tests.trackers.samples import journal_rows, results, run_info, tell
 
 
-def pipe(width: int = 100) -> tuple[Terminal, io.StringIO]:
+def pipe(width: int = 100) -> tuple[Console, io.StringIO]:
     text = io.StringIO()
-    return Terminal(file=text, width=width), text
+    return Console(file=text, width=width), text
 
 
-def shown(folder: Path, terminal: Terminal, failed: bool = False, preempted: bool = False) -> None:
-    console = Console(terminal, lambda: "W&B: offline; send it with: wandb sync somewhere")
+def shown(folder: Path, terminal: Console, failed: bool = False, preempted: bool = False) -> None:
+    console = TerminalTracker(terminal, lambda: "W&B: offline; send it with: wandb sync somewhere")
     console.start(run_info(folder))
     tell(console, journal_rows())
     if not failed and not preempted:
@@ -90,7 +90,7 @@ def test_a_pipe_gets_no_bars(tmp_path: Path) -> None:
 
 def test_a_terminal_gets_bars_with_the_loss(tmp_path: Path) -> None:
     text = io.StringIO()
-    console = Console(Terminal(file=text, width=100, force_terminal=True))
+    console = TerminalTracker(Console(file=text, width=100, force_terminal=True))
     console.start(run_info(tmp_path))
     console.step(journal_rows()[1])
     console.close()
@@ -101,7 +101,7 @@ def test_a_terminal_gets_bars_with_the_loss(tmp_path: Path) -> None:
 
 def test_a_terminal_says_what_goes_on_where_no_batch_is_learned(tmp_path: Path) -> None:
     text = io.StringIO()
-    console = Console(Terminal(file=text, width=100, force_terminal=True))
+    console = TerminalTracker(Console(file=text, width=100, force_terminal=True))
     console.start(run_info(tmp_path))
     row = journal_rows()[1]
     console.step({**row, "task_step": row["task_steps"]})
@@ -154,5 +154,5 @@ def test_the_log_file_has_details_too_and_is_appended_to(tmp_path: Path) -> None
 
 def test_closing_a_console_that_never_started_says_nothing() -> None:
     terminal, text = pipe()
-    Console(terminal).close(failed=True)
+    TerminalTracker(terminal).close(failed=True)
     assert text.getvalue() == ""

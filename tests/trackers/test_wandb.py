@@ -21,7 +21,7 @@ import pytest
 from cl_runner.errors import ConfigError
 from cl_runner.trackers import sending
 from cl_runner.trackers.base import Many
-from cl_runner.trackers.local import Local
+from cl_runner.trackers.journal import Journal
 from cl_runner.trackers.wandb import Wandb, answers, has_key, within
 from tests.trackers.samples import ROWS_BEFORE_THE_END_OF_TASK_1, journal_rows, results, run_info, tell
 
@@ -71,7 +71,7 @@ def read(tracker: Wandb) -> Written:
 def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Written, Written]:
     """Two runs of one process: one was stopped and resumed from an earlier checkpoint, the other failed."""
     folder, rows = tmp_path_factory.mktemp("it is a=run"), journal_rows()
-    local, first = Local(), Wandb(mode="offline")
+    local, first = Journal(), Wandb(mode="offline")
     many = Many([local, first])
     many.start(run_info(folder))
     tell(many, rows[:ROWS_BEFORE_THE_END_OF_TASK_1])
@@ -80,7 +80,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Written, Written]
     many.close(failed=True)
 
     resumed = Wandb(mode="offline", tags=["a tag"], notes="a note")
-    local = Local()
+    local = Journal()
     local.rewind(offset)
     many = Many([local, resumed])
     many.start(run_info(folder, resumed=True))

@@ -15,7 +15,7 @@ import pytest
 from cl_runner.trackers import sending
 from cl_runner.trackers import wandb as wandb_tracker
 from cl_runner.trackers.base import Many
-from cl_runner.trackers.local import JOURNAL, Local, read_journal
+from cl_runner.trackers.journal import JOURNAL, Journal, read_journal
 from cl_runner.trackers.wandb import Wandb
 from tests.trackers.loopback import Loopback, Received, reached
 from tests.trackers.samples import journal_rows, results, run_info, tell
@@ -51,7 +51,7 @@ class Job:
         self, stop: int = len(ROWS), *, saved: int | None = None, failed: bool = False, preempted: bool = False
     ) -> None:
         """Resume from the checkpoint after `saved` rows, and go on to `stop`, by default the end."""
-        journal, tracker = Local(), Wandb()
+        journal, tracker = Journal(), Wandb()
         if saved is not None:
             lines = (self.folder / JOURNAL).read_bytes().splitlines(keepends=True)
             journal.rewind(sum(map(len, lines[:saved])))
@@ -167,12 +167,12 @@ KILLED = """
 import sys, time
 from pathlib import Path
 from cl_runner.trackers.base import Many
-from cl_runner.trackers.local import Local
+from cl_runner.trackers.journal import Journal
 from cl_runner.trackers.wandb import Wandb
 from tests.trackers.samples import journal_rows, run_info, tell
 
 folder = Path(sys.argv[1])
-many = Many([Local(), Wandb()])
+many = Many([Journal(), Wandb()])
 many.start(run_info(folder, run_id=folder.name))
 tell(many, journal_rows()[:8])
 time.sleep(600)

@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from cl_runner.trackers.local import Local, read_journal, to_json
+from cl_runner.trackers.journal import Journal, read_journal, to_json
 from tests.trackers.samples import journal_rows, results, run_info, tell
 
 
 @pytest.fixture
 def finished(tmp_path: Path) -> Path:
-    tracker = Local()
+    tracker = Journal()
     tracker.start(run_info(tmp_path))
     tell(tracker, journal_rows())
     tracker.finish(results())
@@ -25,7 +25,7 @@ def test_the_journal_holds_every_row_in_order(finished: Path) -> None:
 
 
 def test_a_row_is_on_disk_as_soon_as_it_is_told(tmp_path: Path) -> None:
-    tracker = Local()
+    tracker = Journal()
     tracker.start(run_info(tmp_path))
     tracker.step(journal_rows()[0])
     assert read_journal(tmp_path) == journal_rows()[:1]
@@ -66,14 +66,14 @@ def test_no_half_written_file_is_left(finished: Path) -> None:
 @pytest.mark.parametrize("rewound", ["before start", "after start"])
 def test_a_resumed_run_takes_up_the_journal_where_its_checkpoint_left_it(tmp_path: Path, rewound: str) -> None:
     rows = journal_rows()
-    killed = Local()
+    killed = Journal()
     killed.start(run_info(tmp_path))
     tell(killed, rows[:5])
     offset = killed.offset
     tell(killed, rows[5:8])
     with (tmp_path / "steps.jsonl").open("ab") as file:
         file.write(b'{"kind": "st')  # the process died in the middle of a line
-    resumed = Local()
+    resumed = Journal()
     if rewound == "before start":
         resumed.rewind(offset)
     resumed.start(run_info(tmp_path, resumed=True))
@@ -88,7 +88,7 @@ def test_a_resumed_run_takes_up_the_journal_where_its_checkpoint_left_it(tmp_pat
 
 def test_a_run_that_begins_anew_forgets_the_rows_of_one_that_never_saved(tmp_path: Path) -> None:
     for _ in range(2):
-        tracker = Local()
+        tracker = Journal()
         tracker.start(run_info(tmp_path))
         tell(tracker, journal_rows()[:3])
         tracker.close()
@@ -96,7 +96,7 @@ def test_a_run_that_begins_anew_forgets_the_rows_of_one_that_never_saved(tmp_pat
 
 
 def test_rewinding_never_makes_a_journal_longer(tmp_path: Path) -> None:
-    tracker = Local()
+    tracker = Journal()
     tracker.start(run_info(tmp_path))
     tell(tracker, journal_rows()[:2])
     tracker.rewind(100_000)
@@ -111,6 +111,6 @@ def test_a_torn_last_line_is_not_read(tmp_path: Path) -> None:
 
 
 def test_closing_a_tracker_that_never_started_is_nothing() -> None:
-    tracker = Local()
+    tracker = Journal()
     tracker.close(failed=True)
     assert tracker.offset == 0

@@ -14,7 +14,7 @@ from cl_runner.trackers.base import NullTracker, RunInfo
 JOURNAL = "steps.jsonl"
 
 
-class Local(NullTracker):
+class Journal(NullTracker):
     """Writes `steps.jsonl` during the run, and `accuracy.csv`, `accuracy.png` and `results.json` when it is done.
 
     Journal rows later than the checkpoint come from steps that will be repeated: `rewind` cuts them off.

@@ -17,19 +17,19 @@ class _Unfailing:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        with self._read_or_not():
+        with self._ignore_closed_pipe():
             self._stream.write(text)
         return len(text)
 
     def flush(self) -> None:
-        with self._read_or_not():
+        with self._ignore_closed_pipe():
             self._stream.flush()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
     @contextmanager
-    def _read_or_not(self) -> Iterator[None]:
+    def _ignore_closed_pipe(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
@@ -41,7 +41,7 @@ class _Unfailing:
 
 
 @contextmanager
-def read_or_not() -> Iterator[None]:
+def ignore_closed_pipe() -> Iterator[None]:
     """In the body, output whose reader has gone is dropped: no run and no table ends because of it."""
     out, err = (cast(TextIO, _Unfailing(stream)) for stream in (sys.stdout, sys.stderr))
     with redirect_stdout(out), redirect_stderr(err):

@@ -17,7 +17,7 @@ from cl_runner.streams.base import Examples, Stream, Task
 Module = TypeVar("Module", bound=nn.Module)
 
 
-class Taught(Strategy):
+class Distillation(Strategy):
     """Keeps a frozen copy of the model before the task, as a teacher of what was learned earlier."""
 
     saved = ("teacher", "old", "new", "number", "prompted")
@@ -51,7 +51,7 @@ class Taught(Strategy):
             prompts.on = value
 
     @torch.no_grad()
-    def taught(self, output: Output) -> Output:
+    def teacher_output(self, output: Output) -> Output:
         """The teacher's output for the same augmented images."""
         return self.teacher.encode(output.inputs)
 
@@ -67,10 +67,10 @@ class Taught(Strategy):
                 live.copy_(torch.where(old, self.teacher.head.get_parameter(name), live))
 
 
-class Exemplars(Taught):
+class Exemplars(Distillation):
     """Trains on the memory's rows as part of each task's data, and offers it the task at its end."""
 
-    saved = (*Taught.saved, "memory")
+    saved = (*Distillation.saved, "memory")
 
     def __init__(self, *, memory: Memory) -> None:
         self.memory = memory
