@@ -54,7 +54,8 @@ def _answer(argv: list[str]) -> None:
         )
     else:
         from cl_runner.command import hydra_main, run, try_composing
-        from cl_runner.compose import for_hydra, in_order
+        from cl_runner.command_line import in_order
+        from cl_runner.compose import for_hydra
 
         words = {word.partition("=")[0] for word in argv}
         if not words & ASKS_HYDRA:

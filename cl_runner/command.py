@@ -12,8 +12,9 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 
 from cl_runner import CONF
+from cl_runner.command_line import in_order
 from cl_runner.components import check_plugin
-from cl_runner.compose import GRID, VERSION_BASE, Request, compose_jobs, in_order, knows_all_keys, parse
+from cl_runner.compose import GRID, VERSION_BASE, Request, compose_jobs, knows_all_keys, parse
 from cl_runner.config import Experiment, check, validated, with_valid_settings
 from cl_runner.errors import ConfigError, in_a_line, raised_at
 from cl_runner.identity import display_name

@@ -2,80 +2,31 @@
 
 import copy
 import itertools
-import math
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
 
 import hydra
 from hydra import compose, initialize_config_dir
 from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import IntervalSweep, Override
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError, safe_load
+from yaml import YAMLError
 
 from cl_runner import CONF
-from cl_runner.arguments import refuse_arguments
-from cl_runner.errors import EXPERIMENT_HEAD, ConfigError, did_you_mean, hint, suggestion
+from cl_runner.command_line import in_order
+from cl_runner.errors import EXPERIMENT_HEAD, ConfigError, did_you_mean
+from cl_runner.hydra_keys import RESERVED, refuse_unknown_keys
+from cl_runner.overrides import hint_on_quotes, values_of, word_of
 
 VERSION_BASE = "1.3" if hydra.__version__ < "1.4" else None
 GRID = "hydra_plugins.cl_runner.sweepers.Grid"  # the sweeper whose jobs are all known in advance
-_FOLDERS = "expected output_root to say where runs go: a run's folder is named by what it computes"
-BRACKETS = ("()", "[]", "{}")
-RESERVED = {
-    **dict.fromkeys(("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir"), _FOLDERS),
-    "hydra.mode": "expected -m (--multirun), which says the same",
-    "_pair": "it cannot be chosen: it follows from stream and model",
-    "protocol": "it cannot be chosen: it follows from experiment and strategy",
-}
-# Mappings of Hydra's own that take any key.
-OPEN = ("hydra.sweeper.params", "hydra.callbacks", "hydra.job.env_set", "hydra.job_logging", "hydra.hydra_logging")
 NOT_SWEPT = ("output_root", "rerun", "plugins")
-
-
-def in_order(argv: list[str]) -> list[str]:
-    """The command line with its options first, as Hydra wants them and people do not type them.
-
-    Raises ConfigError for a word that is neither an option nor an override, and for options of Hydra's that would make
-    it run another configuration than the one checked.
-    """
-    parser = get_args_parser()
-    parser.error = lambda message: refuse_arguments(parser, "command line", message)
-    arguments = parser.parse_intermixed_args(argv)
-    arguments.overrides = [_at_home(word) for word in arguments.overrides]
-    for word in arguments.overrides:
-        key, equals, _ = word.partition("=")
-        if not key.strip("+~") or not (equals or key.startswith("~")):
-            raise ConfigError("command line", f"expected KEY=VALUE, or a command as the first word, got {word!r}")
-    for option in ("config_name", "config_path", "experimental_rerun"):
-        if getattr(arguments, option, None):
-            raise ConfigError(
-                "command line", f"--{option.replace('_', '-')} is not supported; --config-dir adds to conf/"
-            )
-    if arguments.config_dir:
-        _added(arguments.config_dir)
-    options = ["--multirun"] if arguments.multirun else []
-    return [*options, *(["--config-dir", arguments.config_dir] if arguments.config_dir else []), *arguments.overrides]
-
-
-def _added(config_dir: str) -> Path:
-    """The folder that adds to conf/. Raises ConfigError if it does not exist."""
-    if not Path(config_dir).is_dir():
-        raise ConfigError("--config-dir", f"expected a folder, got {config_dir!r}")
-    return Path(config_dir)
-
-
-def _at_home(word: str) -> str:
-    """Expand `data_root=~/data`, which neither a shell nor Hydra does."""
-    key, equals, value = word.partition("=")
-    return f"{key}={Path(value).expanduser()}" if equals and value.startswith("~/") else word
 
 
 @dataclass(frozen=True)
@@ -112,11 +63,11 @@ def parse(argv: list[str]) -> Request:
     arguments = get_args_parser().parse_args(argv)
     search = _search_path(arguments.config_dir)
     with initialize_config_dir(str(CONF), version_base=VERSION_BASE):
-        words = _Words(search)
-        given = words.parsed(arguments.overrides)
+        composer = Composer(search)
+        given = composer.parsed(arguments.overrides)
         if not arguments.multirun:
-            return _single_run(words, given, argv)
-        return _sweep(words, given, argv)
+            return _single_run(composer, given, argv)
+        return _sweep(composer, given, argv)
 
 
 def for_hydra(argv: list[str]) -> list[str]:
@@ -146,7 +97,7 @@ def _search_path(config_dir: str | None) -> list[str]:
     return [f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"] if config_dir else []
 
 
-def _single_run(words: "_Words", given: list[Override], argv: list[str]) -> Request:
+def _single_run(composer: "Composer", given: list[Override], argv: list[str]) -> Request:
     for override in given:
         if override.is_sweep_override():
             key = override.get_key_element()
@@ -154,70 +105,47 @@ def _single_run(words: "_Words", given: list[Override], argv: list[str]) -> Requ
             raise ConfigError(key, f"a sweep over several values needs -m (--multirun){quoted}")
         if override.key_or_group in ("hydra/launcher", "hydra/sweeper"):
             raise ConfigError(override.key_or_group, "expected -m (--multirun) beside it: it carries out sweeps")
-    _refuse_unknown_of_hydra(words, given)
-    overrides = [_word(override) for override in given]
-    cfg = words.composed(overrides, with_hydra=True)
+    _check_hydra_keys(composer, given)
+    overrides = [word_of(override) for override in given]
+    cfg = composer.composed(overrides, with_hydra=True)
     own = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
-    return Request([(overrides, own)], [], cfg.hydra, words.for_hydra(argv, overrides), sweep=False)
+    return Request([(overrides, own)], [], cfg.hydra, composer.accepted(argv, overrides), sweep=False)
 
 
-def _sweep(words: "_Words", given: list[Override], argv: list[str]) -> Request:
+def _sweep(composer: "Composer", given: list[Override], argv: list[str]) -> Request:
     for override in given:
         if override.is_sweep_override() and (override.is_hydra_override() or override.key_or_group in NOT_SWEPT):
             raise ConfigError(override.key_or_group, "expected one value: it is the same for all jobs of a sweep")
-    _refuse_unknown_of_hydra(words, given)
-    single = [_word(override) for override in given if not override.is_sweep_override()]
-    master = words.composed(single, with_hydra=True)
-    _refuse_grids_in_a_grid(words, given, single)
-    own = words.parsed([f"{key}={value}" for key, value in (master.hydra.sweeper.get("params") or {}).items()])
+    _check_hydra_keys(composer, given)
+    single = [word_of(override) for override in given if not override.is_sweep_override()]
+    master = composer.composed(single, with_hydra=True)
+    _refuse_grids_in_a_grid(composer, given, single)
+    own = composer.parsed([f"{key}={value}" for key, value in (master.hydra.sweeper.get("params") or {}).items()])
     # The command line takes precedence over an experiment's own grid, key by key.
     keys = {override.get_key_element(): override for override in (*own, *given) if not override.is_hydra_override()}
     if master.hydra.sweeper._target_ == GRID:
-        jobs = list(itertools.product(*(list(_values(override)) for override in keys.values())))
+        jobs = list(itertools.product(*(list(values_of(override)) for override in keys.values())))
     else:
-        jobs = _one_at_a_time([list(_values(override, ends=True)) for override in keys.values()])
-    composed = [(list(job), words.of_a_sweep(job)) for job in jobs]
+        jobs = _one_at_a_time([list(values_of(override, ends=True)) for override in keys.values()])
+    composed = [(list(job), composer.of_a_sweep(job)) for job in jobs]
     swept = [key for key, override in keys.items() if override.is_sweep_override()]
-    return Request(composed, swept, master.hydra, words.for_hydra(argv, single), sweep=True)
+    return Request(composed, swept, master.hydra, composer.accepted(argv, single), sweep=True)
 
 
-def _refuse_unknown_of_hydra(words: "_Words", given: list[Override]) -> None:
-    """Refuse keys that Hydra's own configuration lacks: Hydra would advise a +, and then do nothing with them."""
+def _check_hydra_keys(composer: "Composer", given: list[Override]) -> None:
     keys = [override.key_or_group for override in given if override.key_or_group.startswith("hydra.")]
-    if not keys:
-        return
-    others = [each for each in given if not each.is_sweep_override() and each.key_or_group not in keys]
-    whole = words.composed([_word(override) for override in others], with_hydra=True)
-    own = {"hydra": OmegaConf.to_container(whole.hydra, resolve=False)}
-    for key in keys:
-        node: Any = own
-        path = ""
-        for part in key.split("."):
-            if path in OPEN or not isinstance(node, dict):
-                break
-            if part not in node:
-                raise ConfigError(key, f"unknown key; {_hint_of_hydra(path, part, [str(known) for known in node])}")
-            node, path = node[part], f"{path}.{part}".removeprefix(".")
+    if keys:
+        others = [each for each in given if not each.is_sweep_override() and each.key_or_group not in keys]
+        whole = composer.composed([word_of(override) for override in others], with_hydra=True)
+        refuse_unknown_keys(keys, OmegaConf.to_container(whole.hydra, resolve=False))
 
 
-def _hint_of_hydra(path: str, key: str, known: list[str]) -> str:
-    """A hint for a key that is unknown below `path`: another choice of a launcher or a sweeper may have it."""
-    group = path.replace(".", "/")
-    having: dict[str, list[str]] = {}
-    for file in sorted((CONF / group).glob("*.yaml")):
-        for other in safe_load(file.read_text()):
-            having.setdefault(other, []).append(file.stem)
-    for near in get_close_matches(key, [*known, *having], n=1):
-        return suggestion([near if near in known else f"{near} of {group}={' or '.join(having[near])}"])
-    return hint(key, known)
-
-
-def _refuse_grids_in_a_grid(words: "_Words", given: list[Override], single: list[str]) -> None:
+def _refuse_grids_in_a_grid(composer: "Composer", given: list[Override], single: list[str]) -> None:
     """Refuse a sweep over experiments that hold grids: there is only one product, and theirs would be ignored."""
     for override in given:
         if override.is_choice_sweep() and override.key_or_group == "experiment":
-            for word in _values(override):
-                if words.composed([*single, word], with_hydra=True).hydra.sweeper.get("params"):
+            for word in values_of(override):
+                if composer.composed([*single, word], with_hydra=True).hydra.sweeper.get("params"):
                     raise ConfigError(
                         "experiment",
                         f"{word.partition('=')[2]} holds a grid of its own and cannot be swept over: give every "
@@ -232,40 +160,7 @@ def _one_at_a_time(values: list[list[str]]) -> list[list[str]]:
     return [first, *([*first[:place], other, *first[place + 1 :]] for place, other in others)]
 
 
-def _values(override: Override, ends: bool = False) -> Iterator[str]:
-    """The single overrides that a sweep override stands for; with `ends`, an interval stands for its two ends."""
-    key = override.get_key_element()
-    if not override.is_sweep_override():
-        yield _word(override)
-    elif override.is_discrete_sweep():
-        try:
-            values = [f"{key}={value}" for value in override.sweep_string_iterator()]
-        except ValueError as error:  # a step of 0
-            raise ConfigError(key, str(error)) from None
-        if not values:
-            raise ConfigError(key, f"expected values to take in turn, got none in {override.input_line}")
-        yield from values
-    elif ends and isinstance(interval := override.value(), IntervalSweep):
-        _refuse_no_interval(key, interval, override.input_line)
-        yield from (f"{key}={value}" for value in (interval.start, interval.end))
-    else:
-        raise ConfigError(key, "expected values to take in turn; an interval is for hydra/sweeper=optuna")
-
-
-def _refuse_no_interval(key: str, interval: IntervalSweep, word: str | None) -> None:
-    low, high = float(interval.start or 0), float(interval.end or 0)
-    if not (math.isfinite(low) and math.isfinite(high) and low <= high):
-        raise ConfigError(key, f"expected an interval from a lower number to a higher one, got {word}")
-    if "log" in interval.tags and low <= 0:
-        raise ConfigError(key, f"expected a logarithmic interval to begin above 0, got {word}")
-
-
-def _word(override: Override) -> str:
-    key = override.get_key_element()
-    return key if override.is_delete() else f"{key}={override.get_value_element_as_str()}"
-
-
-class _Words:
+class Composer:
     """Parses and composes overrides; only to be used within `initialize_config_dir`."""
 
     def __init__(self, search: list[str]) -> None:
@@ -278,7 +173,7 @@ class _Words:
         try:
             overrides = OverridesParser.create(config_loader=self._loader).parse_overrides(list(words))
         except HydraException as error:
-            raise ConfigError("command line", f"{_first_lines(error)}{self._quoted(words)}") from None
+            raise ConfigError("command line", f"{_first_lines(error)}{hint_on_quotes(words)}") from None
         for override in overrides:
             group = override.key_or_group
             if group in RESERVED:
@@ -286,18 +181,6 @@ class _Words:
             if group in self._groups and not override.is_sweep_override():
                 self._refuse_no_choice(override)
         return overrides
-
-    def _quoted(self, words: Sequence[str]) -> str:
-        """A hint on how to quote the first word that Hydra cannot parse; empty if there is none."""
-        for word in words:
-            key, equals, value = word.partition("=")
-            if re.match(r"{|\w+\(", value) or any(value.count(one) != value.count(other) for one, other in BRACKETS):
-                continue  # a mapping or a sweep, or a bracket is missing
-            parts = [part.strip() for part in value.removeprefix("[").removesuffix("]").split(",")]
-            meant = f"[{','.join(map(repr, parts))}]" if value.startswith("[") else repr(value)
-            if equals and not _is_read(word) and "'" not in value and _is_read(f"{key}={meant}"):
-                return f'; such a value needs quotes of its own: "{key}={meant}"'
-        return ""
 
     def _refuse_no_choice(self, override: Override) -> None:
         """Refuse what is no name of a choice (a list, say), and to remove a group from the top level."""
@@ -310,12 +193,12 @@ class _Words:
 
     def composed(self, words: Sequence[str], with_hydra: bool = False) -> DictConfig:
         """The configuration that the words compose to."""
-        return _composed([*self._search, *(self._lenient(word) for word in words)], with_hydra)
+        return _composed([*self._search, *(lenient(word, self._groups) for word in words)], with_hydra)
 
     def of_a_sweep(self, words: Sequence[str]) -> DictConfig:
         """The same for one job of many, faster: Hydra composes each combination of choices once, and values are set in
         a copy of the result, as Hydra sets them."""
-        values = [word for word in words if self._sets_a_value(word)]
+        values = [word for word in words if _sets_a_value(word, self._groups)]
         chosen = tuple(word for word in words if word not in values)
         if any(word.startswith(("+", "~")) for word in chosen):
             return self.composed(words)
@@ -330,7 +213,7 @@ class _Words:
             return self.composed(words)  # which reports what is wrong in Hydra's words
         return cfg
 
-    def for_hydra(self, argv: list[str], single: list[str]) -> list[str]:
+    def accepted(self, argv: list[str], single: list[str]) -> list[str]:
         """A command line that Hydra accepts.
 
         Hydra first composes what is not swept over. There `strategy.batch_size=8` beside a sweep over strategies may
@@ -340,14 +223,8 @@ class _Words:
         try:
             _composed([*self._search, *single])
         except ConfigError:
-            return [word if word.startswith("-") else self._lenient(word) for word in argv]
+            return [word if word.startswith("-") else lenient(word, self._groups) for word in argv]
         return argv
-
-    def _lenient(self, word: str) -> str:
-        return lenient(word, self._groups)
-
-    def _sets_a_value(self, word: str) -> bool:
-        return _sets_a_value(word, self._groups)
 
 
 def lenient(word: str, groups: Collection[str]) -> str:
@@ -365,22 +242,6 @@ def _sets_a_value(word: str, groups: Collection[str]) -> bool:
         and "/" not in key
         and key.partition("@")[0] not in groups
     )
-
-
-def choices(config_dir: str | None = None) -> dict[str, dict[str, str]]:
-    """group -> choice -> the description in its YAML's first line; including those of --config-dir.
-
-    Raises ConfigError if that is not a folder.
-    """
-    found: dict[str, dict[str, str]] = {}
-    for root in (CONF, *([_added(config_dir)] if config_dir else [])):
-        for file in sorted([*root.glob("[a-z]*/*.yaml"), *root.glob("hydra/*/*.yaml")]):
-            lines = file.read_text().splitlines()
-            first = next((line for line in lines if line.startswith("# ") and "@" not in line), "")
-            group = found.setdefault(str(file.parent.relative_to(root)), {})
-            group.setdefault(file.stem, first.removeprefix("# "))  # where names clash, Hydra takes the one in conf/
-    found["hydra/launcher"]["basic"] = "One job after another, in this process: the default, of Hydra itself"
-    return found
 
 
 def _composed(overrides: list[str], with_hydra: bool = False) -> DictConfig:
@@ -403,14 +264,6 @@ def _composed(overrides: list[str], with_hydra: bool = False) -> DictConfig:
             slash = f"expected its defaults to say `override /{meant[3]}: …`, with the slash"
             raise ConfigError(meant[1], slash if meant[2] else EXPERIMENT_HEAD) from None
         raise ConfigError("command line", _first_lines(error)) from None
-
-
-def _is_read(word: str) -> bool:
-    try:
-        OverridesParser.create().parse_override(word)
-    except HydraException:
-        return False
-    return True
 
 
 def _first_lines(error: Exception) -> str:

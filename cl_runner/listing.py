@@ -1,7 +1,8 @@
 """`cl-runner list`: list every choice."""
 
+from cl_runner import CONF
 from cl_runner.arguments import Parser
-from cl_runner.compose import choices
+from cl_runner.command_line import added_folder
 from cl_runner.errors import ConfigError, hint
 
 
@@ -29,3 +30,19 @@ def parser() -> Parser:
     parser.add_argument("groups", nargs="*", metavar="GROUP", help="e.g. strategy fisher; none: all")
     parser.add_argument("--config-dir", "-cd", metavar="DIR", help="your own folder that adds to conf/")
     return parser
+
+
+def choices(config_dir: str | None = None) -> dict[str, dict[str, str]]:
+    """group -> choice -> the description in its YAML's first line; including those of --config-dir.
+
+    Raises ConfigError if that is not a folder.
+    """
+    found: dict[str, dict[str, str]] = {}
+    for root in (CONF, *([added_folder(config_dir)] if config_dir else [])):
+        for file in sorted([*root.glob("[a-z]*/*.yaml"), *root.glob("hydra/*/*.yaml")]):
+            lines = file.read_text().splitlines()
+            first = next((line for line in lines if line.startswith("# ") and "@" not in line), "")
+            group = found.setdefault(str(file.parent.relative_to(root)), {})
+            group.setdefault(file.stem, first.removeprefix("# "))  # where names clash, Hydra takes the one in conf/
+    found["hydra/launcher"]["basic"] = "One job after another, in this process: the default, of Hydra itself"
+    return found

@@ -15,7 +15,8 @@ from rich.console import Console
 from rich.table import Table
 
 from cl_runner.arguments import Parser
-from cl_runner.compose import compose_jobs, in_order
+from cl_runner.command_line import in_order
+from cl_runner.compose import compose_jobs
 from cl_runner.errors import ConfigError, in_a_line
 from cl_runner.folder import RunFolder, write_atomically
 from cl_runner.identity import EXECUTION, run_folder

@@ -24,11 +24,12 @@ import torch
 from omegaconf import DictConfig
 from safetensors.torch import load_file
 
-from cl_runner.compose import choices, compose_jobs
+from cl_runner.compose import compose_jobs
 from cl_runner.config import check, validated
 from cl_runner.folder import RunFolder
 from cl_runner.identity import run_folder
 from cl_runner.job import carry_out
+from cl_runner.listing import choices
 from cl_runner.trackers.journal import draw_accuracy
 from tests.test_resume import overrides_for, without_timing
 

@@ -7,31 +7,19 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "cl_runner"
 FLOORS = [
-    {
-        "errors",
-        "folder",
-        "streams",
-        "metrics",
-        "trackers",
-        "identity",
-        "arguments",
-        "closed_pipe",
-        "lock",
-        "interrupt",
-        "",
-    }
-    | {"pulse", "randomness", "losses", "ranges", "schedulers", "clock", "environment", "logs"},
+    {"errors", "folder", "streams", "metrics", "trackers", "identity", "arguments", "closed_pipe", "lock", "interrupt"}
+    | {"", "pulse", "randomness", "losses", "ranges", "schedulers", "clock", "environment", "logs"},
     {"models", "memory"},
     {"fisher"},
     {"strategies"},
     {"trainer", "checkpoint", "evaluate"},
     {"components", "config", "run", "state"},
-    {"__main__", "command", "compose", "job", "rerun", "sweep", "launchers", "published", "verify", "report"}
-    | {"listing"},
+    {"__main__", "command", "command_line", "overrides", "hydra_keys", "compose", "job", "rerun", "sweep"}
+    | {"launchers", "published", "verify", "report", "listing"},
 ]
 FLOOR = {module: number for number, floor in enumerate(FLOORS) for module in floor}
 ONLY_IN = {
-    "hydra": {"command", "compose"},
+    "hydra": {"command", "command_line", "compose", "overrides"},
     "omegaconf": {"command", "compose", "config"},
     "wandb": {"trackers/wandb"},
 }

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 from cl_runner.__main__ import COMMANDS
-from cl_runner.compose import choices, compose_jobs, in_order
+from cl_runner.command_line import in_order
+from cl_runner.compose import compose_jobs
 from cl_runner.config import validated
+from cl_runner.listing import choices
 from cl_runner.published import chosen, published
 
 ROOT = Path(__file__).parent.parent

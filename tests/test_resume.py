@@ -6,9 +6,10 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
-from cl_runner.compose import choices, compose_jobs
+from cl_runner.compose import compose_jobs
 from cl_runner.config import check
 from cl_runner.folder import RunFolder
+from cl_runner.listing import choices
 from cl_runner.run import run
 
 pytestmark = pytest.mark.usefixtures("no_picture")

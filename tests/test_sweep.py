@@ -12,7 +12,8 @@ import pytest
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 
 from cl_runner.command import run_submitted
-from cl_runner.compose import compose_jobs, in_order, parse
+from cl_runner.command_line import in_order
+from cl_runner.compose import compose_jobs, parse
 from cl_runner.errors import ConfigError
 from cl_runner.job import carry_out
 from cl_runner.report.groups import group_runs

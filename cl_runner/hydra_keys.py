@@ -1,0 +1,48 @@
+"""Keys of Hydra's own configuration (`hydra.…`): which must not be set, and which do not exist."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+from typing import Any
+
+from yaml import safe_load
+
+from cl_runner import CONF
+from cl_runner.errors import ConfigError, hint, suggestion
+
+_FOLDERS = "expected output_root to say where runs go: a run's folder is named by what it computes"
+RESERVED = {
+    **dict.fromkeys(("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir"), _FOLDERS),
+    "hydra.mode": "expected -m (--multirun), which says the same",
+    "_pair": "it cannot be chosen: it follows from stream and model",
+    "protocol": "it cannot be chosen: it follows from experiment and strategy",
+}
+# Mappings of Hydra's own that take any key.
+OPEN = ("hydra.sweeper.params", "hydra.callbacks", "hydra.job.env_set", "hydra.job_logging", "hydra.hydra_logging")
+
+
+def refuse_unknown_keys(keys: Iterable[str], hydra: Any) -> None:
+    """Refuse keys that Hydra's own configuration lacks: Hydra would advise a +, and then do nothing with them.
+
+    `hydra`: that configuration, in plain containers. Raises ConfigError.
+    """
+    for key in keys:
+        node: Any = {"hydra": hydra}
+        path = ""
+        for part in key.split("."):
+            if path in OPEN or not isinstance(node, dict):
+                break
+            if part not in node:
+                raise ConfigError(key, f"unknown key; {_hint(path, part, [str(known) for known in node])}")
+            node, path = node[part], f"{path}.{part}".removeprefix(".")
+
+
+def _hint(path: str, key: str, known: list[str]) -> str:
+    """A hint for a key that is unknown below `path`: another choice of a launcher or a sweeper may have it."""
+    group = path.replace(".", "/")
+    having: dict[str, list[str]] = {}
+    for file in sorted((CONF / group).glob("*.yaml")):
+        for other in safe_load(file.read_text()):
+            having.setdefault(other, []).append(file.stem)
+    for near in get_close_matches(key, [*known, *having], n=1):
+        return suggestion([near if near in known else f"{near} of {group}={' or '.join(having[near])}"])
+    return hint(key, known)
