@@ -79,7 +79,8 @@ def _run(
     def record(row: dict[str, Any]) -> None:
         row = {"kind": row["kind"], "seq": state.position.rows, **row}
         state.position.rows += 1
-        tracker.task(row) if row["kind"] == "task" else tracker.step(row)
+        tell = tracker.task if row["kind"] == "task" else tracker.step
+        tell(row)
 
     work = Work(
         model=model,

@@ -213,7 +213,7 @@ class State:
 
     def save_weights(self) -> None:
         """The final weights under plain names, usable as `model.pretrained=PATH`."""
-        content = safetensors_bytes(self.model.plain_state(), metadata=self.model.weights_metadata())
+        content = safetensors_bytes(self.model.plain_state(), metadata=self.model.metadata)
         write_atomically(self.folder.path / "model.safetensors", content)
 
     def done(self) -> None:

@@ -13,7 +13,7 @@ from cl_runner.errors import ConfigError
 from cl_runner.fisher.curvature import Diagonal
 from cl_runner.fisher.engine import wide
 from cl_runner.fisher.estimators import Estimator, unit
-from cl_runner.models.model import Model, PretrainedView, trainable
+from cl_runner.models.model import Classifier, trainable
 from cl_runner.models.substitute import nothing_kept
 from cl_runner.randomness import random_state, restore_random_state
 from cl_runner.ranges import Count
@@ -55,7 +55,7 @@ class Batched(Estimator):
                 message = "expected at least 2 with train_mode (one image has no statistics to normalise by), got 1"
                 raise ConfigError(f"fisher.{field}", message)
 
-    def check(self, model: Model | PretrainedView, image_shape: tuple[int, ...]) -> None:
+    def check(self, model: Classifier, image_shape: tuple[int, ...]) -> None:
         """Accept any model: no per-sample gradients are needed."""
 
     def vectors(self, logits: Tensor, labels: Tensor, noise: Tensor) -> Tensor:
@@ -63,9 +63,7 @@ class Batched(Estimator):
         p = turned.softmax(1)[:, None]  # the gradient up to its sign, which squaring removes
         return (unit(labels[:, None], p) - p) / len(logits)
 
-    def _mean(
-        self, model: Model | PretrainedView, prepared: Examples, generator: torch.Generator
-    ) -> tuple[Diagonal, int]:
+    def _mean(self, model: Classifier, prepared: Examples, generator: torch.Generator) -> tuple[Diagonal, int]:
         model.train(self.train_mode)
         model.preprocess.train(self.augment)
         parameters = trainable(model)
@@ -88,9 +86,7 @@ class Batched(Estimator):
         if alone:
             yield examples[last:]
 
-    def _gradients(
-        self, model: Model | PretrainedView, parameters: list[Tensor], batch: Examples
-    ) -> tuple[Tensor | None, ...]:
+    def _gradients(self, model: Classifier, parameters: list[Tensor], batch: Examples) -> tuple[Tensor | None, ...]:
         with torch.enable_grad(), nothing_kept(model):
             logits = model(batch.images).logits
         entering = wide(self._entering(model, logits.detach(), batch))

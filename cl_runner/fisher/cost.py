@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 
 from cl_runner.fisher.estimators import Estimator
-from cl_runner.models.model import Model, PretrainedView
+from cl_runner.models.model import Classifier
 from cl_runner.streams.base import Examples
 
 log = logging.getLogger("cl_runner")
@@ -16,7 +16,7 @@ TRIAL = 8  # samples to time
 
 def announce(
     estimator: Estimator,
-    model: Model | PretrainedView,
+    model: Classifier,
     examples: Examples,
     clock: Callable[[], float] = time.perf_counter,
 ) -> None:

@@ -14,7 +14,7 @@ from cl_runner.fisher.kernels import Precision
 from cl_runner.fisher.layers import Uncovered
 from cl_runner.fisher.passes import SlicedVectors, Vectors, add_tapped_squares, zeros
 from cl_runner.fisher.trial import choose_way, refuse_batch_dependence
-from cl_runner.models.model import Model, PretrainedView, trainable
+from cl_runner.models.model import Classifier, trainable
 
 OUTPUT_NUMBERS = 1 << 24  # numbers in the output vectors held at a time
 FOLD = 32  # batches summed in the parameters' precision before they are added to the wide sum
@@ -104,7 +104,7 @@ class MeasuredGradients:
     samples: how many have been added.
     """
 
-    def __init__(self, model: Model | PretrainedView, tapped: Callable[..., None]) -> None:
+    def __init__(self, model: Classifier, tapped: Callable[..., None]) -> None:
         """`tapped`: adds a batch's measures by taps. Called without `options` it adds squares, which the trial checks.
 
         Raises ValueError, naming the layer, for a model whose answer to a sample depends on the rest of the batch.
@@ -165,7 +165,7 @@ class MeasuredGradients:
 class SquaredGradients(MeasuredGradients):
     """The running sum over samples of Σ_v (vᵀ ∂z/∂θ)²."""
 
-    def __init__(self, model: Model | PretrainedView, *, precision: Precision = "fp32") -> None:
+    def __init__(self, model: Classifier, *, precision: Precision = "fp32") -> None:
         """`precision`: of the weight side only; the forward pass and the activations keep theirs."""
         super().__init__(model, add_tapped_squares)
         self.precision: Precision = precision

@@ -25,7 +25,7 @@ from cl_runner.fisher.kernels import Precision
 from cl_runner.fisher.layers import BatchStatisticsError
 from cl_runner.fisher.passes import SlicedVectors
 from cl_runner.fisher.representations import Accumulator, Representation, rounds
-from cl_runner.models.model import Model, PretrainedView
+from cl_runner.models.model import Classifier, PretrainedView
 from cl_runner.ranges import Count, Seed
 from cl_runner.streams.base import Examples
 
@@ -100,7 +100,7 @@ class Estimator(ABC):
             message = f"expected fp32 for the {self.representation} representation, got {self.precision}"
             raise ConfigError("fisher.precision", message)
 
-    def check(self, model: Model | PretrainedView, image_shape: tuple[int, ...]) -> None:
+    def check(self, model: Classifier, image_shape: tuple[int, ...]) -> None:
         """Try the model's layers on two noise images [C, H, W], to fail before training instead of after a task.
 
         Raises ConfigError for a model whose Fisher cannot be computed or represented.
@@ -113,7 +113,7 @@ class Estimator(ABC):
         except ValueError as error:
             raise ConfigError("fisher", str(error)) from error
 
-    def _try_out(self, model: Model | PretrainedView, image_shape: tuple[int, ...]) -> None:
+    def _try_out(self, model: Classifier, image_shape: tuple[int, ...]) -> None:
         images = torch.randint(256, (2, *image_shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
         with self._undisturbed(model), torch.no_grad():
             accumulator = next(self.accumulators(model))
@@ -132,7 +132,7 @@ class Estimator(ABC):
         """Backward passes per sample, at most."""
         return 1
 
-    def accumulators(self, model: Model | PretrainedView) -> Iterator[Accumulator]:
+    def accumulators(self, model: Classifier) -> Iterator[Accumulator]:
         """The accumulators to add all samples to, one after the other; the last one holds the result."""
         return rounds(model, self.representation, self.precision)
 
@@ -144,7 +144,7 @@ class Estimator(ABC):
         shared: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(Estimator)}
         return replace(Probe(**shared), num_samples=self.pretrained_samples)
 
-    def __call__(self, model: Model | PretrainedView, examples: Examples) -> Curvature:
+    def __call__(self, model: Classifier, examples: Examples) -> Curvature:
         """The Fisher of every trainable parameter, under the model's own names.
 
         Raises ValueError where there are no examples, an example has no active outputs or its label is not among them,
@@ -153,7 +153,7 @@ class Estimator(ABC):
         with self._begun(model, examples) as (prepared, generator):
             return finite(self._mean(model, prepared, generator)[0])
 
-    def estimate(self, model: Model | PretrainedView, examples: Examples) -> tuple[Curvature, Report]:
+    def estimate(self, model: Classifier, examples: Examples) -> tuple[Curvature, Report]:
         """What a call returns, with a report; raises what a call raises."""
         start = time.perf_counter()
         with self._begun(model, examples) as (prepared, generator):
@@ -165,7 +165,7 @@ class Estimator(ABC):
                 error = self._relative_error(fisher.diagonal(), model, prepared, generator)
         return fisher, Report(seconds, len(prepared), passes, trace, error)
 
-    def prepared(self, model: Model | PretrainedView, examples: Examples) -> Examples:
+    def prepared(self, model: Classifier, examples: Examples) -> Examples:
         """The samples, with whatever must be known about all of them in advance as extras."""
         return examples
 
@@ -179,7 +179,7 @@ class Estimator(ABC):
         return self.seed + 15_485_863 * int(examples.task_ids.max()) if len(examples) else self.seed
 
     @contextmanager
-    def _begun(self, model: Model | PretrainedView, examples: Examples) -> Iterator[tuple[Examples, torch.Generator]]:
+    def _begun(self, model: Classifier, examples: Examples) -> Iterator[tuple[Examples, torch.Generator]]:
         generator = torch.Generator().manual_seed(self.seed_for(examples))
         if self.num_samples is not None and self.num_samples < len(examples):
             examples = examples[torch.randperm(len(examples), generator=generator)[: self.num_samples]]
@@ -189,13 +189,11 @@ class Estimator(ABC):
             yield self.prepared(model, examples), generator
 
     @contextmanager
-    def _undisturbed(self, model: Model | PretrainedView) -> Iterator[None]:
+    def _undisturbed(self, model: Classifier) -> Iterator[None]:
         with undisturbed(model), torch.autocast(model.device.type, enabled=False):
             yield
 
-    def _mean(
-        self, model: Model | PretrainedView, prepared: Examples, generator: torch.Generator
-    ) -> tuple[Curvature, int]:
+    def _mean(self, model: Classifier, prepared: Examples, generator: torch.Generator) -> tuple[Curvature, int]:
         """The mean over samples, and how many backward passes it took."""
         made = 0
 
@@ -214,7 +212,7 @@ class Estimator(ABC):
         return accumulator.curvature(), made
 
     def _batches(
-        self, model: Model | PretrainedView, prepared: Examples, generator: torch.Generator
+        self, model: Classifier, prepared: Examples, generator: torch.Generator
     ) -> Iterator[tuple[Examples, int, SlicedVectors]]:
         """Batches on the model's device, the most vectors per sample, and the vectors."""
         passes = self.passes(len(model.revealed))
@@ -224,7 +222,7 @@ class Estimator(ABC):
             yield batch, passes, partial(self._vectors, model, batch, drawn.to(model.device))
 
     def _relative_error(
-        self, fisher: Diagonal, model: Model | PretrainedView, prepared: Examples, generator: torch.Generator
+        self, fisher: Diagonal, model: Classifier, prepared: Examples, generator: torch.Generator
     ) -> float | None:
         """The diagonal's error, from two further, independent estimates a and b of it on m of the n samples.
 
@@ -241,25 +239,23 @@ class Estimator(ABC):
             return 0.0
         return distance / whole if whole else None
 
-    def _vectors(
-        self, model: Model | PretrainedView, batch: Examples, noise: Tensor, rows: slice, logits: Tensor
-    ) -> Tensor:
+    def _vectors(self, model: Classifier, batch: Examples, noise: Tensor, rows: slice, logits: Tensor) -> Tensor:
         # Wide: for a confident model, e_y - p is a small difference of large numbers.
         entering = wide(self._entering(model, logits, batch[rows]))
         return self.vectors(entering, batch.labels[rows], noise[rows]).to(logits)
 
-    def _entering(self, model: Model | PretrainedView, logits: Tensor, batch: Examples) -> Tensor:
+    def _entering(self, model: Classifier, logits: Tensor, batch: Examples) -> Tensor:
         """`logits` [B, K] with -inf for inactive outputs. Raises ValueError where that leaves none."""
         restricted = self._restrict(model, logits, batch.task_ids)
         self._check(model, batch, restricted != -torch.inf)
         return restricted
 
-    def _restrict(self, model: Model | PretrainedView, logits: Tensor, task_ids: Tensor) -> Tensor:
+    def _restrict(self, model: Classifier, logits: Tensor, task_ids: Tensor) -> Tensor:
         if self.logits == "visible":
             return model.restrict(logits, task_ids)
         return logits.masked_fill(~model.revealed, -torch.inf) if self.logits == "seen" else logits
 
-    def _check(self, model: Model | PretrainedView, batch: Examples, entering: Tensor) -> None:
+    def _check(self, model: Classifier, batch: Examples, entering: Tensor) -> None:
         if self.needs_labels and isinstance(model, PretrainedView):
             raise ValueError(
                 f"{self.called} needs true labels, and the pretrained head has none: ask `for_pretrained()`"

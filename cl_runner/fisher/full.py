@@ -14,7 +14,7 @@ from cl_runner.fisher.passes import SlicedVectors
 from cl_runner.fisher.per_sample import add_vmapped, even_slices, looped_gradients, vmapped_gradients
 from cl_runner.fisher.trial import disagreement, refuse_batch_dependence, refuse_dependence
 from cl_runner.models.heads import per_row
-from cl_runner.models.model import Model, PretrainedView, trainable
+from cl_runner.models.model import Classifier, trainable
 
 LIMIT = 20_000  # parameters: their matrix takes 3.2 GB
 # Added to the diagonal of the scaled matrix before it is solved with, relative to its norm: the first that makes it
@@ -123,7 +123,7 @@ class OuterProducts:
     samples: how many the mean is over.
     """
 
-    def __init__(self, model: Model | PretrainedView) -> None:
+    def __init__(self, model: Classifier) -> None:
         """Raises ConfigError for a model with too many trainable parameters, and ValueError, naming the layer, for one
         whose answer to a sample depends on the rest of the batch."""
         self._parameters = trainable(model)

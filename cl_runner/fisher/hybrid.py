@@ -20,7 +20,7 @@ from cl_runner.errors import ConfigError
 from cl_runner.fisher.engine import wide
 from cl_runner.fisher.estimators import Estimator, exact_vectors
 from cl_runner.fisher.passes import SlicedVectors
-from cl_runner.models.model import Model, PretrainedView
+from cl_runner.models.model import Classifier
 from cl_runner.streams.base import Examples
 
 HALVINGS = 40  # of the interval that is searched for a threshold, in its logarithm
@@ -116,7 +116,7 @@ class Hybrid(Estimator):
         columns = noise * p.sqrt()
         return columns - p * columns.sum(2, keepdim=True)
 
-    def prepared(self, model: Model | PretrainedView, examples: Examples) -> Examples:
+    def prepared(self, model: Classifier, examples: Examples) -> Examples:
         """The samples with their active logits [N, K] and the threshold, repeated for each sample, as extras."""
         parts = []
         with torch.no_grad():
@@ -137,7 +137,7 @@ class Hybrid(Estimator):
         return bool((~plan.whole & (plan.rates > 0)).any())
 
     def _batches(
-        self, model: Model | PretrainedView, prepared: Examples, generator: torch.Generator
+        self, model: Classifier, prepared: Examples, generator: torch.Generator
     ) -> Iterator[tuple[Examples, int, SlicedVectors]]:
         plan = plan_of(prepared)
         draws = Draws.of(plan, generator)

@@ -40,7 +40,7 @@ from cl_runner.fisher.products import CACHE, ROOM, slices
 from cl_runner.fisher.taps import Taps
 from cl_runner.fisher.trial import disagreement, refuse_batch_dependence
 from cl_runner.models.heads import per_row
-from cl_runner.models.model import Model, PretrainedView, trainable
+from cl_runner.models.model import Classifier, trainable
 
 HELD = 1 << 27  # numbers in all layers' inputs, at all positions, held at a time
 
@@ -233,7 +233,7 @@ class KroneckerFactors:
         that were added.
     """
 
-    def __init__(self, model: Model | PretrainedView) -> None:
+    def __init__(self, model: Classifier) -> None:
         """Raises ValueError, naming the layer, if the model's answer to a sample depends on the rest of the batch."""
         refuse_batch_dependence(model)
         self.model = model

@@ -17,7 +17,7 @@ from cl_runner.fisher.per_sample import Measure, even_slices
 from cl_runner.fisher.products import ROOM
 from cl_runner.fisher.representations import Accumulator
 from cl_runner.fisher.taps import Taps
-from cl_runner.models.model import Model, PretrainedView
+from cl_runner.models.model import Classifier
 
 
 @dataclass(kw_only=True)
@@ -39,7 +39,7 @@ class Magnitudes(Estimator):
     def called(self) -> str:
         return "strategy=mas"
 
-    def check(self, model: Model | PretrainedView, image_shape: tuple[int, ...]) -> None:
+    def check(self, model: Classifier, image_shape: tuple[int, ...]) -> None:
         """As `Estimator.check`, but without advice on the choice of a Fisher, since there is none."""
         try:
             self._try_out(model, image_shape)
@@ -49,14 +49,14 @@ class Magnitudes(Estimator):
     def vectors(self, logits: Tensor, labels: Tensor, noise: Tensor) -> Tensor:
         return 2 * logits.masked_fill(logits == -torch.inf, 0)[:, None]
 
-    def accumulators(self, model: Model | PretrainedView) -> Iterator[Accumulator]:
+    def accumulators(self, model: Classifier) -> Iterator[Accumulator]:
         yield AbsoluteGradients(model)
 
 
 class AbsoluteGradients(MeasuredGradients):
     """The running sum over samples of |vᵀ ∂z/∂θ|."""
 
-    def __init__(self, model: Model | PretrainedView) -> None:
+    def __init__(self, model: Classifier) -> None:
         super().__init__(model, add_tapped)
 
     def options(self, way: Callable[..., None]) -> dict[str, Any]:
@@ -68,7 +68,7 @@ class AbsoluteGradients(MeasuredGradients):
 
 
 def add_tapped(
-    model: Model | PretrainedView,
+    model: Classifier,
     totals: Parameters,
     inputs: Tensor,
     vectors: Vectors,

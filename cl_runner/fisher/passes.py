@@ -12,7 +12,7 @@ from cl_runner.fisher.graphs import Replayed, side_stream
 from cl_runner.fisher.kernels import Precision
 from cl_runner.fisher.layers import Use
 from cl_runner.fisher.taps import Taps
-from cl_runner.models.model import Model, PretrainedView, trainable
+from cl_runner.models.model import Classifier, trainable
 
 SHARED = 1 << 26  # numbers in the gradients of parameters used more than once that are held at a time
 TOGETHER = 4  # passes that a kernel, and a CUDA graph, takes together
@@ -24,11 +24,11 @@ SlicedVectors = Callable[[slice, Tensor], Tensor]  # a slice of a batch, its log
 class AddsSquares(Protocol):
     """Adds Σ_v (vᵀ ∂z/∂θ)², summed over `inputs` [B, ...], to `totals` in place; `vectors`: logits -> [B, V, K]."""
 
-    def __call__(self, model: Model | PretrainedView, totals: Parameters, inputs: Tensor, vectors: Vectors) -> None: ...
+    def __call__(self, model: Classifier, totals: Parameters, inputs: Tensor, vectors: Vectors) -> None: ...
 
 
 def add_tapped_squares(
-    model: Model | PretrainedView, totals: Parameters, inputs: Tensor, vectors: Vectors, precision: Precision = "fp32"
+    model: Classifier, totals: Parameters, inputs: Tensor, vectors: Vectors, precision: Precision = "fp32"
 ) -> None:
     """Add squares by one forward pass, and one backward pass per vector that is intercepted at the layers' outputs."""
     with side_stream(inputs.device):
@@ -36,7 +36,7 @@ def add_tapped_squares(
 
 
 def _add_tapped_squares(
-    model: Model | PretrainedView, totals: Parameters, inputs: Tensor, vectors: Vectors, precision: Precision
+    model: Classifier, totals: Parameters, inputs: Tensor, vectors: Vectors, precision: Precision
 ) -> None:
     taps = Taps(model, inputs)
     outputs = vectors(taps.logits.detach())
@@ -110,6 +110,6 @@ def add_passes(
     block(last, last=True)
 
 
-def zeros(model: Model | PretrainedView) -> Parameters:
+def zeros(model: Classifier) -> Parameters:
     """Zeros for every trainable parameter; contiguous whatever the parameter's layout: weights are matrices here."""
     return {name: torch.zeros(p.shape, dtype=p.dtype, device=p.device) for name, p in trainable(model).items()}

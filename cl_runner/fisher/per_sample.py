@@ -11,7 +11,7 @@ from torch.func import functional_call, vjp, vmap
 
 from cl_runner.fisher.curvature import Parameters
 from cl_runner.fisher.taps import ToLogits
-from cl_runner.models.model import Model, PretrainedView, trainable
+from cl_runner.models.model import Classifier, trainable
 from cl_runner.models.substitute import nothing_kept, places
 
 Measure = Callable[[Tensor], Tensor]  # elementwise, with measure(a b) = measure(a) measure(b)
@@ -25,7 +25,7 @@ CPU_BLOCK = 16_000_000
 
 
 def add_vmapped(
-    model: Model | PretrainedView,
+    model: Classifier,
     totals: Parameters,
     inputs: Tensor,
     vectors: Callable[[Tensor], Tensor],
@@ -36,7 +36,7 @@ def add_vmapped(
 
 
 def vmapped_gradients(
-    model: Model | PretrainedView,
+    model: Classifier,
     inputs: Tensor,
     vectors: Callable[[Tensor], Tensor],
     receive: Callable[[Parameters], None],
@@ -79,7 +79,7 @@ def vmapped_gradients(
 
 
 def add_looped(
-    model: Model | PretrainedView,
+    model: Classifier,
     totals: Parameters,
     inputs: Tensor,
     vectors: Callable[[Tensor], Tensor],
@@ -90,7 +90,7 @@ def add_looped(
 
 
 def looped_gradients(
-    model: Model | PretrainedView,
+    model: Classifier,
     inputs: Tensor,
     vectors: Callable[[Tensor], Tensor],
     receive: Callable[[Parameters], None],

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from cl_runner.fisher.curvature import Diagonal, Parameters
 from cl_runner.fisher.estimators import Logits
-from cl_runner.models.model import Model, PretrainedView, trainable
+from cl_runner.models.model import Classifier, trainable
 from cl_runner.models.substitute import nothing_kept
 from cl_runner.streams.base import Examples
 
 
-def exact(model: Model | PretrainedView, examples: Examples, logits: Logits = "visible") -> Diagonal:
+def exact(model: Classifier, examples: Examples, logits: Logits = "visible") -> Diagonal:
     """E_x Σ_c p_c (∂ log p_c / ∂θ)²."""
     total = _Total(model)
     for sample in _samples(total.model, examples, logits):
@@ -29,7 +29,7 @@ def exact(model: Model | PretrainedView, examples: Examples, logits: Logits = "v
     return total.over(len(examples))
 
 
-def sampled(model: Model | PretrainedView, examples: Examples, clocks: Tensor, logits: Logits = "visible") -> Diagonal:
+def sampled(model: Classifier, examples: Examples, clocks: Tensor, logits: Logits = "visible") -> Diagonal:
     """E_x mean over draws of (∂ log p_c / ∂θ)², c the class with the smallest `clocks` [N, draws, K] over p."""
     total = _Total(model)
     for sample, draws in zip(_samples(total.model, examples, logits), clocks, strict=True):
@@ -39,7 +39,7 @@ def sampled(model: Model | PretrainedView, examples: Examples, clocks: Tensor, l
     return total.over(len(examples))
 
 
-def probe(model: Model | PretrainedView, examples: Examples, signs: Tensor, logits: Logits = "visible") -> Diagonal:
+def probe(model: Classifier, examples: Examples, signs: Tensor, logits: Logits = "visible") -> Diagonal:
     """E_x mean over draws of (Σ_c ε_c √p_c ∂ log p_c / ∂θ)², ε the `signs` [N, draws, K]."""
     total = _Total(model)
     for sample, draws in zip(_samples(total.model, examples, logits), signs, strict=True):
@@ -50,7 +50,7 @@ def probe(model: Model | PretrainedView, examples: Examples, signs: Tensor, logi
 
 
 def hybrid(
-    model: Model | PretrainedView,
+    model: Classifier,
     examples: Examples,
     threshold: float,
     dice: Tensor,
@@ -80,7 +80,7 @@ def hybrid(
     return total.over(len(examples))
 
 
-def empirical(model: Model | PretrainedView, examples: Examples, logits: Logits = "visible") -> Diagonal:
+def empirical(model: Classifier, examples: Examples, logits: Logits = "visible") -> Diagonal:
     """E_x (∂ log p_y / ∂θ)², y the true label."""
     total = _Total(model)
     for sample in _samples(total.model, examples, logits):
@@ -88,7 +88,7 @@ def empirical(model: Model | PretrainedView, examples: Examples, logits: Logits 
     return total.over(len(examples))
 
 
-def argmax(model: Model | PretrainedView, examples: Examples, logits: Logits = "visible") -> Diagonal:
+def argmax(model: Classifier, examples: Examples, logits: Logits = "visible") -> Diagonal:
     """E_x (∂ max_c log p_c / ∂θ)²."""
     total = _Total(model)
     for sample in _samples(total.model, examples, logits):
@@ -96,7 +96,7 @@ def argmax(model: Model | PretrainedView, examples: Examples, logits: Logits = "
     return total.over(len(examples))
 
 
-def reversed(model: Model | PretrainedView, examples: Examples, logits: Logits = "visible") -> Diagonal:
+def reversed(model: Classifier, examples: Examples, logits: Logits = "visible") -> Diagonal:
     """E_x (∂ CE(-z, y) / ∂θ)², z the active logits."""
     total = _Total(model)
     for sample in _samples(total.model, examples, logits):
@@ -104,7 +104,7 @@ def reversed(model: Model | PretrainedView, examples: Examples, logits: Logits =
     return total.over(len(examples))
 
 
-def batched(model: Model | PretrainedView, examples: Examples, batch_size: int, logits: Logits = "visible") -> Diagonal:
+def batched(model: Classifier, examples: Examples, batch_size: int, logits: Logits = "visible") -> Diagonal:
     """The mean over batches of (∂ mean_b -log p_y / ∂θ)², a short last batch counting as much as the others."""
     total, batches = _Total(model), 0
     for batch in examples.batches(batch_size):
@@ -125,7 +125,7 @@ class _Sample:
         return self.z.log_softmax(0)
 
 
-def _samples(model: Model | PretrainedView, examples: Examples, logits: Logits) -> Iterator[_Sample]:
+def _samples(model: Classifier, examples: Examples, logits: Logits) -> Iterator[_Sample]:
     for batch in examples.to(model.device).batches(1):
         with nothing_kept(model):
             z = model(batch.images).logits
@@ -139,7 +139,7 @@ def _samples(model: Model | PretrainedView, examples: Examples, logits: Logits) 
 class _Total:
     """A sum of weighted squares of gradients, on a float64 copy of the model in eval mode."""
 
-    def __init__(self, model: Model | PretrainedView) -> None:
+    def __init__(self, model: Classifier) -> None:
         self.model = copy.deepcopy(model).double().eval()
         self._trainable = trainable(self.model)
         self._sums: Parameters = {name: torch.zeros_like(values) for name, values in self._trainable.items()}

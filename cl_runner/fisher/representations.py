@@ -11,7 +11,7 @@ from cl_runner.fisher.full import OuterProducts
 from cl_runner.fisher.kernels import Precision
 from cl_runner.fisher.kronecker import KroneckerFactors, RotatedSquares
 from cl_runner.fisher.passes import SlicedVectors
-from cl_runner.models.model import Model, PretrainedView
+from cl_runner.models.model import Classifier
 
 Representation = Literal["diagonal", "kfac", "ekfac", "full"]
 
@@ -39,9 +39,7 @@ class Accumulator(Protocol):
         ...
 
 
-def rounds(
-    model: Model | PretrainedView, representation: Representation, precision: Precision = "fp32"
-) -> Iterator[Accumulator]:
+def rounds(model: Classifier, representation: Representation, precision: Precision = "fp32") -> Iterator[Accumulator]:
     """Accumulators, each to be given all samples before the next is asked for; the last one holds the Fisher.
 
     `ekfac` takes the samples twice. `precision`: for `diagonal`, that of `SquaredGradients`.

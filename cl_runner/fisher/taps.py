@@ -27,7 +27,7 @@ from cl_runner.fisher.layers import (
     Uncovered,
     Use,
 )
-from cl_runner.models.model import Model, PretrainedView
+from cl_runner.models.model import Classifier
 from cl_runner.models.substitute import nothing_kept, places
 
 Gradients = Callable[[Use, Tensor], None]
@@ -71,7 +71,7 @@ RULES = {
 class ToLogits(nn.Module):
     """A model from preprocessed inputs to logits, so that preprocessing runs once per batch."""
 
-    def __init__(self, model: Model | PretrainedView) -> None:
+    def __init__(self, model: Classifier) -> None:
         super().__init__()
         self.model = model
 
@@ -85,7 +85,7 @@ class Taps:
     uses: the calls of layers with trainable parameters, in order.
     """
 
-    def __init__(self, model: Model | PretrainedView, inputs: Tensor) -> None:
+    def __init__(self, model: Classifier, inputs: Tensor) -> None:
         """`inputs`: [B, C, H, W] float, preprocessed.
 
         Raises Uncovered if a trainable parameter is used in a way that no rule covers.

@@ -13,7 +13,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from cl_runner.fisher.layers import BatchStatisticsError, DependenceError, Uncovered
 from cl_runner.fisher.passes import AddsSquares, add_tapped_squares, zeros
 from cl_runner.fisher.per_sample import add_looped, add_vmapped
-from cl_runner.models.model import Model, PretrainedView
+from cl_runner.models.model import Classifier
 
 log = logging.getLogger("cl_runner")
 
@@ -23,7 +23,7 @@ SAME = 1e-2  # how far two logits of the same image may be apart, relative to th
 
 
 def choose_way(
-    model: Model | PretrainedView, inputs: Tensor, tapped: Callable[..., None], reason: str | None = None
+    model: Classifier, inputs: Tensor, tapped: Callable[..., None], reason: str | None = None
 ) -> Callable[..., None]:
     """The fastest way to sum this model's per-sample gradients whose squares agree with plain autograd's on two images:
     `tapped`, `add_vmapped` or `add_looped`.
@@ -47,7 +47,7 @@ def choose_way(
 FAILURES = (RuntimeError, TypeError, IndexError)
 
 
-def disagreement(model: Model | PretrainedView, inputs: Tensor, way: AddsSquares = add_tapped_squares) -> str | None:
+def disagreement(model: Classifier, inputs: Tensor, way: AddsSquares = add_tapped_squares) -> str | None:
     """Why `way` does not work for this model, or None if it agrees with plain autograd on `inputs`."""
     found, expected = zeros(model), zeros(model)
     generator = torch.Generator().manual_seed(0)
@@ -90,7 +90,7 @@ def refuse_batch_dependence(model: nn.Module) -> None:
             raise DependenceError(f"in which {name} ({kind}) stays active in eval mode")
 
 
-def refuse_dependence(model: Model | PretrainedView, inputs: Tensor) -> None:
+def refuse_dependence(model: Classifier, inputs: Tensor) -> None:
     """Raises DependenceError where logits of `inputs` [B, C, H, W] depend on the rest of the batch, or on chance."""
     with torch.no_grad():
         together = model.encode(inputs).logits

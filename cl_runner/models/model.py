@@ -1,5 +1,6 @@
 """The model of a run: preprocess -> backbone -> head, and which outputs the loss may see."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -29,8 +30,38 @@ class Output:
         return self.source if isinstance(self.source, Tensor) else self.source()
 
 
-class Model(nn.Module):
-    """preprocess -> backbone -> head, with one head row for every class of the stream.
+class Classifier(nn.Module, ABC):
+    """preprocess -> backbone -> head, as far as a Fisher needs to know it."""
+
+    preprocess: nn.Module
+    backbone: nn.Module
+    head: nn.Linear
+
+    def forward(self, images: Tensor) -> Output:
+        """`images`: [B, C, H, W] uint8."""
+        return self.encode(self.preprocess(images))
+
+    def encode(self, inputs: Tensor) -> Output:
+        """`inputs`: [B, C, H, W] float, already preprocessed (`Output.inputs`, say)."""
+        features = self.backbone(inputs)
+        return Output(self.head(features), features, inputs)
+
+    @abstractmethod
+    def restrict(self, logits: Tensor, task_ids: Tensor) -> Tensor:
+        """`logits` [B, K] with -inf for outputs not visible to each example's task [B]."""
+
+    @property
+    @abstractmethod
+    def revealed(self) -> Tensor:
+        """The head's rows visible to any task's loss, [K] bool."""
+
+    @property
+    def device(self) -> torch.device:
+        return self.head.weight.device
+
+
+class Model(Classifier):
+    """A classifier with one head row for every class of the stream.
 
     The head never grows: `visible` [T, K] masks the outputs that compete for an example of each task, so that optimizer
     state, anchors, stored logits and checkpoints keep their shapes.
@@ -89,7 +120,6 @@ class Model(nn.Module):
 
     @property
     def revealed(self) -> Tensor:
-        """The head's rows visible to any task's loss, [K] bool."""
         return self.visible.any(0)
 
     def forward(self, images: Tensor, features: Tensor | None = None) -> Output:
@@ -102,12 +132,10 @@ class Model(nn.Module):
         return Output(self.head(self.dropout(features)), features, lambda: self.preprocess(images))
 
     def encode(self, inputs: Tensor) -> Output:
-        """`inputs`: [B, C, H, W] float, already preprocessed (`Output.inputs`, say)."""
         features = self.backbone(inputs)
         return Output(self.head(self.dropout(features)), features, inputs)
 
     def restrict(self, logits: Tensor, task_ids: Tensor) -> Tensor:
-        """`logits` [B, K] with -inf for outputs not visible to each example's task [B]."""
         return logits.masked_fill(~self.visible[task_ids], -torch.inf)
 
     def keep_in_eval(self, modules: Iterable[nn.Module]) -> None:
@@ -131,14 +159,6 @@ class Model(nn.Module):
         layout = torch.contiguous_format
         return {name: value.to("cpu", copy=True, memory_format=layout) for name, value in state.items()}
 
-    def weights_metadata(self) -> dict[str, str]:
-        """The metadata of `plain_state` in a safetensors file: the architecture, and the images that it takes."""
-        return dict(self.metadata)
-
-    @property
-    def device(self) -> torch.device:
-        return self.head.weight.device
-
 
 def trainable(model: nn.Module, *, head: bool = True) -> dict[str, Tensor]:
     """The parameters that learn, by name (live, not copied); without `head`, the backbone's alone."""
@@ -149,7 +169,7 @@ def trainable(model: nn.Module, *, head: bool = True) -> dict[str, Tensor]:
     }
 
 
-class PretrainedView(nn.Module):
+class PretrainedView(Classifier):
     """The current backbone of `model` under its own frozen pretrained head: the model of task zero.
 
     Shares every module with `model`; its trainable parameters carry the same names (`backbone.…`).
@@ -160,13 +180,6 @@ class PretrainedView(nn.Module):
         assert model.pretrained_head is not None, "the strategy's check lets only models with a pretrained head here"
         self.preprocess, self.backbone, self.head = model.preprocess, model.backbone, model.pretrained_head
 
-    def forward(self, images: Tensor) -> Output:
-        return self.encode(self.preprocess(images))
-
-    def encode(self, inputs: Tensor) -> Output:
-        features = self.backbone(inputs)
-        return Output(self.head(features), features, inputs)
-
     def restrict(self, logits: Tensor, task_ids: Tensor) -> Tensor:
         """All outputs of the pretrained head are visible."""
         return logits
@@ -174,7 +187,3 @@ class PretrainedView(nn.Module):
     @property
     def revealed(self) -> Tensor:
         return torch.ones(self.head.out_features, dtype=torch.bool, device=self.head.weight.device)
-
-    @property
-    def device(self) -> torch.device:
-        return self.head.weight.device

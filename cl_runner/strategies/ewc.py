@@ -12,7 +12,7 @@ from cl_runner.fisher.curvature import Curvature
 from cl_runner.fisher.estimators import Estimator
 from cl_runner.fisher.quadratic import Penalty
 from cl_runner.models.architecture import Architecture
-from cl_runner.models.model import Model, Output, PretrainedView
+from cl_runner.models.model import Classifier, Model, Output, PretrainedView
 from cl_runner.strategies.anchors import (
     Anchor,
     Source,
@@ -115,7 +115,7 @@ class EWC(Strategy):
         values = last | {name: sum(report[name] for report in self.reports) for name in spent}
         return {f"fisher_{name}": value for name, value in values.items()}
 
-    def _estimated(self, fisher: Estimator, model: Model | PretrainedView, examples: Examples) -> Curvature:
+    def _estimated(self, fisher: Estimator, model: Classifier, examples: Examples) -> Curvature:
         announce(fisher, model, examples)
         found, report = fisher.estimate(model, examples)
         self.reports.append(vars(report))

@@ -5,6 +5,7 @@ from pydantic import PositiveFloat
 
 from cl_runner.errors import ConfigError
 from cl_runner.memory.base import Memory
+from cl_runner.models.model import trainable
 from cl_runner.models.substitute import call_with
 from cl_runner.ranges import Count
 from cl_runner.strategies.inference import evaluating
@@ -41,9 +42,8 @@ class MIR(Rehearsal):
         with evaluating(self.model):
             gradient = self.gradient(batch)
             with torch.no_grad():
-                names = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
-                parts = zip(names, self.learning, gradient, strict=True)
-                moved = {name: value - self.virtual_lr * slope for name, value, slope in parts}
+                steps = zip(trainable(self.model).items(), gradient, strict=True)
+                moved = {name: value - self.virtual_lr * slope for (name, value), slope in steps}
                 before = self.row_losses(drawn, self.model(drawn.images))
                 after = self.row_losses(drawn, call_with(self.model, moved, drawn.images))
         worst = (after - before).topk(min(self.replay_batch_size or len(batch), len(drawn))).indices

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cl_runner.errors import ConfigError
 from cl_runner.memory.base import Memory
-from cl_runner.models.model import Output
+from cl_runner.models.model import Output, trainable
 from cl_runner.ranges import Count
 from cl_runner.strategies.base import Strategy
 from cl_runner.strategies.inference import evaluating, features_of
@@ -74,7 +74,7 @@ class Rehearsal(Strategy):
     @property
     def learning(self) -> list[Tensor]:
         """The trainable parameters."""
-        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        return list(trainable(self.model).values())
 
 
 def weighted(parts: Sequence[tuple[Examples, dict[str, float]]]) -> Examples:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from pydantic import Field, NonNegativeInt, PositiveFloat
 from torch import Tensor
 
-from cl_runner.models.model import Model, Output
+from cl_runner.models.model import Model, Output, trainable
 from cl_runner.ranges import Count
 from cl_runner.strategies.base import Strategy
 from cl_runner.strategies.inference import extract_features, float64_device
@@ -81,7 +81,7 @@ class SLCA(Strategy):
     def align(self) -> None:
         """Train the head on sampled features of all classes so far."""
         head, rivals = self.model.head, self._rivals()
-        learning = [parameter for parameter in head.parameters() if parameter.requires_grad]
+        learning = list(trainable(head).values())
         if not learning:
             return
         optimizer = torch.optim.SGD(learning, self.lr, momentum=0.9)

@@ -3,7 +3,6 @@
 It never ends a run: on the first error it warns, and is silent from then on.
 """
 
-import contextlib
 import glob
 import logging
 import netrc
@@ -15,9 +14,10 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable
 from concurrent.futures import Future
+from functools import partial
 from http.client import HTTPException
 from pathlib import Path
-from typing import Annotated, Any, Concatenate, Literal, ParamSpec
+from typing import Annotated, Any, Concatenate, Literal, ParamSpec, TypeVar
 from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BeforeValidator, Field
@@ -40,6 +40,7 @@ PATIENCE_SECONDS = 30.0  # a row that takes longer is the last
 MODES = ("online", "offline", "shared", "disabled", "dryrun", "run")  # of WANDB_MODE
 
 P = ParamSpec("P")
+Result = TypeVar("Result")
 
 
 def guarded(
@@ -310,9 +311,10 @@ def _joined(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def within(seconds: float, do: Callable[..., None], *arguments: Any) -> None:
-    """Call `do`. Raises what it raises, or TimeoutError if it takes too long; it then goes on in the background."""
-    done: Future[None] = Future()
+def within(seconds: float, do: Callable[..., Result], *arguments: Any) -> Result:
+    """What `do` returns. Raises what it raises, or TimeoutError if it takes too long; it then goes on in the
+    background."""
+    done: Future[Result] = Future()
 
     def work() -> None:
         try:
@@ -321,7 +323,7 @@ def within(seconds: float, do: Callable[..., None], *arguments: Any) -> None:
             done.set_exception(error)
 
     threading.Thread(target=work, daemon=True).start()
-    done.result(seconds)
+    return done.result(seconds)
 
 
 def out_of_reach() -> str | None:
@@ -362,17 +364,10 @@ def answers(url: str) -> bool:
 
 def status_of(url: str) -> int | None:
     """The status a server answers with, or None; takes at most PROBE_SECONDS."""
-    heard: list[int] = []
-
-    def ask() -> None:
-        with contextlib.suppress(OSError, HTTPException, ValueError):
-            try:
-                with urllib.request.urlopen(url, timeout=PROBE_SECONDS) as answer:
-                    heard.append(answer.status)
-            except urllib.error.HTTPError as error:
-                heard.append(error.code)
-
-    asking = threading.Thread(target=ask, daemon=True)  # a DNS look-up obeys no timeout
-    asking.start()
-    asking.join(PROBE_SECONDS)
-    return heard[0] if heard else None
+    try:  # within: a DNS look-up obeys no timeout
+        with within(PROBE_SECONDS, partial(urllib.request.urlopen, url, timeout=PROBE_SECONDS)) as answer:
+            return answer.status
+    except urllib.error.HTTPError as error:
+        return error.code
+    except (OSError, HTTPException, ValueError):
+        return None

@@ -8,13 +8,11 @@ from torch import Tensor
 from cl_runner.fisher.curvature import Curvature, Parameters
 from cl_runner.fisher.estimators import Estimator
 from cl_runner.fisher.representations import Representation
-from cl_runner.models.model import Model, PretrainedView
+from cl_runner.models.model import Classifier
 from cl_runner.streams.base import Examples
 
 
-def held(
-    estimator: Estimator, model: Model | PretrainedView, examples: Examples, representation: Representation
-) -> Curvature:
+def held(estimator: Estimator, model: Classifier, examples: Examples, representation: Representation) -> Curvature:
     """The result of `estimator` in this representation."""
     return replace(estimator, representation=representation)(model, examples)
 

@@ -29,7 +29,7 @@ from cl_runner.fisher.hybrid import Draws, Hybrid, plan_of
 from cl_runner.fisher.kernels import Precision
 from cl_runner.fisher.kronecker import Kronecker
 from cl_runner.fisher.representations import Representation
-from cl_runner.models.model import Model, PretrainedView
+from cl_runner.models.model import Classifier, Model, PretrainedView
 from cl_runner.streams.base import Examples, Scenario
 
 from .cases import BACKBONES, CHANNELS, FEATURES, OUTPUTS, SIDE, UNCOVERED, distance, examples, model
@@ -47,7 +47,7 @@ ESTIMATORS: dict[str, Estimator] = {
 PER_SAMPLE = [name for name in ESTIMATORS if name != "batched"]
 
 
-def by_definition(estimator: Estimator, model: Model | PretrainedView, examples: Examples) -> Diagonal:
+def by_definition(estimator: Estimator, model: Classifier, examples: Examples) -> Diagonal:
     """What `reference` computes for `estimator`."""
     generator = torch.Generator().manual_seed(estimator.seed_for(examples))
     if isinstance(estimator, Hybrid):

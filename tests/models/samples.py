@@ -32,7 +32,7 @@ def images(shape=RGB, count: int = 4) -> Tensor:
 
 def saved(model: Model, path: Path) -> str:
     """Write a file of weights as a finished run does."""
-    save_file(model.plain_state(), path, model.weights_metadata())
+    save_file(model.plain_state(), path, model.metadata)
     return str(path)
 
 
