@@ -21,6 +21,7 @@ from torch import Tensor
 from cl_runner.errors import ConfigError
 from cl_runner.fisher.curvature import Curvature, Diagonal, finite
 from cl_runner.fisher.engine import undisturbed, wide
+from cl_runner.fisher.graphs import release_pool
 from cl_runner.fisher.kernels import Precision
 from cl_runner.fisher.layers import BatchStatisticsError
 from cl_runner.fisher.passes import SlicedVectors
@@ -190,8 +191,11 @@ class Estimator(ABC):
 
     @contextmanager
     def _undisturbed(self, model: Classifier) -> Iterator[None]:
-        with undisturbed(model), torch.autocast(model.device.type, enabled=False):
-            yield
+        try:
+            with undisturbed(model), torch.autocast(model.device.type, enabled=False):
+                yield
+        finally:
+            release_pool()  # training can use the memory of replayed passes
 
     def _mean(self, model: Classifier, prepared: Examples, generator: torch.Generator) -> tuple[Curvature, int]:
         """The mean over samples, and how many backward passes it took."""

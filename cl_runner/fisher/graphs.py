@@ -1,11 +1,15 @@
 """Repeated work, captured once and then replayed as a CUDA graph."""
 
 import functools
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from typing import Any
 
 import torch
 from torch import Tensor
+
+log = logging.getLogger("cl_runner")
 
 
 class Replayed:
@@ -14,9 +18,8 @@ class Replayed:
     Each call has the function's effect exactly once. The first call does what is not allowed during a capture:
     compiling and timing kernels, loading libraries. Call it within `side_stream`, where the leaves must have been made
     and the forward pass have run too, since autograd runs a backward pass on the stream of its forward. What the
-    function reads and adds to must stay at the same address for as long as this object is called, and the function
-    must not wait for the device. Off CUDA, and where there is no memory for a graph of its own, calls go straight
-    through.
+    function reads and adds to must stay at the same address for as long as this object is called. Off CUDA, and where
+    the function cannot be captured (for want of memory, or since it waits for the device), calls go straight through.
 
     Args:
         function: takes one tensor, which it must not change.
@@ -49,7 +52,8 @@ class Replayed:
     def _capture(self) -> None:
         try:
             self._graph = _captured(lambda: self._function(self._input), _anchor(self._input.device))
-        except torch.OutOfMemoryError:  # nothing captured has run
+        except RuntimeError as error:  # nothing captured has run
+            log.debug("not replayed: %s", error)
             self._forget()
             self._replays = False
 
@@ -81,15 +85,34 @@ def _anchor(device: torch.device) -> torch.cuda.CUDAGraph:
     return _captured(lambda: torch.zeros(1, device=device))
 
 
+def release_pool() -> None:
+    """Let go of the memory that graphs were captured in, for others to use."""
+    _anchor.cache_clear()
+
+
 def _captured(function: Callable[[], object], anchor: torch.cuda.CUDAGraph | None = None) -> torch.cuda.CUDAGraph:
-    """Capture without `torch.cuda.graph`, which empties the allocator's cache: too costly for a capture per batch."""
+    """Capture without `torch.cuda.graph`, which empties the allocator's cache: too costly for a capture per batch.
+
+    Raises what the function raises, and RuntimeError if it did what cannot be captured.
+    """
     graph = torch.cuda.CUDAGraph()
-    graph.capture_begin(pool=None if anchor is None else anchor.pool())
+    pool = torch.cuda.graph_pool_handle() if anchor is None else anchor.pool()
+    graph.capture_begin(pool=pool)
     try:
         function()
     except BaseException:
-        with suppress(RuntimeError):  # from ending the failed capture: it would hide the cause
-            graph.capture_end()
+        with suppress(RuntimeError):  # it would hide the cause
+            _end_capture(graph, pool)
         raise
-    graph.capture_end()
+    _end_capture(graph, pool)
     return graph
+
+
+def _end_capture(graph: torch.cuda.CUDAGraph, pool: Any) -> None:
+    try:
+        graph.capture_end()
+    except RuntimeError:  # raised before it has told the allocator, which would serve the pool for ever
+        device = torch.cuda.current_device()
+        torch._C._cuda_endAllocateToPool(device, pool)
+        torch._C._cuda_releasePool(device, pool)
+        raise

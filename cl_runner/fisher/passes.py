@@ -104,7 +104,9 @@ def add_passes(
     for use in taps.uses:
         use.passes, use.precision = outputs.shape[1], precision
     *repeated, last = outputs.split(TOGETHER, dim=1)
-    run = block if any(use.waits for use in taps.uses) else Replayed(block, outputs[:, :TOGETHER], forget)
+    # A capture costs about as much as a block, and the first block is run as it is.
+    pays = len(repeated) > 2 and not any(use.waits for use in taps.uses)
+    run = Replayed(block, outputs[:, :TOGETHER], forget) if pays else block
     for some in repeated:
         run(some)
     block(last, last=True)

@@ -1,6 +1,7 @@
 """Replaying without a device to replay on; see `test_gpu.py` for one."""
 
 from contextlib import suppress
+from functools import cache
 from unittest.mock import Mock
 
 import pytest
@@ -39,7 +40,7 @@ def as_on_a_device(monkeypatch):
             raise torch.OutOfMemoryError
 
         monkeypatch.setattr(graphs, "_captured", captured)
-        monkeypatch.setattr(graphs, "_anchor", lambda device: None)
+        monkeypatch.setattr(graphs, "_anchor", cache(lambda device: None))
         monkeypatch.setattr(passes, "Replayed", Replayed)
         return Replayed
 
@@ -76,3 +77,41 @@ def test_a_capture_that_ran_out_of_memory_leaves_nothing_in_a_fisher(as_on_a_dev
     monkeypatch.setattr(layers.kernels, "add_linear_squares", lambda total, *others: others[-1](total))
     assert distance(Exact()(subject, examples()), expected) < 1e-10
     assert captures
+
+
+class Graph:
+    """A CUDA graph whose capture has become invalid, as after a wait for the device."""
+
+    def capture_begin(self, pool) -> None:
+        self.begun = pool
+
+    def capture_end(self) -> None:
+        raise RuntimeError("the capture is invalid")
+
+
+@pytest.mark.parametrize("says", ["the function waits", None], ids=["raising", "silent"])
+def test_a_capture_that_cannot_end_gives_its_pool_back_and_names_the_cause(says, monkeypatch) -> None:
+    told = []
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 7))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
+        monkeypatch.setattr(torch._C, name, lambda *about, name=name: told.append((name, *about)), raising=False)
+
+    def function() -> None:
+        if says:
+            raise RuntimeError(says)
+
+    with pytest.raises(RuntimeError, match=says or "the capture is invalid"):
+        graphs._captured(function)
+    assert told == [("_cuda_endAllocateToPool", 1, (0, 7)), ("_cuda_releasePool", 1, (0, 7))]
+
+
+def test_two_blocks_of_passes_are_not_worth_a_capture(as_on_a_device, monkeypatch) -> None:
+    captures = []
+    as_on_a_device(captures.append)
+    subject = model(nn.Sequential(nn.Flatten(), nn.Linear(PIXELS, FEATURES)), Scenario.DOMAIN)  # five passes
+    for together, captured in ((2, 0), (1, 1)):
+        monkeypatch.setattr(passes, "TOGETHER", together)
+        Exact(batch_size=64)(subject, examples())
+        assert len(captures) == captured
