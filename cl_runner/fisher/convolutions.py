@@ -159,7 +159,7 @@ class Convolution(Weighted):
                 squared.addcmul_(values, values)
             total += squared.reshape(total.shape)
         elif self.call.groups > 1:
-            for some in slices(len(gradient), total.numel()):
+            for some in slices(len(gradient), total.numel(), room=None if cpu else ROOM):
                 total += self._grouped(gradient[some], some).square_().sum(0).view_as(total)
         elif cpu and total.numel() // self.call.weight.shape[2] <= PART < total.numel():
             self._add_by_rows(total.view(self.call.weight.shape), rounded(gradient, self.precision))

@@ -25,6 +25,8 @@ Adder = Callable[[Tensor], object]  # adds its result to the given tensor
 WAVES = 4  # programs per processor of the device: enough to balance the load, few enough to keep their results small
 CHOICES = 4096  # that `fastest` remembers
 REPEATS = 3  # timings per candidate
+FEW_UNITS = 16  # passes times samples: with fewer, compiling all candidates takes longer than the best of them saves
+RIVAL = "rival"  # the candidate that is no kernel
 
 
 class Tiling(NamedTuple):
@@ -125,22 +127,24 @@ def add_conv_squares(
                 tap_a_tile=tap_a_tile,
             )  # fmt: skip
     if rival is not None:
-        candidates["rival"] = rival
+        candidates[RIVAL] = rival
     # Rounded up, so that a short last batch does not need a choice of its own.
-    units = (flat.shape[0] * flat.shape[1] - 1).bit_length()
+    count = flat.shape[0] * flat.shape[1]
+    units = (count - 1).bit_length()
     layout = flat.stride()[2:], inputs.stride()[1:], flat.dtype, inputs.dtype
     key = out.shape, flat.shape[3], inputs.shape[1:], window, precision, units, layout
-    fastest(key, candidates, out)(out)
+    fastest(key, candidates, out, timed=count >= FEW_UNITS)(out)
 
 
 _winners: OrderedDict[Hashable, Hashable] = OrderedDict()
 
 
-def fastest(key: Hashable, candidates: Mapping[Hashable, Adder], like: Tensor) -> Adder:
+def fastest(key: Hashable, candidates: Mapping[Hashable, Adder], like: Tensor, timed: bool = True) -> Adder:
     """The fastest candidate, timed when this `key` with these candidates first comes up.
 
     Each candidate adds its result to a tensor like `like`; for timing, to a scratch tensor. A candidate that fails is
-    never chosen. Off CUDA the first is taken; with deterministic algorithms, the first that does not fail.
+    never chosen. Off CUDA the first is taken; if not `timed`, and with deterministic algorithms, whose results must not
+    hang on timings, the first that does not fail.
 
     Raises:
         RuntimeError: if asked to time during the capture of a CUDA graph. Run the same work once before capturing it.
@@ -148,32 +152,40 @@ def fastest(key: Hashable, candidates: Mapping[Hashable, Adder], like: Tensor) -
     """
     if like.device.type != "cuda":
         return next(iter(candidates.values()))
-    full_key = (key, like.device, tuple(candidates), torch.are_deterministic_algorithms_enabled())
+    timed = timed and not torch.are_deterministic_algorithms_enabled()
+    full_key = (key, like.device, tuple(candidates), timed)
     if full_key not in _winners:
         if torch.cuda.is_current_stream_capturing():
             raise RuntimeError(f"kernels of a new shape cannot be timed while a CUDA graph is captured: {key}")
-        _winners[full_key] = _measured(candidates, torch.zeros_like(like))
+        _winners[full_key] = _measured(candidates, torch.zeros_like(like), timed)
         if len(_winners) > CHOICES:
             _winners.popitem(last=False)
     return candidates[_winners[full_key]]
 
 
-def _measured(candidates: Mapping[Hashable, Adder], scratch: Tensor) -> Hashable:
+def _measured(candidates: Mapping[Hashable, Adder], scratch: Tensor, timed: bool) -> Hashable:
     times: dict[Hashable, float] = {}
     failure = RuntimeError("expected at least one candidate, got none")
     with torch.cuda.device(scratch.device):
         for name, candidate in candidates.items():
             try:
                 times[name] = _milliseconds(candidate, scratch)
-                if torch.are_deterministic_algorithms_enabled():
-                    break  # timings differ between processes, and kernels differ in how they round
+                if not timed:
+                    break
             # A tile too large for this device, no C compiler for Triton's launcher, out of memory: many types.
             except Exception as problem:
                 log.debug("candidate %s fails: %s", name, problem)
                 failure = problem
     if not times:
         raise failure
+    if list(times) == [RIVAL] and len(candidates) > 1:
+        _warn_of_slowness(f"{type(failure).__name__}: {failure}".partition("\n")[0])
     return min(times, key=lambda name: times[name])
+
+
+@functools.lru_cache(maxsize=1)
+def _warn_of_slowness(reason: str) -> None:
+    log.warning("no fused kernel runs on this device, so a Fisher takes longer: %s", reason)
 
 
 def _milliseconds(candidate: Adder, scratch: Tensor) -> float:

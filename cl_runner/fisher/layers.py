@@ -105,7 +105,7 @@ class Weighted(Use):
     def flush(self, totals: Parameters) -> None:
         if not self.waiting:
             return
-        gradients = torch.stack(self.waiting)
+        gradients = self.waiting[0][None] if len(self.waiting) == 1 else torch.stack(self.waiting)
         self.waiting.clear()
 
         def eagerly(total: Tensor) -> None:

@@ -10,6 +10,8 @@ Importing this module imports Triton. If TRITON_INTERPRET=1 is set before that, 
 import triton
 import triton.language as tl
 
+COUNTS = ("units", "units_a_program", "passes")  # change from batch to batch: one compiled program serves them all
+
 
 @triton.jit
 def rounded(values):
@@ -17,7 +19,7 @@ def rounded(values):
     return ((values.to(tl.float32).to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def matrix_squares(
     gradients, inputs, partial,
     units, units_a_program, passes, positions,
@@ -92,7 +94,7 @@ def matrix_squares(
     tl.store(partial, squares, mask=(row < rows)[:, None] & here[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def depthwise_squares(
     gradients, inputs, partial,
     units, units_a_program, passes, positions,

@@ -6,6 +6,7 @@ its own.
 
 import os
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from importlib.util import find_spec
 from multiprocessing import get_context
 
@@ -202,7 +203,7 @@ def every_tiling_error(precision: kernels.Precision) -> float:
         out, gradients, inputs = conv_case(images, weight, settings, passes)
         expected = out + conv_twin(out, gradients, inputs, settings)
 
-        def each(key, candidates, like, expected=expected):
+        def each(key, candidates, like, timed, expected=expected):
             for candidate in candidates.values():
                 found = like.clone()
                 candidate(found)
@@ -250,6 +251,38 @@ def test_off_the_device_the_first_candidate_is_taken_untimed():
 
     first = lambda out: out.add_(1)  # noqa: E731
     assert kernels.fastest("key", {"first": first, "second": never}, torch.zeros(1)) is first
+
+
+@pytest.fixture
+def as_on_a_device(monkeypatch):
+    """Have a candidate's result, added to zeros, pass for its milliseconds."""
+
+    def milliseconds(candidate, scratch):
+        candidate(scratch.zero_())
+        return scratch.item()
+
+    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+    monkeypatch.setattr(kernels, "_milliseconds", milliseconds)
+    kernels._warn_of_slowness.cache_clear()
+
+
+def fails(out: Tensor) -> None:
+    raise RuntimeError("no compiler\nfor the launcher")
+
+
+def test_the_fastest_is_taken_or_untimed_the_first_that_does_not_fail(as_on_a_device, caplog):
+    candidates = {"broken": fails, "slow": lambda out: out.add_(3), "quick": lambda out: out.add_(1)}
+    for timed, winner in ((True, "quick"), (False, "slow")):
+        assert kernels._measured(candidates, torch.zeros(1), timed) == winner
+    assert not caplog.records
+
+
+def test_a_device_on_which_no_kernel_runs_is_warned_of_once(as_on_a_device, caplog):
+    candidates = {"broken": fails, kernels.RIVAL: lambda out: out.add_(1)}
+    for timed in (True, False, True):
+        assert kernels._measured(candidates, torch.zeros(1), timed) == kernels.RIVAL
+    (record,) = caplog.records
+    assert record.getMessage().endswith("so a Fisher takes longer: RuntimeError: no compiler")
 
 
 def test_without_the_interpreter_there_are_no_kernels_on_the_cpu(monkeypatch):
