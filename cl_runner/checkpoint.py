@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("cl_runner")
 
-MAGIC = b"cl_runner checkpoint 3\n"
+MAGIC = b"cl_runner checkpoint 4\n"
 FOLDER, LAST, PREVIOUS = "checkpoint", "last.pt", "previous.pt"
 CHUNK = 1 << 20  # bytes
 

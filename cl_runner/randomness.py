@@ -33,7 +33,8 @@ def random_state(device: torch.device) -> dict[str, Any]:
     assert isinstance(keys, np.ndarray), "the legacy form is a tuple: name, keys, ..."
     return {
         "torch": torch.get_rng_state(),
-        "device": None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(*_which(device)),
+        "device": device.type,
+        "on_device": None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(*_which(device)),
         "numpy": (name, keys.tolist(), *rest),
         "python": random.getstate(),
     }
@@ -42,8 +43,8 @@ def random_state(device: torch.device) -> dict[str, Any]:
 def restore_random_state(state: dict[str, Any], device: torch.device) -> None:
     """Take every global generator to where it was; the device's own only if it is of the kind that it was saved on."""
     torch.set_rng_state(state["torch"].cpu())
-    if device.type != "cpu" and state["device"] is not None:
-        torch.get_device_module(device).set_rng_state(state["device"].cpu(), *_which(device))
+    if device.type == state["device"] != "cpu":
+        torch.get_device_module(device).set_rng_state(state["on_device"].cpu(), *_which(device))
     name, keys, *rest = state["numpy"]
     np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
     random.setstate(state["python"])

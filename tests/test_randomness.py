@@ -50,3 +50,6 @@ def test_the_generator_that_is_saved_is_that_of_the_device(name, given, monkeypa
     monkeypatch.setattr(torch, "get_device_module", lambda device: Module)
     restore_random_state(random_state(torch.device(name)), torch.device(name))
     assert asked == [given, given]
+    other = "mps" if name.startswith("cuda") else "cuda"
+    restore_random_state(random_state(torch.device(name)), torch.device(other))
+    assert asked == [given, given, given]  # what one kind of device has saved means nothing to another
