@@ -1,6 +1,5 @@
 """One experiment: learn every task in turn, measure, record and save."""
 
-import os
 import secrets
 import traceback
 from collections.abc import Callable, Sequence
@@ -157,5 +156,3 @@ def _set_precision(trainer: Trainer) -> None:
     torch.backends.cudnn.allow_tf32 = trainer.precision == "tf32"
     torch.use_deterministic_algorithms(trainer.deterministic)
     torch.backends.cudnn.benchmark = not trainer.deterministic
-    # Read only once, and a later job in this process may be deterministic.
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
