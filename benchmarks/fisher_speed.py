@@ -192,11 +192,15 @@ def _plan(row: Row, estimate: Estimate, examples: Examples, batch_size: int, set
     """Choose the samples per call by timing a quarter of a batch; measure the memory of a call on a whole batch."""
     part = max(1, batch_size // 4)
     try:
+        if settings.device.type == "cuda":
+            estimate(examples[:part])  # compiles kernels
         guess = seconds(partial(estimate, examples[:part]), settings.device) * batch_size / part
         if guess > settings.limit:
             row.size = max(1, int(batch_size * settings.limit / guess))
         else:
             row.size = batch_size * min(settings.batches, max(1, int(settings.limit / guess)))
+            if settings.device.type == "cuda":
+                estimate(examples[:batch_size])  # chooses kernels, in memory of their own
             row.memory = peak_bytes(partial(estimate, examples[:batch_size]), settings.device)
     except Exception as problem:  # most likely out of memory
         row.error = f"fails with a batch: {_line(problem)}"
