@@ -32,13 +32,13 @@ def accuracies(strategy: Strategy, learned: int, batch_size: int, split: str = "
     for task in stream.tasks if ahead else stream.tasks[:learned]:
         examples = getattr(task, split)
         if len(examples):
-            allowed = {scenario: _allowed(stream, scenario, task, learned) for scenario in rows}
+            allowed = {scenario: competing(stream, scenario, task, learned) for scenario in rows}
             for scenario, value in _accuracy(strategy, examples, allowed, batch_size).items():
                 rows[scenario][task.index] = value
     return rows
 
 
-def _allowed(stream: Stream, scenario: Scenario, task: Task, learned: int) -> list[int]:
+def competing(stream: Stream, scenario: Scenario, task: Task, learned: int) -> list[int]:
     """The outputs that compete for an example of `task`."""
     if scenario is Scenario.CLASS:
         return sorted({label for earlier in stream.tasks[:learned] for label in earlier.classes})

@@ -65,10 +65,7 @@ def _run(
     with clock("prepare"), pulse(folder.beat, BEAT):
         _set_precision(trainer)
         seed_all(task_seed(trainer.seed, 0))
-        stream: Stream = experiment.stream.load(experiment.config["data_root"], experiment.device)
-        active_logits = trainer.active_logits or experiment.strategy.active_logits
-        model: Model = experiment.model.build(stream, active_logits).to(experiment.device)
-        experiment.strategy.setup(model, stream)
+        stream, model = assembled(experiment)
         if trainer.compile:
             model.backbone.compile()
         state = State(experiment, folder, stream, model, clock, journal, interrupt)
@@ -101,6 +98,15 @@ def _run(
         tracker.finish(results)
     state.done()
     return results
+
+
+def assembled(experiment: Experiment) -> tuple[Stream, Model]:
+    """The stream and the model, which the strategy has set up."""
+    stream: Stream = experiment.stream.load(experiment.config["data_root"], experiment.device)
+    active_logits = experiment.trainer.active_logits or experiment.strategy.active_logits
+    model: Model = experiment.model.build(stream, active_logits).to(experiment.device)
+    experiment.strategy.setup(model, stream)
+    return stream, model
 
 
 def _learn(task: Task, state: State, record: Record) -> None:

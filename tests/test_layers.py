@@ -13,14 +13,14 @@ FLOORS = [
     {"fisher"},
     {"strategies"},
     {"trainer", "checkpoint", "evaluate"},
-    {"components", "config", "run", "state"},
+    {"components", "config", "run", "state", "learned"},
     {"__main__", "command", "command_line", "overrides", "hydra_keys", "compose", "job", "rerun", "sweep"}
     | {"launchers", "published", "verify", "report", "listing"},
 ]
 FLOOR = {module: number for number, floor in enumerate(FLOORS) for module in floor}
 ONLY_IN = {
     "hydra": {"command", "command_line", "compose", "overrides"},
-    "omegaconf": {"command", "compose", "config"},
+    "omegaconf": {"command", "compose", "config", "learned"},
     "wandb": {"trackers/wandb"},
 }
 FILES = sorted(PACKAGE.rglob("*.py"))

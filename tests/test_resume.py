@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from cl_runner.compose import compose_jobs
 from cl_runner.config import check
 from cl_runner.folder import RunFolder
+from cl_runner.learned import load
 from cl_runner.listing import choices
 from cl_runner.run import run
 
@@ -99,6 +100,20 @@ def assert_equal_runs(whole, resumed):
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+def assert_predicts_as_it_was_measured(results, path):
+    """The run that is loaded again has the accuracies of the matrices' last rows."""
+    RunFolder(path).update_status(state="done")
+    RunFolder(path).write_config(results["config"])
+    learned = load(path, device="cpu")
+    assert {str(scenario): row for scenario, row in learned.accuracies().items()} == {
+        scenario: rows[-1] for scenario, rows in results["accuracy"].items()
+    }
+    for task in learned.stream.tasks:
+        hits = learned.predict(task.test.images, task.index) == task.test.labels
+        last = results["accuracy"][str(learned.stream.scenario)][-1][task.index]
+        assert hits.double().mean().item() == pytest.approx(last, abs=1e-12)
+
+
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory):
     """Weights with a head, for strategies that use the pretrained model too."""
@@ -109,8 +124,10 @@ def pretrained(tmp_path_factory):
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_run_that_is_stopped_again_and_again_equals_an_uninterrupted_one(strategy, tmp_path, pretrained):
-    make = partial(experiment, tmp_path, *overrides_for(strategy, pretrained), *OFTEN)
+    words = [*overrides_for(strategy, pretrained), *OFTEN, "trainer.keep_checkpoint=true"]
+    make = partial(experiment, tmp_path, *words)
     whole = carry_out(make(), "whole")
+    assert_predicts_as_it_was_measured(*whole)
     trained = any(row["kind"] == "step" for row in without_timing(whole[1]))
     cuts = [{"steps": 5}, {"steps": 8}, {"task": 1}, {"steps": 13}] if trained else [{"task": 1}, {"task": 2}]
     for each in [{"steps": 5}, {"steps": 8}, {"task": 4}] if strategy == "joint" else cuts:

@@ -148,8 +148,9 @@ class Estimator(ABC):
     def __call__(self, model: Classifier, examples: Examples) -> Curvature:
         """The Fisher of every trainable parameter, under the model's own names.
 
-        Raises ValueError where there are no examples, an example has no active outputs or its label is not among them,
-        the model's answer to a sample depends on the others or on chance, or the Fisher is not finite.
+        Raises TypeError for a model that is no Classifier; ValueError where there are no examples, an example has no
+        active outputs or its label is not among them, the model's answer to a sample depends on the others or on
+        chance, or the Fisher is not finite.
         """
         with self._begun(model, examples) as (prepared, generator):
             return finite(self._mean(model, prepared, generator)[0])
@@ -181,6 +182,10 @@ class Estimator(ABC):
 
     @contextmanager
     def _begun(self, model: Classifier, examples: Examples) -> Iterator[tuple[Examples, torch.Generator]]:
+        if not isinstance(model, Classifier):
+            raise TypeError(
+                f"expected a Classifier, such as models.model.Network(backbone, head), got {type(model).__name__}"
+            )
         generator = torch.Generator().manual_seed(self.seed_for(examples))
         if self.num_samples is not None and self.num_samples < len(examples):
             examples = examples[torch.randperm(len(examples), generator=generator)[: self.num_samples]]

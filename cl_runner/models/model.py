@@ -159,6 +159,13 @@ class Model(Classifier):
         layout = torch.contiguous_format
         return {name: value.to("cpu", copy=True, memory_format=layout) for name, value in state.items()}
 
+    def load_plain_state(self, state: dict[str, Tensor]) -> None:
+        """Load what `plain_state` returned, for a model whose head is linear."""
+        own = self.backbone.state_dict().keys()
+        self.backbone.load_state_dict({name: state[name] for name in own})
+        prefix = f"{self.head_name}."
+        self.head.load_state_dict({name.removeprefix(prefix): state[name] for name in state.keys() - own})
+
 
 def trainable(model: nn.Module, *, head: bool = True) -> dict[str, Tensor]:
     """The parameters that learn, by name (live, not copied); without `head`, the backbone's alone."""
@@ -169,21 +176,29 @@ def trainable(model: nn.Module, *, head: bool = True) -> dict[str, Tensor]:
     }
 
 
-class PretrainedView(Classifier):
+class Network(Classifier):
+    """A backbone under its head, of which all outputs are visible to every task: any network that is no run's model."""
+
+    def __init__(self, backbone: nn.Module, head: nn.Linear, preprocess: nn.Module | None = None) -> None:
+        """`backbone`: images -> features [B, D]; `preprocess`: None for a backbone that takes images as they come."""
+        super().__init__()
+        self.preprocess = nn.Identity() if preprocess is None else preprocess
+        self.backbone, self.head = backbone, head
+
+    def restrict(self, logits: Tensor, task_ids: Tensor) -> Tensor:
+        return logits
+
+    @property
+    def revealed(self) -> Tensor:
+        return torch.ones(self.head.out_features, dtype=torch.bool, device=self.device)
+
+
+class PretrainedView(Network):
     """The current backbone of `model` under its own frozen pretrained head: the model of task zero.
 
     Shares every module with `model`; its trainable parameters carry the same names (`backbone.…`).
     """
 
     def __init__(self, model: Model) -> None:
-        super().__init__()
         assert model.pretrained_head is not None, "the strategy's check lets only models with a pretrained head here"
-        self.preprocess, self.backbone, self.head = model.preprocess, model.backbone, model.pretrained_head
-
-    def restrict(self, logits: Tensor, task_ids: Tensor) -> Tensor:
-        """All outputs of the pretrained head are visible."""
-        return logits
-
-    @property
-    def revealed(self) -> Tensor:
-        return torch.ones(self.head.out_features, dtype=torch.bool, device=self.head.weight.device)
+        super().__init__(model.backbone, model.pretrained_head, model.preprocess)

@@ -45,7 +45,14 @@ class Preprocess(nn.Module):
         self.register_buffer("shift", -centre / spread, persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """[B, C, H, W] uint8 -> [B, channels, *size] float32."""
+        """[B, C, H, W] uint8 -> [B, channels, *size] float32.
+
+        Raises TypeError for images of another type (those in [0, 1] would be black), ValueError for other channels.
+        """
+        if images.dtype != torch.uint8:
+            raise TypeError(f"expected images as uint8, 0 to 255, got {images.dtype}".replace("torch.", ""))
+        if images.shape[1] not in (1, self.channels):
+            raise ValueError(f"expected images [B, {self.channels}, H, W] or gray ones, got {list(images.shape)}")
         if self.training:
             if "crop" in self.augment:
                 images = random_crop(images, self.crop_padding)

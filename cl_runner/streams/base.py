@@ -12,6 +12,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from cl_runner.errors import ConfigError
+
 Shape = tuple[int, int, int]  # C, H, W of an image
 
 
@@ -100,23 +102,31 @@ class Task:
     """One step of the stream: its classes (labels in the stream's label space) and its three sets of examples.
 
     `train` and `validation` are built on access and not kept, so that a long stream takes the memory of one task;
-    `test`, needed after every task, is kept.
+    `test`, needed after every task, is kept. All raise ConfigError for a label that is not among the classes.
     """
 
     def __init__(self, index: int, classes: tuple[int, ...], build: Callable[[str], Examples]) -> None:
+        """`build`: train, validation or test -> the examples."""
         self.index, self.classes, self._build = index, classes, build
 
     @property
     def train(self) -> Examples:
-        return self._build("train")
+        return self._built("train")
 
     @property
     def validation(self) -> Examples:
-        return self._build("validation")
+        return self._built("validation")
 
     @cached_property
     def test(self) -> Examples:
-        return self._build("test")
+        return self._built("test")
+
+    def _built(self, split: str) -> Examples:
+        examples = self._build(split)
+        if foreign := sorted(set(examples.labels.unique().tolist()).difference(self.classes)):
+            says = f"expected {split} labels of task {self.index} among its classes {list(self.classes)}, got {foreign}"
+            raise ConfigError("stream", says)
+        return examples
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from cl_runner.fisher.hybrid import Draws, Hybrid, plan_of
 from cl_runner.fisher.kernels import Precision
 from cl_runner.fisher.kronecker import Kronecker
 from cl_runner.fisher.representations import Representation
-from cl_runner.models.model import Classifier, Model, PretrainedView
+from cl_runner.models.model import Classifier, Model, Network, PretrainedView
 from cl_runner.streams.base import Examples, Scenario
 
 from .cases import BACKBONES, CHANNELS, FEATURES, OUTPUTS, SIDE, UNCOVERED, distance, examples, model
@@ -442,3 +442,27 @@ def test_ekfac_takes_the_passes_twice() -> None:
         kind: Exact(representation=kind).estimate(model(), examples())[1].backward_passes for kind in ("kfac", "ekfac")
     }
     assert passes["ekfac"] == 2 * passes["kfac"]
+
+
+def test_it_takes_any_network_with_a_linear_head() -> None:
+    torch.manual_seed(1)
+    backbone, head = (
+        nn.Sequential(nn.Flatten(), nn.Linear(CHANNELS * SIDE * SIDE, FEATURES), nn.Tanh()),
+        nn.Linear(FEATURES, 3),
+    )
+    images, labels = torch.randn(10, CHANNELS, SIDE, SIDE), torch.randint(3, (10,))
+    found = Exact()(Network(backbone, head), Examples(images, labels, torch.zeros_like(labels)))
+    expected = torch.zeros_like(head.weight)
+    for image in images:
+        log_p = head(backbone(image[None])).log_softmax(1)[0]
+        for label in range(3):
+            (slope,) = torch.autograd.grad(log_p[label], head.weight, retain_graph=True)
+            expected += log_p[label].exp().detach() * slope.square() / len(images)
+    torch.testing.assert_close(found.values["head.weight"], expected)
+
+
+def test_what_is_no_classifier_is_refused() -> None:
+    with pytest.raises(
+        TypeError, match=r"expected a Classifier, such as models.model.Network\(backbone, head\), got Linear"
+    ):
+        Exact()(nn.Linear(2, 2), examples())

@@ -114,3 +114,15 @@ def test_bicubic_is_pillows_to_within_its_rounding():
         resized = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((24, 24), Image.Resampling.BICUBIC)
         expected = torch.from_numpy(np.array(resized)).permute(2, 0, 1).float()
         torch.testing.assert_close(found, expected, atol=1.0, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "says"),
+    [
+        (images() / 255, TypeError, "expected images as uint8, 0 to 255, got float32"),
+        (images((2, 8, 8)), ValueError, r"expected images \[B, 3, H, W\] or gray ones, got \[4, 2, 8, 8\]"),
+    ],
+)
+def test_images_of_another_type_or_other_channels_are_refused(given, error, says):
+    with pytest.raises(error, match=says):
+        Preprocess(3)(given)

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from cl_runner.streams.base import Examples, number_of_batches
+from cl_runner.errors import ConfigError
+from cl_runner.streams.base import Examples, Task, number_of_batches
 
 
 def examples(rows):
@@ -23,3 +24,12 @@ def test_shuffled_batches_from_a_number_on_are_those_that_come_then(rows, drop_l
     assert len(everything) == number_of_batches(rows, 8, drop_last)
     for first in range(1, len(everything) + 2):
         assert labels(first) == everything[first:]
+
+
+@pytest.mark.parametrize("split", ["train", "validation", "test"])
+def test_a_label_that_is_not_among_a_tasks_classes_is_refused(split):
+    task = Task(1, (0, 2), lambda _: examples(4))
+    with pytest.raises(
+        ConfigError, match=rf"expected {split} labels of task 1 among its classes \[0, 2\], got \[1, 3\]"
+    ):
+        getattr(task, split)

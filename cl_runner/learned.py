@@ -1,0 +1,92 @@
+"""What a finished run has learned, loaded from its folder: it predicts as the run did."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import yaml
+from omegaconf import DictConfig
+from safetensors.torch import load_file
+from torch import Tensor
+
+from cl_runner import checkpoint
+from cl_runner.config import Experiment, check
+from cl_runner.errors import ConfigError
+from cl_runner.evaluate import accuracies, competing
+from cl_runner.folder import RunFolder
+from cl_runner.models.model import Model
+from cl_runner.run import assembled
+from cl_runner.strategies.base import Strategy
+from cl_runner.streams.base import Scenario, Stream
+
+
+@dataclass(frozen=True)
+class Learned:
+    """A run's components as they were when it ended."""
+
+    experiment: Experiment
+    stream: Stream
+    model: Model
+
+    @property
+    def strategy(self) -> Strategy:
+        return self.experiment.strategy
+
+    @torch.inference_mode()
+    def predict(self, images: Tensor, task: int | None = None) -> Tensor:
+        """The labels [N] that the run predicts for `images` [N, C, H, W], uint8, 0 to 255.
+
+        `task`: of the images, from 0. In the task scenario the prediction is among its classes; in the others it
+        changes nothing. Raises ValueError where it is missing or does not exist.
+        """
+        if task is None and (self.stream.scenario is Scenario.TASK or self.strategy.needs_task_id):
+            raise ValueError("expected the task of the images, since the run was told it too")
+        if task is not None and not 0 <= task < len(self.stream):
+            raise ValueError(f"expected a task from 0 to {len(self.stream) - 1}, got {task}")
+        task, device = task or 0, self.model.device
+        outputs = competing(self.stream, self.stream.scenario, self.stream.tasks[task], learned=len(self.stream))
+        labels, predicted = torch.tensor(outputs, device=device), []
+        self.model.eval()
+        for some in images.split(self.experiment.trainer.eval_batch_size):
+            scores = self.strategy.predict(some.to(device), torch.full((len(some),), task, device=device))
+            predicted.append(labels[scores[:, outputs].argmax(1)])
+        return torch.cat(predicted).to(images.device) if predicted else labels[:0].to(images.device)
+
+    def accuracies(self, split: str = "test") -> dict[Scenario, list[float]]:
+        """Accuracy on each task, [T] for each scenario: for the test split, the last rows of the run's matrices."""
+        return accuracies(self.strategy, len(self.stream), self.experiment.trainer.eval_batch_size, split)
+
+
+def load(folder: str | Path, *, device: str = "auto", data_root: str | None = None) -> Learned:
+    """What the run in `folder` has learned.
+
+    Methods that predict by more than the network (prototypes, prompts, weights for each task) need the checkpoint,
+    which `trainer.keep_checkpoint=true` keeps. `data_root`: None for the run's own.
+
+    Raises ConfigError where there is no finished run or no checkpoint although the method needs it, and as `check`.
+    """
+    folder = Path(folder)
+    if not RunFolder(folder).done:
+        raise ConfigError("folder", f"expected that of a finished run, got {str(folder)!r}")
+    config = yaml.safe_load((folder / "config.yaml").read_text()) | {"device": device}
+    if data_root is not None:
+        config["data_root"] = data_root
+    experiment = check(DictConfig(config))
+    kept = checkpoint.load(folder, experiment.hash, experiment.device)
+    if kept is None and not _predicts_by_the_network(experiment.strategy):
+        method = type(experiment.strategy).__name__
+        says = f"expected true in the run's configuration: {method} predicts by what is in the checkpoint alone"
+        raise ConfigError("trainer.keep_checkpoint", says)
+    stream, model = assembled(experiment)
+    if kept is None:
+        model.load_plain_state(load_file(folder / "model.safetensors"))
+    else:
+        checkpoint.restore_model(model, kept["model"])
+        experiment.strategy.load_state_dict(kept["strategy"])
+    return Learned(experiment, stream, model)
+
+
+def _predicts_by_the_network(strategy: Strategy) -> bool:
+    """Whether the file of weights holds all that predictions depend on."""
+    plain = type(strategy).predict is Strategy.predict or not strategy.saved
+    return plain and not (strategy.rewires or strategy.extends_backbone)
