@@ -7,7 +7,6 @@ import time
 from typing import Any
 
 import torch
-from safetensors.torch import save as safetensors_bytes
 
 from cl_runner import checkpoint, metrics
 from cl_runner.clock import Clock
@@ -17,6 +16,7 @@ from cl_runner.evaluate import Drift, accuracies, measured_scenarios
 from cl_runner.folder import RESULTS_SCHEMA, RunFolder, write_atomically
 from cl_runner.interrupt import Interrupt
 from cl_runner.losses import Position
+from cl_runner.models import weights
 from cl_runner.models.model import Model
 from cl_runner.randomness import random_state, restore_random_state
 from cl_runner.streams.base import Scenario, Stream, Task
@@ -213,7 +213,7 @@ class State:
 
     def save_weights(self) -> None:
         """The final weights under plain names, usable as `model.pretrained=PATH`."""
-        content = safetensors_bytes(self.model.plain_state(), metadata=self.model.metadata)
+        content = weights.to_bytes(self.model.plain_state(), self.model.metadata)
         write_atomically(self.folder.path / "model.safetensors", content)
 
     def done(self) -> None:

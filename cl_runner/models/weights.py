@@ -1,6 +1,7 @@
 """Files of weights: their contents, the images they expect, and whether they fit a network."""
 
 import json
+import math
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 import safetensors
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -190,3 +192,14 @@ def _renamed(state: dict[str, Tensor], key_map: Mapping[str, str]) -> dict[str, 
         if new:
             renamed[new] = value
     return renamed
+
+
+def to_bytes(state: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
+    """A safetensors file, the same for the same contents: the library puts the metadata in a random order."""
+    content = safetensors.torch.save(state, metadata)
+    start = 8 + int.from_bytes(content[:8], "little")  # of the tensors, after the header and its length
+    header = json.loads(content[8:start])
+    header["__metadata__"] = dict(sorted(metadata.items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text = text.ljust(math.ceil(len(text) / 8) * 8)  # tensors are aligned
+    return len(text).to_bytes(8, "little") + text + content[start:]
