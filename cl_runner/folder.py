@@ -41,12 +41,12 @@ class RunFolder:
     @property
     def state(self) -> str:
         """pending, running, done, failed, or killed: its status says running, but no living process holds its lock."""
-        said = self.status.get("state", "pending")
-        if said == "done":
-            return said if self.done else "pending"
+        if self.done:
+            return "done"
         if self.held is not None:
             return "running"
-        return "killed" if said == "running" else said
+        said: str = self.status.get("state", "pending")
+        return {"running": "killed", "done": "pending"}.get(said, said)
 
     @property
     def held(self) -> dict[str, Any] | None:
@@ -55,7 +55,8 @@ class RunFolder:
 
     @property
     def done(self) -> bool:
-        return self.status.get("state") == "done" and (self.path / "results.json").exists()
+        """Whether it has results that no later run is replacing; a status that was deleted is not missed."""
+        return self.status.get("state", "done") == "done" and (self.path / "results.json").exists()
 
     @property
     def results(self) -> dict[str, Any]:

@@ -25,6 +25,12 @@ def test_a_folder_that_is_not_there_is_pending(tmp_path):
     assert RunFolder(tmp_path / "nothing").state == "pending"
 
 
+def test_a_run_with_results_whose_status_was_deleted_is_done(tmp_path):
+    (tmp_path / "results.json").write_text("{}")
+    folder = RunFolder(tmp_path)
+    assert (folder.state, folder.done) == ("done", True)
+
+
 @pytest.mark.parametrize("state", ["pending", "done", "failed"])
 def test_a_run_that_nobody_works_on_is_in_the_state_that_it_says(state, tmp_path):
     folder = RunFolder(tmp_path)

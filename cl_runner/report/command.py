@@ -109,7 +109,7 @@ def _warnings(table: Table, out: Sequence[LeftOut]) -> list[str]:
         warnings.append(f"{len(out)} {'run is' if len(out) == 1 else 'runs are'} not in the table: {said_states}")
     if table.groups.pooled:
         warnings.append(f"rows hold runs that also differ in {', '.join(table.groups.pooled)}")
-    if mixed := [group for group in table.groups if len({run.beside for run in group.runs}) > 1]:
+    if mixed := [group for group in table.groups if len({run.beside for run in group.runs} - {None}) > 1]:
         whose = f"{len(mixed)} of {len(table.groups)} rows, {table.groups.label(mixed[0])} among them"
         warnings.append(f"the runs of {whose}, were made on other images, or with other code of a plugin")
     if alone := [group for group in table.groups if table.baseline and group not in table.baselines]:

@@ -27,7 +27,7 @@ class Run:
     config: dict[str, Any]
     groups: tuple[str, ...]  # shared by runs that differ only in the seed; empty: its status does not say
     finished: float  # seconds since the epoch; 0 if unknown
-    beside: str  # digests of a folder's images and of plugins, which results depend on but no hash includes
+    beside: str | None  # digests of a folder's images and of plugins, which no hash includes; None: unknown
     metrics: dict[str, float | None]  # by name, including seconds, seconds/<phase> and peak_memory/<phase>
     accuracy: np.ndarray  # float64 [T, T] of the run's own scenario, NaN where nothing was measured
     validation: np.ndarray | None  # the same on the validation splits; None if not measured
@@ -101,7 +101,7 @@ def _read(path: Path, error: str | None) -> Run | LeftOut:
     """`error`: what went wrong outside of the run, according to its sweep."""
     try:
         status = _load(path / "status.json") if (path / "status.json").exists() else {}
-        if status.get("state") == "done" or (not status and (path / "results.json").exists()):
+        if status.get("state") == "done" or RunFolder(path).done:
             return _run(path, status, _load(path / "results.json"))
     except (OSError, ValueError) as damage:
         return LeftOut(path.name, "damaged", str(damage))
@@ -133,7 +133,7 @@ def _run(path: Path, status: dict[str, Any], results: dict[str, Any]) -> Run:
             config={**config, "seed": int(config["seed"])},
             groups=tuple(status.get("groups") or ()),
             finished=status.get("finished") or 0.0,
-            beside=json.dumps([status.get("images"), status.get("code")], sort_keys=True),
+            beside=json.dumps([status.get("images"), status.get("code")], sort_keys=True) if status else None,
             metrics=dict(_metrics(results)),
             accuracy=_matrix(results["accuracy"][scenario]),
             validation=_validation(results, scenario),

@@ -96,6 +96,14 @@ def test_runs_on_other_images_or_with_other_code_are_averaged_with_a_warning(fol
     assert says in capsys.readouterr().err
 
 
+def test_a_run_whose_status_was_deleted_is_not_taken_for_one_on_other_images(folder, capsys):
+    for seed in (0, 1):
+        path = write(folder, config("L2", seed), status={"images": "aa", "code": {}})
+    (path / "status.json").unlink()
+    main([str(folder)])
+    assert "other images" not in capsys.readouterr().err
+
+
 def test_the_same_command_again_makes_the_same_files(folder):
     main([str(folder)])
     before = {path.name: path.read_bytes() for path in (folder / "report").iterdir()}
