@@ -184,7 +184,7 @@ def _mark(axes: Axes, values: Sequence[Value], places: dict[Value, float]) -> No
 
 def _beside(groups: Groups, spread: str) -> str:
     """What bands and bars show, if there are any."""
-    return f"  ({SPREADS[spread].strip()})" if any(len(group.runs) > 1 for group in groups) else ""
+    return f"\n({SPREADS[spread].strip()})" if any(len(group.runs) > 1 for group in groups) else ""
 
 
 def _lines(groups: Groups, lines: dict[Group, np.ndarray], label: str, spread: str) -> Figure:

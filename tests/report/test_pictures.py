@@ -112,3 +112,14 @@ def test_the_same_picture_has_the_same_bytes(sweep, tmp_path):
     assert one == other
     (tmp_path / "matrices.png").write_bytes(one)
     assert Image.open(tmp_path / "matrices.png").size == (round(2 * 6.2 * DPI), round((2 * 3.0 + HEAD) * DPI))
+
+
+@pytest.mark.parametrize("spread", SPREADS)
+def test_what_an_axis_shows_is_within_the_picture(sweep, spread):
+    for figure in (accuracy_over_tasks(sweep, spread), curve(sweep, "strategy.strength", spread)):
+        figure.canvas.draw()
+        width, height = figure.get_size_inches() * figure.dpi
+        for axes in figure.axes:
+            box = axes.yaxis.label.get_window_extent()
+            assert 0 <= box.x0 < box.x1 <= width
+            assert 0 <= box.y0 < box.y1 <= height
