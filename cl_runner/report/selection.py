@@ -36,15 +36,20 @@ def select(groups: Groups, tasks: int | None, within: Sequence[str]) -> tuple[li
         rivals[tuple(groups.value(group, key) for key in keys)].append(group)
     picks, warnings = [], []
     for values, own in rivals.items():
-        scores = {group: _score(group, tasks) for group in own}
+        shared = set.intersection(*(set(group.seeds) for group in own))
+        fair = len({tuple(group.seeds) for group in own}) > 1 and shared
+        scores = {group: _score(group, tasks, shared if fair else set(group.seeds)) for group in own}
         for group in [group for group, score in scores.items() if not score.n]:
             warnings.append(f"{groups.label(group)} was not looked at after task {tasks}: it cannot be chosen")
             del scores[group]
         if not scores:
             continue
-        if len({tuple(group.seeds) for group in scores}) > 1:
-            warnings.append(f"the {len(scores)} candidates of {groups.label(own[0])} do not rest on the same seeds")
         best = max(scores, key=lambda group: scores[group].mean)
+        if fair:
+            seeds = ", ".join(map(str, sorted(shared)))
+            warnings.append(f"{groups.label(best)} was chosen by the runs whose seeds all candidates have: {seeds}")
+        elif not shared:
+            warnings.append(f"{groups.label(best)} was chosen from {len(scores)} groups that have no seed in common")
         if equal := [group for group in scores if scores[group].mean == scores[best].mean and group is not best]:
             others = f"{len(equal)} with the same validation accuracy, {groups.label(equal[0])} among them"
             warnings.append(f"{groups.label(best)} comes before {others}: nothing but their order speaks for it")
@@ -80,5 +85,5 @@ def _given(key: str) -> bool:
     return task or key in ("strategy", TASKS) or key.endswith(ROOM)
 
 
-def _score(group: Group, tasks: int | None) -> Summary:
-    return summarise([validation_accuracy(run, tasks) for run in group.runs])
+def _score(group: Group, tasks: int | None, seeds: set[int]) -> Summary:
+    return summarise([validation_accuracy(run, tasks) for run in group.runs if run.seed in seeds])

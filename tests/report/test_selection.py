@@ -122,6 +122,14 @@ def test_what_was_not_looked_at_then_cannot_be_chosen_and_is_named(tmp_path):
 
 def test_candidates_of_different_seeds_are_warned_of(tmp_path):
     write(tmp_path, config("EWC", 0, strength=1.0), validation=stairs(0.5, 0.5))
-    for seed in (0, 1):
-        write(tmp_path, config("EWC", seed, strength=2.0), validation=stairs(0.5, 0.6))
-    assert "do not rest on the same seeds" in choice(tmp_path)[1][0]
+    write(tmp_path, config("EWC", 1, strength=2.0), validation=stairs(0.5, 0.6))
+    assert choice(tmp_path)[1] == ["ewc strength=2 was chosen from 2 groups that have no seed in common"]
+
+
+def test_candidates_are_compared_on_the_seeds_that_all_have(tmp_path):
+    write(tmp_path, config("EWC", 0, strength=1.0), validation=stairs(0.5, 0.6))
+    for seed, accuracy in ((0, 0.5), (1, 0.9)):
+        write(tmp_path, config("EWC", seed, strength=2.0), validation=stairs(0.5, accuracy))
+    picks, warnings = choice(tmp_path)
+    assert list(picks) == ["ewc strength=1"]
+    assert warnings == ["ewc strength=1 was chosen by the runs whose seeds all candidates have: 0"]
