@@ -261,10 +261,15 @@ def _check_sweep(request: Request, jobs: list[Experiment]) -> None:
 
 
 def _say_unused(request: Request, jobs: list[Experiment]) -> None:
-    """Warn of a memory or a Fisher that was chosen but that no strategy uses."""
+    """Warn of a memory or a Fisher that was chosen but that no strategy uses, and of epochs beside iterations."""
+
+    def given(*beginnings: str) -> bool:
+        return any(word.lstrip("+").startswith(beginnings) for word in request.argv)
+
+    if given("trainer.epochs=") and all(job.config["trainer"]["iterations"] for job in jobs):
+        print("cl-runner: trainer.epochs: trainer.iterations is given; it changes nothing", file=sys.stderr)
     for name in ("memory", "fisher"):
-        given = any(word.lstrip("+").startswith((f"{name}=", f"{name}.")) for word in request.argv)
-        if given and not any(_takes(job.config["strategy"], name) for job in jobs):
+        if given(f"{name}=", f"{name}.") and not any(_takes(job.config["strategy"], name) for job in jobs):
             whose = "no strategy of this sweep takes one" if request.sweep else "this strategy takes none"
             print(f"cl-runner: {name}: {whose}; it changes nothing", file=sys.stderr)
 

@@ -360,6 +360,12 @@ def test_a_component_that_no_strategy_takes_is_said_to_change_nothing(words, sai
     ]
 
 
+@pytest.mark.parametrize(("words", "is_said"), [(["trainer.iterations=2"], True), ([], False)])
+def test_epochs_beside_iterations_are_said_to_change_nothing(words, is_said, cl_runner):
+    said = cl_runner("trainer.epochs=1", *words)[1]
+    assert ("trainer.epochs: trainer.iterations is given; it changes nothing" in said) == is_said
+
+
 def test_a_run_that_another_process_is_at_is_refused(cl_runner, the_run):
     cl_runner("trainer.epochs=1")
     folder = the_run()

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from cl_runner.arguments import Parser
 from cl_runner.errors import ConfigError
-from cl_runner.folder import write_atomically
+from cl_runner.folder import RunFolder, write_atomically
 from cl_runner.report.groups import group_runs, shown
 from cl_runner.report.runs import REPORT, Found, LeftOut, read
 from cl_runner.report.selection import Pick, select
@@ -29,6 +29,7 @@ from cl_runner.report.table import (
     to_markdown,
     to_rich,
 )
+from cl_runner.trackers.names import command_of
 
 MOST_NAMED = 12  # runs left out of the table that the terminal names; the page names all
 VALIDATION = "validation_accuracy"
@@ -55,7 +56,7 @@ def main(argv: list[str]) -> int:
     written = _write(asked, found, table, picks, curves, out, warnings)
     _print(table, asked, picks)
     print(legend(table, asked.spread), file=sys.stderr)
-    for line in [*warnings, *_named(out)]:
+    for line in [*warnings, *_named(out), *_over_seeds(picks, asked.folder)]:
         print(f"cl-runner report: {line}", file=sys.stderr)
     print(f"cl-runner report: {written}", file=sys.stderr)
     return 0
@@ -121,6 +122,18 @@ def _warnings(table: Table, out: Sequence[LeftOut]) -> list[str]:
 def _named(out: Sequence[LeftOut]) -> list[str]:
     lines = [f"  {run.state:<8} {run.folder}" + (f": {run.why}" if run.why else "") for run in out[:MOST_NAMED]]
     return [*lines, f"  and {len(out) - MOST_NAMED} more"] if len(out) > MOST_NAMED else lines
+
+
+def _over_seeds(picks: Sequence[Pick], folder: Path) -> list[str]:
+    """The commands that run what was selected over more seeds, on all training images."""
+    lines = []
+    for pick in picks:
+        path = folder / pick.group.runs[0].folder
+        words = shlex.split(command_of(path, RunFolder(path).status.get("command", "")))[1:]
+        kept = [word for word in words if word.partition("=")[0] not in ("seed", "output_root", "stream.validation")]
+        if words:
+            lines.append(f"over more seeds: {shlex.join(['cl-runner', '-m', *kept, 'seed=range(0,5)'])}")
+    return lines
 
 
 def _write(

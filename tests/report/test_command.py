@@ -8,7 +8,7 @@ import pytest
 
 from cl_runner.errors import ConfigError
 from cl_runner.report.command import main
-from tests.report.samples import config, unfinished, write
+from tests.report.samples import STAIRS, config, unfinished, write
 
 
 @pytest.fixture
@@ -52,6 +52,15 @@ def test_the_choice_is_printed_with_its_test_numbers(folder, capsys):
     assert ewc.startswith("| ewc | 100 | 70.0 ± 10.0 | 2 | 70.0 ± 10.0 |")
     assert finetune.startswith("| finetune | – | 40.0 ± 0.0 | 1 |")
     assert "\n\nMean ± standard deviation over seeds of n runs" in (folder / "report" / "selection.md").read_text()
+
+
+def test_the_command_that_runs_the_choice_over_more_seeds_is_printed(tmp_path, capsys):
+    words = "strategy=ewc 'stream.class_order=[1, 0]' stream.validation=0.1 seed=0 output_root=grid"
+    command = f"cl-runner --config-dir own {words}"
+    write(tmp_path, config("EWC"), validation=STAIRS, status={"command": command})
+    main([str(tmp_path), "--select"])
+    again = "cl-runner -m --config-dir own strategy=ewc 'stream.class_order=[1, 0]' 'seed=range(0,5)'"
+    assert f"over more seeds: {again}" in capsys.readouterr().err
 
 
 def test_every_run_has_a_row_of_its_own_with_all_its_metrics(folder):
