@@ -102,7 +102,7 @@ def test_what_is_shown_of_ones_own_network_stream_and_tracker_works_as_it_stands
     status, said = cl_runner(*shlex.split(command)[1:], small=False)
     assert status == 0, said
     assert "learned 2" in said
-    (folder,) = Path("outputs").glob("ewc-shifted_digits-strided-s0-*")
+    (folder,) = Path("outputs").glob("er-shifted_digits-strided-s0-*")
     assert (folder / "results.json").exists()
 
 
