@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from cl_runner.fisher.curvature import Diagonal, Parameters
-from cl_runner.models.model import Model
+from cl_runner.fisher.curvature import Diagonal
+from cl_runner.models.model import Model, Parameters
 from cl_runner.streams.base import Examples
 
 Sums = Callable[[Tensor, Tensor], Parameters]  # images [B, C, H, W] float, labels [B] -> the sum over samples

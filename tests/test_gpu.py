@@ -7,16 +7,16 @@ import pytest
 import torch
 from torch import nn
 
-from cl_runner.fisher import kernels, passes
 from cl_runner.fisher.estimators import Exact, Probe
-from cl_runner.fisher.graphs import Replayed, side_stream
+from cl_runner.gradients import kernels, passes
+from cl_runner.gradients.graphs import Replayed, side_stream
 from cl_runner.models.efficientnet import EfficientNetLite0
 from cl_runner.models.model import Model
 from cl_runner.models.preprocess import Preprocess
 from cl_runner.models.resnet import ResNet18
 from cl_runner.streams.split import Split
 
-from .fisher.test_kernels import conv_case, conv_twin, linear_twin, relative
+from .gradients.test_kernels import conv_case, conv_twin, linear_twin, relative
 from .test_resume import OFTEN, PowerCutError, assert_equal_runs, carry_out, cut, experiment
 
 pytestmark = pytest.mark.gpu

@@ -10,6 +10,7 @@ FLOORS = [
     {"errors", "folder", "streams", "metrics", "trackers", "identity", "arguments", "closed_pipe", "lock", "interrupt"}
     | {"", "pulse", "randomness", "losses", "ranges", "schedulers", "clock", "environment", "logs"},
     {"models", "memory"},
+    {"gradients"},
     {"fisher"},
     {"strategies"},
     {"trainer", "checkpoint", "evaluate"},

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from cl_runner.models.heads import per_row
-
-Parameters = dict[str, Tensor]  # by the names of `named_parameters()`
+from cl_runner.models.model import Parameters
 
 
 class Curvature(Protocol):

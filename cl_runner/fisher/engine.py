@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cl_runner.fisher.curvature import Diagonal, Parameters
-from cl_runner.fisher.kernels import Precision
-from cl_runner.fisher.layers import Uncovered
-from cl_runner.fisher.passes import SlicedVectors, Vectors, add_tapped_squares, zeros
-from cl_runner.fisher.trial import choose_way, refuse_batch_dependence
-from cl_runner.models.model import Classifier, trainable
+from cl_runner.fisher.curvature import Diagonal
+from cl_runner.gradients.kernels import Precision
+from cl_runner.gradients.layers import Uncovered
+from cl_runner.gradients.passes import SlicedVectors, Vectors, add_tapped_squares, zeros
+from cl_runner.gradients.trial import choose_way, refuse_batch_dependence
+from cl_runner.models.model import Classifier, Parameters, trainable
 
 OUTPUT_NUMBERS = 1 << 24  # numbers in the output vectors held at a time
 FOLD = 32  # batches summed in the parameters' precision before they are added to the wide sum

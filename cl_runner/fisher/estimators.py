@@ -21,11 +21,11 @@ from torch import Tensor
 from cl_runner.errors import ConfigError
 from cl_runner.fisher.curvature import Curvature, Diagonal, finite
 from cl_runner.fisher.engine import undisturbed, wide
-from cl_runner.fisher.graphs import release_pool
-from cl_runner.fisher.kernels import Precision
-from cl_runner.fisher.layers import BatchStatisticsError
-from cl_runner.fisher.passes import SlicedVectors
 from cl_runner.fisher.representations import Accumulator, Representation, rounds
+from cl_runner.gradients.graphs import release_pool
+from cl_runner.gradients.kernels import Precision
+from cl_runner.gradients.layers import BatchStatisticsError
+from cl_runner.gradients.passes import SlicedVectors
 from cl_runner.models.model import Classifier, PretrainedView
 from cl_runner.ranges import Count, Seed
 from cl_runner.streams.base import Examples

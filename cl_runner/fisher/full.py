@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from cl_runner.errors import ConfigError
-from cl_runner.fisher.curvature import Curvature, Diagonal, Parameters
+from cl_runner.fisher.curvature import Curvature, Diagonal
 from cl_runner.fisher.engine import OUTPUT_NUMBERS, wide
-from cl_runner.fisher.passes import SlicedVectors
-from cl_runner.fisher.per_sample import add_vmapped, even_slices, looped_gradients, vmapped_gradients
-from cl_runner.fisher.trial import disagreement, refuse_batch_dependence, refuse_dependence
+from cl_runner.gradients.fallbacks import add_vmapped, even_slices, looped_gradients, vmapped_gradients
+from cl_runner.gradients.passes import SlicedVectors
+from cl_runner.gradients.trial import disagreement, refuse_batch_dependence, refuse_dependence
 from cl_runner.models.heads import per_row
-from cl_runner.models.model import Classifier, trainable
+from cl_runner.models.model import Classifier, Parameters, trainable
 
 LIMIT = 20_000  # parameters: their matrix takes 3.2 GB
 # Added to the diagonal of the scaled matrix before it is solved with, relative to its norm: the first that makes it

@@ -19,7 +19,7 @@ from torch import Tensor
 from cl_runner.errors import ConfigError
 from cl_runner.fisher.engine import wide
 from cl_runner.fisher.estimators import Estimator, exact_vectors
-from cl_runner.fisher.passes import SlicedVectors
+from cl_runner.gradients.passes import SlicedVectors
 from cl_runner.models.model import Classifier
 from cl_runner.streams.base import Examples
 

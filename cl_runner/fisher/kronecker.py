@@ -29,18 +29,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cl_runner.errors import ConfigError
-from cl_runner.fisher.convolutions import Convolution
-from cl_runner.fisher.curvature import Curvature, Diagonal, Parameters, finite
+from cl_runner.fisher.curvature import Curvature, Diagonal, finite
 from cl_runner.fisher.engine import OUTPUT_NUMBERS, Sums
-from cl_runner.fisher.graphs import side_stream
-from cl_runner.fisher.layers import Linear, Uncovered, Use
-from cl_runner.fisher.passes import SlicedVectors, Vectors, add_passes
-from cl_runner.fisher.per_sample import even_slices
-from cl_runner.fisher.products import CACHE, ROOM, slices
-from cl_runner.fisher.taps import Taps
-from cl_runner.fisher.trial import disagreement, refuse_batch_dependence
+from cl_runner.gradients.convolutions import Convolution
+from cl_runner.gradients.fallbacks import even_slices
+from cl_runner.gradients.graphs import side_stream
+from cl_runner.gradients.layers import Linear, Uncovered, Use
+from cl_runner.gradients.passes import SlicedVectors, Vectors, add_passes
+from cl_runner.gradients.products import CACHE, ROOM, slices
+from cl_runner.gradients.taps import Taps
+from cl_runner.gradients.trial import disagreement, refuse_batch_dependence
 from cl_runner.models.heads import per_row
-from cl_runner.models.model import Classifier, trainable
+from cl_runner.models.model import Classifier, Parameters, trainable
 
 HELD = 1 << 27  # numbers in all layers' inputs, at all positions, held at a time
 

@@ -8,16 +8,15 @@ import torch
 from torch import Tensor
 
 from cl_runner.errors import ConfigError
-from cl_runner.fisher.curvature import Parameters
 from cl_runner.fisher.engine import MeasuredGradients
 from cl_runner.fisher.estimators import Estimator
-from cl_runner.fisher.layers import Linear, Use
-from cl_runner.fisher.passes import Vectors, shared_parameters
-from cl_runner.fisher.per_sample import Measure, even_slices
-from cl_runner.fisher.products import ROOM
 from cl_runner.fisher.representations import Accumulator
-from cl_runner.fisher.taps import Taps
-from cl_runner.models.model import Classifier
+from cl_runner.gradients.fallbacks import Measure, even_slices
+from cl_runner.gradients.layers import Linear, Use
+from cl_runner.gradients.passes import Vectors, shared_parameters
+from cl_runner.gradients.products import ROOM
+from cl_runner.gradients.taps import Taps
+from cl_runner.models.model import Classifier, Parameters
 
 
 @dataclass(kw_only=True)

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from cl_runner.fisher.curvature import Curvature, Parameters
+from cl_runner.fisher.curvature import Curvature
+from cl_runner.models.model import Parameters
 
 # Numbers in a dot product on the CPU. Over the largest layer of a ResNet-18 at once, float32 is off by 4e-5; in blocks
 # of this size by 1e-7, in about the same time.

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cl_runner.fisher.curvature import Diagonal, Parameters
+from cl_runner.fisher.curvature import Diagonal
 from cl_runner.fisher.estimators import Logits
-from cl_runner.models.model import Classifier, trainable
+from cl_runner.models.model import Classifier, Parameters, trainable
 from cl_runner.models.substitute import nothing_kept
 from cl_runner.streams.base import Examples
 

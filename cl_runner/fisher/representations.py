@@ -8,9 +8,9 @@ from torch import Tensor
 from cl_runner.fisher.curvature import Curvature
 from cl_runner.fisher.engine import SquaredGradients
 from cl_runner.fisher.full import OuterProducts
-from cl_runner.fisher.kernels import Precision
 from cl_runner.fisher.kronecker import KroneckerFactors, RotatedSquares
-from cl_runner.fisher.passes import SlicedVectors
+from cl_runner.gradients.kernels import Precision
+from cl_runner.gradients.passes import SlicedVectors
 from cl_runner.models.model import Classifier
 
 Representation = Literal["diagonal", "kfac", "ekfac", "full"]

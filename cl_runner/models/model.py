@@ -14,6 +14,7 @@ from cl_runner.models.heads import Init, draw
 from cl_runner.streams.base import Scenario, Stream, Task
 
 ActiveLogits = Literal["current", "seen", "all"]
+Parameters = dict[str, Tensor]  # by the names of `named_parameters()`
 
 
 @dataclass(frozen=True)
@@ -167,7 +168,7 @@ class Model(Classifier):
         self.head.load_state_dict({name.removeprefix(prefix): state[name] for name in state.keys() - own})
 
 
-def trainable(model: nn.Module, *, head: bool = True) -> dict[str, Tensor]:
+def trainable(model: nn.Module, *, head: bool = True) -> Parameters:
     """The parameters that learn, by name (live, not copied); without `head`, the backbone's alone."""
     return {
         name: parameter

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from cl_runner.errors import ConfigError
-from cl_runner.fisher.curvature import Curvature, Parameters
+from cl_runner.fisher.curvature import Curvature
 from cl_runner.models.architecture import Architecture
 from cl_runner.models.heads import per_row
-from cl_runner.models.model import Model, trainable
+from cl_runner.models.model import Model, Parameters, trainable
 from cl_runner.streams.base import Stream, Task
 
 HEAD = {"head.weight", "head.bias"}  # the parameters of which an anchor covers some rows only

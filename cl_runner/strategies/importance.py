@@ -5,9 +5,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from cl_runner.fisher.curvature import Diagonal, Parameters
+from cl_runner.fisher.curvature import Diagonal
 from cl_runner.fisher.quadratic import Penalty
-from cl_runner.models.model import Model, Output, trainable
+from cl_runner.models.model import Model, Output, Parameters, trainable
 from cl_runner.strategies.anchors import Anchor, covered, share_of_classes
 from cl_runner.strategies.base import Strategy
 from cl_runner.streams.base import Examples, Stream, Task

@@ -4,8 +4,8 @@ from typing import Literal
 
 from pydantic import NonNegativeFloat, PositiveFloat
 
-from cl_runner.fisher.curvature import Diagonal, Parameters
-from cl_runner.models.model import Model, trainable
+from cl_runner.fisher.curvature import Diagonal
+from cl_runner.models.model import Model, Parameters, trainable
 from cl_runner.strategies.importance import Accumulation, PathIntegral
 from cl_runner.streams.base import Stream, Task
 

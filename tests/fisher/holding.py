@@ -5,10 +5,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from cl_runner.fisher.curvature import Curvature, Parameters
+from cl_runner.fisher.curvature import Curvature
 from cl_runner.fisher.estimators import Estimator
 from cl_runner.fisher.representations import Representation
-from cl_runner.models.model import Classifier
+from cl_runner.models.model import Classifier, Parameters
 from cl_runner.streams.base import Examples
 
 

@@ -12,15 +12,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cl_runner.errors import ConfigError
-from cl_runner.fisher import convolutions, engine, layers, passes, reference, trial
+from cl_runner.fisher import engine, reference
 from cl_runner.fisher.curvature import Diagonal
 from cl_runner.fisher.engine import undisturbed
 from cl_runner.fisher.estimators import Empirical, Estimator, Exact, Probe
 from cl_runner.fisher.magnitudes import Magnitudes
-from cl_runner.fisher.passes import add_tapped_squares
-from cl_runner.fisher.per_sample import add_looped, add_vmapped
-from cl_runner.fisher.taps import Taps
-from cl_runner.fisher.trial import disagreement
+from cl_runner.gradients import convolutions, layers, passes, trial
+from cl_runner.gradients.fallbacks import add_looped, add_vmapped
+from cl_runner.gradients.passes import add_tapped_squares
+from cl_runner.gradients.taps import Taps
+from cl_runner.gradients.trial import disagreement
 from cl_runner.models.model import Model
 from cl_runner.streams.base import Examples
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from cl_runner.errors import ConfigError
-from cl_runner.fisher import per_sample, reference
+from cl_runner.fisher import reference
 from cl_runner.fisher.batched import Batched
 from cl_runner.fisher.curvature import Diagonal
 from cl_runner.fisher.engine import undisturbed
@@ -26,9 +26,10 @@ from cl_runner.fisher.estimators import (
 )
 from cl_runner.fisher.full import Full
 from cl_runner.fisher.hybrid import Draws, Hybrid, plan_of
-from cl_runner.fisher.kernels import Precision
 from cl_runner.fisher.kronecker import Kronecker
 from cl_runner.fisher.representations import Representation
+from cl_runner.gradients import fallbacks
+from cl_runner.gradients.kernels import Precision
 from cl_runner.models.model import Classifier, Model, Network, PretrainedView
 from cl_runner.streams.base import Examples, Scenario
 
@@ -81,7 +82,7 @@ def test_it_is_its_definition_whatever_outputs_enter(name: str, logits: Logits, 
 def test_it_is_its_definition_when_few_gradients_fit_into_memory(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     estimator, subject = replace(ESTIMATORS[name], logits="all"), model()
     expected = by_definition(estimator, subject, examples())
-    monkeypatch.setattr(per_sample, "BUDGET", 2 * sum(values.numel() for values in subject.parameters()))
+    monkeypatch.setattr(fallbacks, "BUDGET", 2 * sum(values.numel() for values in subject.parameters()))
     assert distance(estimator(subject, examples()), expected) < 1e-10
 
 

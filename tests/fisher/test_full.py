@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from cl_runner.errors import ConfigError
-from cl_runner.fisher.curvature import Diagonal, Parameters
+from cl_runner.fisher.curvature import Diagonal
 from cl_runner.fisher.estimators import Empirical, Estimator, Exact, Probe
 from cl_runner.fisher.full import LIMIT, Full, OuterProducts
 from cl_runner.fisher.quadratic import Penalty
-from cl_runner.models.model import Model
+from cl_runner.models.model import Model, Parameters
 from cl_runner.streams.base import Examples
 
 from .cases import BACKBONES, FEATURES, PIXELS, UNCOVERED, distance, examples, model

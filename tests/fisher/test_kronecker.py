@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from cl_runner.errors import ConfigError
 from cl_runner.fisher import kronecker
-from cl_runner.fisher.curvature import Curvature, Diagonal, Parameters
+from cl_runner.fisher.curvature import Curvature, Diagonal
 from cl_runner.fisher.estimators import Estimator, Exact
 from cl_runner.fisher.full import Full
 from cl_runner.fisher.kronecker import Block, Factors, Kronecker, Rotated
 from cl_runner.fisher.quadratic import Penalty
 from cl_runner.fisher.representations import Representation, rounds
-from cl_runner.models.model import Model
+from cl_runner.models.model import Model, Parameters
 from cl_runner.streams.base import Examples
 
 from .cases import BACKBONES, CHANNELS, FEATURES, OUTPUTS, SIDE, distance, examples, mlp, model

@@ -4,7 +4,7 @@ from torch import nn
 
 from cl_runner.errors import ConfigError
 from cl_runner.fisher.magnitudes import Magnitudes, add_tapped
-from cl_runner.fisher.per_sample import add_looped, add_vmapped
+from cl_runner.gradients.fallbacks import add_looped, add_vmapped
 from cl_runner.models.model import Model
 from cl_runner.models.preprocess import Preprocess
 from tests.toys import SHAPE, toy_model, toy_stream

@@ -11,7 +11,7 @@ from torch import nn
 from cl_runner.fisher import reference
 from cl_runner.fisher.engine import undisturbed
 from cl_runner.fisher.estimators import Empirical
-from cl_runner.fisher.trial import disagreement
+from cl_runner.gradients.trial import disagreement
 from cl_runner.models.efficientnet import EfficientNetLite0
 from cl_runner.models.model import Model
 from cl_runner.models.preprocess import Preprocess

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from cl_runner.fisher.curvature import Diagonal, Parameters
+from cl_runner.fisher.curvature import Diagonal
 from cl_runner.fisher.quadratic import Penalty, Quadratic
+from cl_runner.models.model import Parameters
 
 SHAPES = {"a": (5, 3), "b": (4,), "c": (2, 3, 2, 2), "d": ()}
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cl_runner.fisher import kernels
+from cl_runner.gradients import kernels
 
 FP32, TF32, BF16 = 1e-6, 1e-3, 4e-3  # relative errors, of the norm
 
@@ -43,7 +43,7 @@ def compiled(monkeypatch, tmp_path):
         from triton.backends.compiler import GPUTarget
         from triton.compiler import ASTSource
 
-        from cl_runner.fisher import triton_programs
+        from cl_runner.gradients import triton_programs
 
         program = getattr(triton_programs, name)
         tensors = dict.fromkeys(("gradients", "inputs", "partial"), "*fp32")

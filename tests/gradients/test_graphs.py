@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import nn
 
-from cl_runner.fisher import graphs, layers, passes, reference
+from cl_runner.fisher import reference
 from cl_runner.fisher.estimators import Exact
-from cl_runner.fisher.graphs import Replayed, side_stream
+from cl_runner.gradients import graphs, layers, passes
+from cl_runner.gradients.graphs import Replayed, side_stream
 from cl_runner.streams.base import Scenario
-
-from .cases import FEATURES, PIXELS, distance, examples, model
+from tests.fisher.cases import FEATURES, PIXELS, distance, examples, model
 
 
 def test_off_the_device_every_call_has_the_functions_effect_once() -> None:

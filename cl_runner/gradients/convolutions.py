@@ -8,11 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cl_runner.fisher import kernels
-from cl_runner.fisher.curvature import Parameters
-from cl_runner.fisher.kernels import Adder
-from cl_runner.fisher.layers import Linear, Uncovered, Use, Weighted
-from cl_runner.fisher.products import (
+from cl_runner.gradients import kernels
+from cl_runner.gradients.kernels import Adder
+from cl_runner.gradients.layers import Linear, Uncovered, Use, Weighted
+from cl_runner.gradients.products import (
     ROOM,
     add_gram,
     add_product_squares,
@@ -22,6 +21,7 @@ from cl_runner.fisher.products import (
     rounded,
     slices,
 )
+from cl_runner.models.model import Parameters
 
 # Positions from which, on the CPU, a convolution's own backward on one sample beats a product over its patches.
 FEW = 128

@@ -321,6 +321,6 @@ def _installed() -> bool:
 
 @functools.cache
 def _programs() -> Any:  # Triton's compiled functions are untyped
-    from cl_runner.fisher import triton_programs
+    from cl_runner.gradients import triton_programs
 
     return triton_programs

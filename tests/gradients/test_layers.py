@@ -7,12 +7,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cl_runner.fisher import convolutions, products
-from cl_runner.fisher.convolutions import Convolution, Depthwise, Pointwise
-from cl_runner.fisher.curvature import Parameters
-from cl_runner.fisher.layers import Affine, Direct, Embedding, Linear, Uncovered, Use
-from cl_runner.fisher.taps import Taps
-from cl_runner.models.model import Output
+from cl_runner.gradients import convolutions, products
+from cl_runner.gradients.convolutions import Convolution, Depthwise, Pointwise
+from cl_runner.gradients.layers import Affine, Direct, Embedding, Linear, Uncovered, Use
+from cl_runner.gradients.taps import Taps
+from cl_runner.models.model import Output, Parameters
 
 SAMPLES = 3
 

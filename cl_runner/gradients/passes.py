@@ -7,12 +7,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from cl_runner.fisher.curvature import Parameters
-from cl_runner.fisher.graphs import Replayed, side_stream
-from cl_runner.fisher.kernels import Precision
-from cl_runner.fisher.layers import Use
-from cl_runner.fisher.taps import Taps
-from cl_runner.models.model import Classifier, trainable
+from cl_runner.gradients.graphs import Replayed, side_stream
+from cl_runner.gradients.kernels import Precision
+from cl_runner.gradients.layers import Use
+from cl_runner.gradients.taps import Taps
+from cl_runner.models.model import Classifier, Parameters, trainable
 
 SHARED = 1 << 26  # numbers in the gradients of parameters used more than once that are held at a time
 TOGETHER = 4  # passes that a kernel, and a CUDA graph, takes together

@@ -13,10 +13,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from cl_runner.fisher import kernels
-from cl_runner.fisher.curvature import Parameters
-from cl_runner.fisher.kernels import Adder, Precision
-from cl_runner.fisher.products import (
+from cl_runner.gradients import kernels
+from cl_runner.gradients.kernels import Adder, Precision
+from cl_runner.gradients.products import (
     ROOM,
     add_gram,
     add_product_squares,
@@ -26,6 +25,7 @@ from cl_runner.fisher.products import (
     rounded,
     slices,
 )
+from cl_runner.models.model import Parameters
 
 
 class Uncovered(Exception):  # noqa: N818

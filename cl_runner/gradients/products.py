@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from cl_runner.fisher import kernels
-from cl_runner.fisher.kernels import Precision
+from cl_runner.gradients import kernels
+from cl_runner.gradients.kernels import Precision
 
 # Numbers in a temporary on the CPU: part of a core's second-level cache.
 CACHE = 1 << 17

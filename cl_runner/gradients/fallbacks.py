@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 from torch.func import functional_call, vjp, vmap
 
-from cl_runner.fisher.curvature import Parameters
-from cl_runner.fisher.taps import ToLogits
-from cl_runner.models.model import Classifier, trainable
+from cl_runner.gradients.taps import ToLogits
+from cl_runner.models.model import Classifier, Parameters, trainable
 from cl_runner.models.substitute import nothing_kept, places
 
 Measure = Callable[[Tensor], Tensor]  # elementwise, with measure(a b) = measure(a) measure(b)

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 from torch.utils.checkpoint import checkpoint
 
-from cl_runner.fisher import reference, trial
+from cl_runner.fisher import reference
 from cl_runner.fisher.estimators import Probe
+from cl_runner.gradients import trial
 from cl_runner.models.model import Model
-
-from .cases import CHANNELS, FEATURES, OUTPUTS, PIXELS, SIDE, distance, examples, model
+from tests.fisher.cases import CHANNELS, FEATURES, OUTPUTS, PIXELS, SIDE, distance, examples, model
 
 TOKENS = SIDE * SIDE
 PARTS = {

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
-from cl_runner.fisher.layers import BatchStatisticsError, DependenceError, Uncovered
-from cl_runner.fisher.passes import AddsSquares, add_tapped_squares, zeros
-from cl_runner.fisher.per_sample import add_looped, add_vmapped
+from cl_runner.gradients.fallbacks import add_looped, add_vmapped
+from cl_runner.gradients.layers import BatchStatisticsError, DependenceError, Uncovered
+from cl_runner.gradients.passes import AddsSquares, add_tapped_squares, zeros
 from cl_runner.models.model import Classifier
 
 log = logging.getLogger("cl_runner")

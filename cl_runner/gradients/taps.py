@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
-from cl_runner.fisher.convolutions import Convolution, strided
-from cl_runner.fisher.layers import (
+from cl_runner.gradients.convolutions import Convolution, strided
+from cl_runner.gradients.layers import (
     Affine,
     BatchStatisticsError,
     DependenceError,
