@@ -6,7 +6,7 @@ import shutil
 import time
 from typing import Any
 
-import torch
+import numpy as np
 
 from cl_runner import checkpoint, metrics
 from cl_runner.clock import Clock
@@ -69,20 +69,20 @@ class State:
             missing = [[math.nan] * len(self.stream)] * (task.index - len(matrices[scenario]))
             matrices[scenario] += [*missing, row]
 
-    def matrices(self, measured: Rows | None = None) -> dict[str, torch.Tensor]:
+    def matrices(self, measured: Rows | None = None) -> dict[str, np.ndarray]:
         """scenario -> [T, T], NaN where nothing was measured (yet); of `measured`, by default the test splits."""
         size = len(self.stream)
         unknown = [math.nan] * size
         return {
-            str(scenario): torch.tensor([*rows, *[unknown] * (size - len(rows))], dtype=torch.float64)
+            str(scenario): np.array([*rows, *[unknown] * (size - len(rows))])
             for scenario, rows in (measured or self.rows).items()
             if rows
         }
 
     def metrics(self) -> dict[str, float | None]:
-        zero_shot = {str(name): torch.tensor(row, dtype=torch.float64) for name, row in self.zero_shot.items()}
+        zero_shot = {str(name): np.array(row) for name, row in self.zero_shot.items()}
         learned = self.position.tasks
-        sizes = torch.tensor([len(task.test) for task in self.stream.tasks[:learned]], dtype=torch.float64)
+        sizes = np.array([len(task.test) for task in self.stream.tasks[:learned]])
         return {
             **metrics.summarise(self.matrices(), zero_shot, str(self.stream.scenario), learned, sizes),
             **self.drift_metrics,

@@ -11,8 +11,9 @@ import numpy as np
 
 from cl_runner.errors import ConfigError, did_you_mean
 from cl_runner.identity import display_name, hashed_part
+from cl_runner.metrics import forgetting_matrix
 from cl_runner.report.runs import LeftOut, Run
-from cl_runner.report.statistics import Summary, forgetting_matrix, mean_of_matrices, summarise
+from cl_runner.report.statistics import Summary, mean_of_matrices, summarise
 
 TASKS, GROUP = "tasks", "group"  # columns that are no configuration keys: the stream's length, the hash
 SEED = "${seed}"  # replaces a value that follows the seed

@@ -1,7 +1,6 @@
 """Read the runs of a folder: the finished ones, and the reasons why others are left out."""
 
 import json
-import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ import numpy as np
 
 from cl_runner.errors import ConfigError
 from cl_runner.folder import RESULTS_SCHEMA, RunFolder, moved_aside
+from cl_runner.metrics import from_rows
 from cl_runner.sweep import FILE as SWEEPS
 from cl_runner.sweep import outcome, sweeps
 
@@ -135,7 +135,7 @@ def _run(path: Path, status: dict[str, Any], results: dict[str, Any]) -> Run:
             finished=status.get("finished") or 0.0,
             beside=json.dumps([status.get("images"), status.get("code")], sort_keys=True) if status else None,
             metrics=dict(_metrics(results)),
-            accuracy=_matrix(results["accuracy"][scenario]),
+            accuracy=from_rows(results["accuracy"][scenario]),
             validation=_validation(results, scenario),
         )
     except (KeyError, TypeError, AttributeError) as error:
@@ -150,18 +150,9 @@ def _metrics(results: Mapping[str, Any]) -> Iterator[tuple[str, float | None]]:
         yield f"peak_memory/{phase}", value
 
 
-def _matrix(rows: list[list[float | None]]) -> np.ndarray:
-    """[T, T], with NaN for null and for missing entries."""
-    size = max(len(rows), *map(len, rows))
-    matrix = np.full((size, size), math.nan)
-    for index, row in enumerate(rows):
-        matrix[index, : len(row)] = row
-    return matrix
-
-
 def _validation(results: Mapping[str, Any], scenario: str) -> np.ndarray | None:
     rows = (results.get("validation") or {}).get(scenario)
-    matrix = _matrix(rows) if rows else None
+    matrix = from_rows(rows) if rows else None
     return matrix if matrix is not None and np.isfinite(matrix).any() else None
 
 

@@ -51,15 +51,6 @@ def t_quantile(freedom: int) -> float:
     return float(stdtrit(freedom, (1 + LEVEL) / 2))
 
 
-def forgetting_matrix(accuracy: np.ndarray) -> np.ndarray:
-    """`cl_runner.metrics.forgetting_matrix` for an array, without torch, which is slow to import."""
-    below = np.tril(np.ones_like(accuracy, dtype=bool), -1)
-    learned = np.where(np.tril(np.ones_like(below)), np.nan_to_num(accuracy, nan=-np.inf), -np.inf)
-    best = np.full_like(accuracy, -np.inf)
-    best[1:] = np.maximum.accumulate(learned)[:-1]  # [i, j] = max_{j<=k<i} A[k, j]
-    return np.where(below & np.isfinite(best), best - accuracy, np.nan)
-
-
 def mean_of_matrices(matrices: Sequence[np.ndarray]) -> np.ndarray:
     """Entry-wise mean, [T, T]; NaN where any matrix has NaN: a mean of fewer seeds would not be comparable."""
     return np.mean(np.stack(matrices), axis=0)

@@ -7,11 +7,9 @@ import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-import torch
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from torch import Tensor
 
 from cl_runner.metrics import forgetting_matrix, from_rows
 from cl_runner.trackers.colours import FAINT, INK
@@ -28,7 +26,7 @@ def accuracy_figure(rows: Sequence[Sequence[float | None]], name: str, metrics: 
     return matrix_figure(from_rows(rows), " · ".join([name, *_said(metrics)]))
 
 
-def matrix_figure(accuracy: Tensor, title: str) -> Figure:
+def matrix_figure(accuracy: np.ndarray, title: str) -> Figure:
     """A figure of SIZE pixels: accuracy [T, T], and forgetting beside it."""
     figure = blank(SIZE[0] / DPI, SIZE[1] / DPI)
     _write(figure, 0.05, 0.935, shortened(title, 118))
@@ -45,7 +43,7 @@ def tiles(
     return _tile(accuracy, ACCURACY, name, metrics), _tile(forgetting_matrix(accuracy), FORGETTING, name, metrics)
 
 
-def _tile(matrix: Tensor, scale: ColourScale, name: str, metrics: Mapping[str, float | None]) -> Figure:
+def _tile(matrix: np.ndarray, scale: ColourScale, name: str, metrics: Mapping[str, float | None]) -> Figure:
     figure = blank(TILE[0] / DPI, TILE[1] / DPI)
     said = shortened(name, 77)
     _write(figure, 0.1, 0.955, said, size=min(11.0, 540 / len(said)))  # as large as fits, at least 7
@@ -71,14 +69,14 @@ def to_pixels(figure: Figure) -> np.ndarray:
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
-def _panel(figure: Figure, place: tuple[float, float], matrix: Tensor, scale: ColourScale) -> None:
+def _panel(figure: Figure, place: tuple[float, float], matrix: np.ndarray, scale: ColourScale) -> None:
     """Draw a matrix and its colour bar. `place`: left edge and width, as fractions of the figure's width."""
     left, width = place
     axes = figure.add_axes((left, 0.11, width, 0.72))
     axes.set_title(TITLES[scale], fontsize=9, color=INK, loc="left", pad=7)
-    image = axes.imshow(matrix.numpy(), cmap=scale.colours, vmin=scale.low, vmax=scale.high, aspect="auto")
+    image = axes.imshow(matrix, cmap=scale.colours, vmin=scale.low, vmax=scale.high, aspect="auto")
     _label(axes, len(matrix))
-    if not matrix.isfinite().any():
+    if not np.isfinite(matrix).any():
         axes.text(0.5, 0.5, "undefined", color=FAINT, fontsize=9, ha="center", va="center", transform=axes.transAxes)
     elif len(matrix) <= MAX_NUMBERED:
         _number(axes, matrix, scale)
@@ -103,11 +101,11 @@ def _label(axes: Axes, tasks: int) -> None:
     axes.spines[:].set_visible(False)
 
 
-def _number(axes: Axes, matrix: Tensor, scale: ColourScale) -> None:
+def _number(axes: Axes, matrix: np.ndarray, scale: ColourScale) -> None:
     """Write each measured value in percent, dark on light or light on dark."""
     digits = 1 if len(matrix) <= 10 else 0
     size = min(11.0, 95 / len(matrix)) if digits else 110 / len(matrix)
-    for row, column in torch.argwhere(matrix.isfinite()).tolist():
+    for row, column in np.argwhere(np.isfinite(matrix)).tolist():
         value = matrix[row, column].item()
         colour = readable_on(scale.colour(value))
         axes.text(column, row, _percent(value, digits), color=colour, fontsize=size, ha="center", va="center")

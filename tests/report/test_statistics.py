@@ -4,11 +4,8 @@ import math
 
 import numpy as np
 import pytest
-import torch
 
-from cl_runner import metrics
 from cl_runner.report.statistics import (
-    forgetting_matrix,
     mean_of_matrices,
     over_tasks,
     paired_difference,
@@ -68,15 +65,6 @@ def test_a_difference_is_of_equal_seeds_alone():
 def test_a_constant_shift_is_seen_however_much_the_seeds_differ():
     found = paired_difference({seed: seed + 0.25 for seed in range(5)}, dict(enumerate(map(float, range(5)))))
     assert (found.low, found.high) == pytest.approx((0.25, 0.25))
-
-
-@pytest.mark.parametrize("measured", [1.0, 0.7])
-def test_the_forgetting_matrix_is_that_of_the_metrics(measured):
-    random = np.random.default_rng(0)
-    for size in (1, 2, 5, 9):
-        accuracy = np.where(random.random((size, size)) < measured, random.random((size, size)), np.nan)
-        expected = metrics.forgetting_matrix(torch.from_numpy(accuracy)).numpy()
-        np.testing.assert_array_equal(forgetting_matrix(accuracy), expected)
 
 
 def test_a_mean_matrix_has_no_entry_that_one_seed_lacks():

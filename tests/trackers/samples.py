@@ -4,15 +4,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 
 from cl_runner import metrics
 from cl_runner.trackers.base import RunInfo, Tracker
 
-CLASS = torch.tensor([[0.9, 0.0, 0.0], [0.61, 0.8, 0.0], [0.52, 0.73, 0.64]], dtype=torch.float64)
-CLASS[CLASS == 0] = torch.nan
+CLASS = np.array([[0.9, 0.0, 0.0], [0.61, 0.8, 0.0], [0.52, 0.73, 0.64]])
+CLASS[CLASS == 0] = np.nan
 ACCURACY = {"class": CLASS, "task": CLASS + 0.05}
-SIZES = torch.full((3,), 10.0, dtype=torch.float64)
+SIZES = np.full(3, 10.0)
 ROWS_BEFORE_THE_END_OF_TASK_1 = 7
 
 

@@ -3,7 +3,6 @@ import math
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from cl_runner.metrics import from_rows, to_rows
@@ -13,18 +12,16 @@ from cl_runner.trackers.colours import INK
 METRICS = {"average_accuracy": 0.63, "average_forgetting": 0.225}
 
 
-def lower(tasks: int, value: float) -> torch.Tensor:
+def lower(tasks: int, value: float) -> np.ndarray:
     """Accuracy `value` on every task seen so far."""
-    return torch.full((tasks, tasks), value, dtype=torch.float64).where(
-        torch.ones(tasks, tasks).tril().bool(), math.nan
-    )
+    return np.where(np.tril(np.ones((tasks, tasks), dtype=bool)), value, math.nan)
 
 
-def pixels(matrix: torch.Tensor) -> np.ndarray:
+def pixels(matrix: np.ndarray) -> np.ndarray:
     return figures.to_pixels(figures.matrix_figure(matrix, "title"))
 
 
-def texts(matrix: torch.Tensor) -> list[str]:
+def texts(matrix: np.ndarray) -> list[str]:
     return [text.get_text() for text in figures.matrix_figure(matrix, "").axes[0].texts]
 
 
