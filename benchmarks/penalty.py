@@ -22,11 +22,11 @@ from torch import Tensor
 
 from cl_runner.fisher.curvature import Diagonal
 from cl_runner.fisher.estimators import Exact
-from cl_runner.losses import Position
 from cl_runner.models.architecture import Architecture
 from cl_runner.models.mlp import MLP
 from cl_runner.models.model import Model, Output, Parameters, trainable
 from cl_runner.models.resnet import ResNet18
+from cl_runner.progress import Position
 from cl_runner.schedulers import constant
 from cl_runner.strategies import EWC, Finetune, Strategy
 from cl_runner.strategies.anchors import Anchor

@@ -23,9 +23,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from cl_runner.losses import Position
 from cl_runner.models.mlp import MLP
 from cl_runner.models.resnet import ResNet18
+from cl_runner.progress import Position
 from cl_runner.schedulers import constant
 from cl_runner.strategies import Finetune
 from cl_runner.streams.base import Examples, Scenario, Shape, Stream, Task

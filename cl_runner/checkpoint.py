@@ -7,8 +7,6 @@ line of JSON with the hash and device of the run, and what `torch.save` writes.
 import io
 import json
 import logging
-import math
-import time
 import zlib
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, BinaryIO, cast
@@ -27,31 +25,6 @@ log = logging.getLogger("cl_runner")
 MAGIC = b"cl_runner checkpoint 4\n"
 FOLDER, LAST, PREVIOUS = "checkpoint", "last.pt", "previous.pt"
 CHUNK = 1 << 20  # bytes
-
-
-class Pace:
-    """When to save next: `due` is a number of steps, which the clock or a signal can bring forward to now."""
-
-    def __init__(self, every: int | None = None, seconds: float | None = None) -> None:
-        self.every, self.seconds = every, seconds
-        self.cost = 0.0  # seconds that the last save took
-        self.saved(steps=0)
-
-    def saved(self, steps: int) -> None:
-        self._since = time.monotonic()
-        self.due = math.inf if self.every is None else steps + self.every
-
-    def now(self) -> None:
-        self.due = 0
-
-    def look_at_the_clock(self) -> None:
-        if self.seconds is not None and time.monotonic() - self._since >= self.seconds:
-            self.now()
-
-    @property
-    def worth_it(self) -> bool:
-        """Whether the work since the last save took ten times as long as saving it would."""
-        return time.monotonic() - self._since > 10 * self.cost
 
 
 class UnusableError(Exception):

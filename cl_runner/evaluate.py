@@ -41,7 +41,7 @@ def accuracies(strategy: Strategy, learned: int, batch_size: int, split: str = "
 def competing(stream: Stream, scenario: Scenario, task: Task, learned: int) -> list[int]:
     """The outputs that compete for an example of `task`."""
     if scenario is Scenario.CLASS:
-        return sorted({label for earlier in stream.tasks[:learned] for label in earlier.classes})
+        return stream.classes_before(learned)
     return list(task.classes)
 
 

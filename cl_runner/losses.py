@@ -2,27 +2,17 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from cl_runner.progress import Position
 from cl_runner.streams.base import Task
 
 
 class NonFiniteLossError(RuntimeError):
     """The loss is NaN or infinite."""
-
-
-@dataclass
-class Position:
-    """A run's progress."""
-
-    tasks: int = 0  # learned
-    phase: str = "begin"  # of the task after those: begin, learn or consolidate
-    steps: int = 0  # by the optimizer, over all tasks
-    rows: int = 0  # in the journal
 
 
 class Losses:

@@ -15,9 +15,9 @@ from cl_runner.environment import environment
 from cl_runner.evaluate import Drift, accuracies, measured_scenarios
 from cl_runner.folder import RESULTS_SCHEMA, RunFolder, write_atomically
 from cl_runner.interrupt import Interrupt
-from cl_runner.losses import Position
 from cl_runner.models import weights
 from cl_runner.models.model import Model
+from cl_runner.progress import Pace, Position
 from cl_runner.randomness import random_state, restore_random_state
 from cl_runner.streams.base import Scenario, Stream, Task
 from cl_runner.trackers.journal import Journal
@@ -44,7 +44,7 @@ class State:
         self.experiment, self.folder, self.stream, self.model = experiment, folder, stream, model
         self.clock, self.journal, self.interrupt = clock, journal, interrupt
         self.strategy, self.trainer = experiment.strategy, experiment.trainer
-        self.pace = checkpoint.Pace(self.trainer.checkpoint_every, self.trainer.checkpoint_seconds)
+        self.pace = Pace(self.trainer.checkpoint_every, self.trainer.checkpoint_seconds)
         interrupt.soon = self.pace.now
         self.position = Position()
         self.rows: Rows = {scenario: [] for scenario in measured_scenarios(experiment.strategy)}

@@ -12,11 +12,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from cl_runner.checkpoint import Pace
 from cl_runner.errors import ConfigError
-from cl_runner.losses import Losses, Position
+from cl_runner.losses import Losses
 from cl_runner.models.heads import keep_unreached_rows
 from cl_runner.models.model import ActiveLogits, Model, Output
+from cl_runner.progress import Pace, Position
 from cl_runner.randomness import random_state, restore_random_state, task_seed
 from cl_runner.ranges import Count, Seed
 from cl_runner.strategies.base import Strategy

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from cl_runner import checkpoint
-from cl_runner.checkpoint import Pace, restore_model
+from cl_runner.checkpoint import restore_model
 from cl_runner.folder import CannotWriteError
+from cl_runner.progress import Pace
 from cl_runner.strategies import Finetune
 from tests.toys import toy_model, toy_stream
 

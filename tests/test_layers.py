@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "cl_runner"
 FLOORS = [
     {"errors", "folder", "streams", "metrics", "trackers", "identity", "arguments", "closed_pipe", "lock", "interrupt"}
-    | {"", "pulse", "randomness", "losses", "ranges", "schedulers", "clock", "environment", "logs"},
+    | {"", "pulse", "randomness", "progress", "losses", "ranges", "schedulers", "clock", "environment", "logs"},
     {"models", "memory"},
     {"gradients"},
     {"fisher"},

@@ -5,9 +5,9 @@ from functools import partial
 import torch
 from torch import nn
 
-from cl_runner.losses import Position
 from cl_runner.models.model import Model
 from cl_runner.models.preprocess import Preprocess
+from cl_runner.progress import Position
 from cl_runner.schedulers import constant
 from cl_runner.strategies.base import Strategy
 from cl_runner.streams.base import Examples, Scenario, Stream, Task

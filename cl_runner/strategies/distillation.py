@@ -34,9 +34,9 @@ class Distillation(Strategy):
         self.teacher.load_state_dict(self.model.state_dict())
         self.prompted = any(prompts.on for prompts in _prompts_of(self.model))
         self.number = task.index + 1
-        earlier = {label for each in self.stream.tasks[: task.index] for label in each.classes}
+        earlier = self.stream.classes_before(task.index)
         self.old = torch.zeros_like(self.old)
-        self.old[list(earlier)] = True
+        self.old[earlier] = True
         new = [label for label in task.classes if label not in earlier]
         self.new = torch.tensor(new, dtype=torch.int64, device=self.old.device)
 

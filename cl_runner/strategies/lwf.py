@@ -63,7 +63,7 @@ class LwF(Distillation):
         super().before_task(task)
         groups = dict.fromkeys(earlier.classes for earlier in self.stream.tasks[: task.index])
         if self.softmax != "task" and groups:
-            old = sorted({label for group in groups for label in group})
+            old = self.stream.classes_before(task.index)
             groups = {tuple(old if self.softmax == "joint" else range(self.stream.num_classes)): None}
         self.old_groups = [torch.tensor(group, device=self.model.device) for group in groups]
 

@@ -144,3 +144,7 @@ class Stream:
 
     def __len__(self) -> int:
         return len(self.tasks)
+
+    def classes_before(self, index: int) -> list[int]:
+        """The classes of all tasks before task `index`, ascending."""
+        return sorted({label for task in self.tasks[:index] for label in task.classes})
