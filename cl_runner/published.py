@@ -30,7 +30,7 @@ class Value(BaseModel):
     """One published number, in percent.
 
     sem, n: its standard error, and the number of runs that it is the mean of; sd: their standard deviation, instead of
-    sem. tolerance: instead of both, if no error was published.
+    sem. tolerance: instead of both, if no error was published; by default the study's.
     cause: why ours differs, if it does and the reason is known.
     """
 
@@ -58,6 +58,7 @@ class Study(BaseModel):
     seeds: Count  # ours: 1, 2, ...
     tier: Tier = "cpu"
     metric: str = "average_accuracy"
+    tolerance: float | None = None  # of rows without an error or a tolerance of their own
     rows: dict[str, Value]
 
 
@@ -139,7 +140,8 @@ def published(folder: Path = CONF / "experiment") -> list[Row]:
 def _row(experiment: str, name: str, study: Study, value: Value) -> Row:
     n = value.n or study.n
     sd = value.sd if value.sem is None else value.sem * math.sqrt(n)
-    if [value.sem, value.sd, value.tolerance].count(None) != 2:
+    tolerance = study.tolerance if value.sem is value.sd is value.tolerance is None else value.tolerance
+    if [value.sem, value.sd, tolerance].count(None) != 2:
         raise ConfigError(f"{experiment}.yaml: published.rows.{name}", "expected one of sem, sd and tolerance")
     return Row(
         name=f"{experiment}/{name}",
@@ -151,7 +153,7 @@ def _row(experiment: str, name: str, study: Study, value: Value) -> Row:
         value=value.value,
         sd=sd,
         n=n,
-        tolerance=value.tolerance,
+        tolerance=tolerance,
         cause=value.cause,
     )
 

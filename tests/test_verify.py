@@ -45,6 +45,18 @@ def test_a_mean_passes_within_two_standard_errors_of_the_difference(folder):
     assert Measured(one, (50 - allowed - 0.01,) * 2).verdict == "miss"
 
 
+def test_a_studys_tolerance_is_for_rows_without_an_error_or_one_of_their_own(tmp_path):
+    rows = {"own": "tolerance: 1.0", "error": "sem: 0.5", "neither": "n: 9"}
+    lines = [f"    {name}: {{overrides: [], value: 50.0, {says}}}" for name, says in rows.items()]
+    head = "published:\n  source: x\n  n: 4\n  seeds: 2\n  tolerance: 3.0\n  rows:\n"
+    (tmp_path / "study.yaml").write_text(head + "\n".join(lines))
+    assert {row.name: row.tolerance for row in published(tmp_path)} == {
+        "study/own": 1.0,
+        "study/error": None,
+        "study/neither": 3.0,
+    }
+
+
 def test_no_tolerance_is_narrower_than_half_a_point(folder):
     (folder / "study.yaml").write_text(FILE.replace("sem: 1.0", "sem: 0.01"))
     assert published(folder)[0].allowed(10) == 0.5
