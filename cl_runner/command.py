@@ -210,8 +210,7 @@ def run_submitted(argv: list[str], folder: Path) -> None:
         hydra_main()
 
 
-@hydra.main(config_path=str(CONF), config_name="config", version_base=VERSION_BASE)
-def hydra_main(cfg: DictConfig) -> None:
+def _job(cfg: DictConfig) -> None:
     """Run one job, as Hydra calls it."""
     from cl_runner.job import carry_out
     from cl_runner.sweep import this_command
@@ -219,21 +218,21 @@ def hydra_main(cfg: DictConfig) -> None:
     carry_out(check(cfg), this_command())
 
 
+_main = hydra.main(config_path=str(CONF), config_name="config", version_base=VERSION_BASE)
+hydra_main = _main(_job)
+
+
 def _hydra_run() -> None:
     """Have Hydra run the one job. Raises what the run raises, without the line that Hydra would print first."""
     failed: list[Exception] = []
 
-    @hydra.main(config_path=str(CONF), config_name="config", version_base=VERSION_BASE)
-    def main(cfg: DictConfig) -> None:
-        from cl_runner.job import carry_out
-        from cl_runner.sweep import this_command
-
+    def job(cfg: DictConfig) -> None:
         try:
-            carry_out(check(cfg), this_command())
+            _job(cfg)
         except Exception as error:
             failed.append(error)
 
-    main()
+    _main(job)()
     for error in failed:
         raise error
 
