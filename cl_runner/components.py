@@ -3,24 +3,18 @@
 This is the only place that builds a `_target_`.
 """
 
-import importlib
 import inspect
 import json
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from types import MappingProxyType
+from collections.abc import Iterable, Iterator
 from typing import Any, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from cl_runner import CONF
-from cl_runner.errors import ConfigError, did_you_mean, hint, raised_at, suggestion
-
-# A config is not a program: a `_target_` may name only these, and what `plugins` lists.
-LIBRARIES = ("torch.optim", "torchvision", "timm")
-ALLOWED = ("cl_runner", *LIBRARIES)
+from cl_runner.complaints import one_line, refuse_unknown
+from cl_runner.errors import ConfigError, did_you_mean, suggestion
+from cl_runner.targets import LIBRARIES, imported, is_in
 
 # The base class of each component. The scheduler is any callable that takes what a run provides.
 KINDS = {
@@ -69,7 +63,7 @@ def checked_node(
         key: _checked_value(f"{path}.{key}", value, hints.get(key, Any), allowed) if key != "_target_" else value
         for key, value in node.items()
     }
-    if _is_in(node["_target_"], LIBRARIES):  # an argument that is new in their next version must change no run's hash
+    if is_in(node["_target_"], LIBRARIES):  # an argument that is new in their next version must change no run's hash
         return checked
     # What a YAML leaves out has its default all the same: the work, and so its hash, are those of the whole YAML.
     left_out = {
@@ -103,37 +97,6 @@ def check_plugin(path: str, node: dict[str, Any], package: str) -> None:
     build(checked_node(path, node, (package,), set()))
 
 
-def imported(target: Any, path: str = "_target_", allowed: tuple[str, ...] | None = None) -> Any:
-    def permitted(name: str) -> bool:
-        return allowed is None or _is_in(name, allowed)
-
-    if not isinstance(target, str):
-        raise ConfigError(f"{path}._target_", f"expected the name of a class or function, got {target!r}")
-    module_name, _, name = target.rpartition(".")
-    if not permitted(target):
-        raise ConfigError(
-            f"{path}._target_",
-            f"expected a name in {', '.join(allowed or ())} (or a package in plugins), got {target!r}",
-        )
-    try:
-        found = getattr(importlib.import_module(module_name), name)
-    except Exception as error:  # the module's own code may raise anything
-        message = error.msg if isinstance(error, SyntaxError) else str(error).partition("\n")[0]
-        kind = ": ".join(filter(None, [type(error).__name__, message]))
-        why = ", ".join(filter(None, [kind, raised_at(error)]))
-        raise ConfigError(f"{path}._target_", f"expected something importable, got {target!r} ({why})") from None
-    # What a permitted module imports is not permitted with it.
-    if not callable(found) or not permitted(getattr(found, "__module__", "") or ""):
-        raise ConfigError(
-            f"{path}._target_", f"expected a class or function of {', '.join(allowed or ())}, got {target!r}"
-        )
-    return found
-
-
-def _is_in(name: str, packages: Iterable[str]) -> bool:
-    return any(name == package or name.startswith(f"{package}.") for package in packages)
-
-
 def _within(node: dict[str, Any], key: str, path: str, known: Iterable[str] | None = None) -> Iterator[str]:
     """Paths below the node that end in `key`, searched below the `known` keys only (None: all)."""
     for name, value in node.items():
@@ -149,86 +112,6 @@ def _choices_with(key: str, path: str, kind: str | None) -> str:
     nodes = {file.stem: yaml.safe_load(file.read_text()) for file in sorted((CONF / group).glob("*.yaml"))}
     names = [name for name, node in nodes.items() if key in inspect.signature(imported(node["_target_"])).parameters]
     return f"{', '.join(names)} {'has' if len(names) == 1 else 'have'} it" if names else ""
-
-
-def refuse_unknown(path: str, given: Iterable[str], known: Iterable[str], meant: str = "") -> None:
-    """Raise ConfigError for a key that is not known. `meant`: a better hint than the names alone give."""
-    for key in given:
-        if key not in known:
-            field = f"{path}.{key}" if path else key
-            raise ConfigError(field, f"unknown key; {meant or hint(key, sorted(known))}")
-
-
-def one_line(path: str, value: Any, error: ValidationError, known: Iterable[str] = ()) -> ConfigError:
-    """One line for pydantic's errors about `value`: the field, what was expected (by any branch of a union), and what
-    was given. `known`: the keys that `value` may have."""
-    ways = [list(_on_the_way(value, problem["loc"])) for problem in error.errors()]
-    way = max(ways, key=len)  # of a union, the branch that fits the value best fails at a place within it
-    problems = [problem for problem, its in zip(error.errors(), ways, strict=True) if its == way]
-    place, kind = problems[0]["loc"], problems[0]["type"]
-    field = ".".join([*filter(None, [path]), *way])
-    if kind == "extra_forbidden":
-        return ConfigError(field, f"unknown key; {hint(way[-1], known)}")
-    if kind == "missing":
-        return ConfigError(f"{field}.{place[-1]}".removeprefix("."), "expected a value, got nothing")
-    wanted = dict.fromkeys(_expected(p["msg"]) for p in problems if "isinstance" not in p["msg"])
-    return ConfigError(field, f"expected {' or '.join(wanted)}, got {problems[0]['input']!r}")
-
-
-def _on_the_way(value: Any, place: Iterable[int | str]) -> Iterator[str]:
-    """The keys and indices that lead to a place in `value`, without the union branches that pydantic mixes in."""
-    for part in place:
-        if isinstance(value, dict) if isinstance(part, str) else isinstance(value, list):
-            try:
-                value = value[part]
-            except LookupError:
-                continue
-            yield str(part)
-
-
-def _expected(message: str) -> str:
-    message = re.sub(r"^\w+ should have (at \w+ \d+ items?) after validation, not \d+$", r"\1", message)
-    message = (
-        message.removeprefix("Input should be ")
-        .removeprefix("a valid ")
-        .removeprefix("an instance of ")
-        .replace("String should have ", "text of ")
-    )
-    plain = {
-        "number": "float",
-        "integer": "int",
-        "string": "str",
-        "boolean": "bool",
-        "dictionary": "a mapping",
-        "array": "a list",
-        "an object": "a mapping",
-    }
-    return plain.get(message, message.replace("None", "null").replace("greater than or equal to", "at least"))
-
-
-@contextmanager
-def naming(field: str, values: Mapping[str, Any] = MappingProxyType({})):
-    """Turn a component's complaint about its arguments into a ConfigError that names it, and of its `values` the one
-    in question, where the message shows it (torch: "Invalid learning rate: -1.0"), or one of its items."""
-    try:
-        yield
-    except (ValueError, TypeError, AssertionError, RuntimeError) as error:
-        message = str(error).splitlines()[0]
-        shown = message.rpartition(": ")[2]
-        meant = [
-            key for key, value in values.items() if shown in map(str, value if isinstance(value, list) else [value])
-        ]
-        if len(meant) != 1:
-            raise ConfigError(field, message) from error
-        says = (
-            f"expected at least 0, got {shown}" if message.startswith("Invalid") and shown.startswith("-") else message
-        )
-        raise ConfigError(f"{field}.{meant[0]}", says) from error
-
-
-def named(field: str, make: Callable[[], Any]) -> Any:
-    with naming(field):
-        return make()
 
 
 def _checked_value(path: str, value: Any, hint: Any, allowed: Iterable[str]) -> Any:

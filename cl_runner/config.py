@@ -18,25 +18,22 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import PydanticCustomError
 
-from cl_runner.components import (
-    ALLOWED,
-    KINDS,
-    PROVIDED,
-    build,
-    checked_node,
-    imported,
-    named,
-    naming,
-    one_line,
-    refuse_unknown,
-)
+from cl_runner.complaints import naming, one_line, refuse_unknown
+from cl_runner.components import KINDS, PROVIDED, build, checked_node
 from cl_runner.errors import EXPERIMENT_HEAD, ConfigError, did_you_mean, suggestion
 from cl_runner.folder import RunFolder
 from cl_runner.identity import ANY_SEED, digest, run_folder
 from cl_runner.ranges import Seed
+from cl_runner.targets import ALLOWED, imported
 
 if TYPE_CHECKING:  # torch takes seconds to import; `--help` and completion do without it
     import torch
+
+    from cl_runner.models.architecture import Architecture
+    from cl_runner.strategies.base import Strategy
+    from cl_runner.streams.recipe import Recipe
+    from cl_runner.trackers.base import Tracker
+    from cl_runner.trainer import Trainer
 
 OmegaConf.register_new_resolver("run_folder", lambda *, _root_: str(run_folder(validated(_root_))), replace=True)
 OmegaConf.register_new_resolver("run_folder_name", lambda *, _root_: run_folder(validated(_root_)).name, replace=True)
@@ -82,11 +79,11 @@ class Experiment:
     hash: str  # as it was when the experiment was checked: a file of weights may be replaced during the run
     folder: Path
     group: str  # hash of everything but the seed
-    stream: Any
-    model: Any
-    strategy: Any
-    trainer: Any
-    tracker: Any
+    stream: "Recipe"
+    model: "Architecture"
+    strategy: "Strategy"
+    trainer: "Trainer"
+    tracker: "Tracker"
     device: "torch.device"
 
     @property
@@ -105,7 +102,11 @@ def check(cfg: DictConfig, tried: list[Any] | None = None) -> Experiment:
     building a network; this job's is added. Raises ConfigError, which names the field.
     """
     config = validated(cfg)
-    built = {name: named(name, partial(build, config[name])) for name in COMPONENTS if name not in PROVIDED}
+    built = {}
+    for name in COMPONENTS:
+        if name not in PROVIDED:
+            with naming(name):
+                built[name] = build(config[name])
     experiment = Experiment(
         config=config,
         hash=digest(config),

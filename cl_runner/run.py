@@ -102,9 +102,9 @@ def _run(
 
 def assembled(experiment: Experiment) -> tuple[Stream, Model]:
     """The stream and the model, which the strategy has set up."""
-    stream: Stream = experiment.stream.load(experiment.config["data_root"], experiment.device)
+    stream = experiment.stream.load(experiment.config["data_root"], experiment.device)
     active_logits = experiment.trainer.active_logits or experiment.strategy.active_logits
-    model: Model = experiment.model.build(stream, active_logits).to(experiment.device)
+    model = experiment.model.build(stream, active_logits).to(experiment.device)
     experiment.strategy.setup(model, stream)
     return stream, model
 

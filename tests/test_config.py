@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 
 from cl_runner import CONF, strategies
 from cl_runner.command_line import in_order
-from cl_runner.components import PROVIDED, build, imported
+from cl_runner.components import PROVIDED, build
 from cl_runner.compose import compose_jobs, parse
 from cl_runner.config import check, validated
 from cl_runner.errors import ConfigError
@@ -18,6 +18,7 @@ from cl_runner.identity import digest, display_name, run_folder
 from cl_runner.listing import choices
 from cl_runner.models import mlp
 from cl_runner.strategies.base import _in_short
+from cl_runner.targets import imported
 
 MLP = ["model=mlp"]
 COMPONENT_FILES = sorted(

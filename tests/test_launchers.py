@@ -14,9 +14,9 @@ import yaml
 from omegaconf import OmegaConf
 
 from cl_runner import CONF
-from cl_runner.components import imported
 from cl_runner.launchers import Slurm, Worker, carry_out, slots
 from cl_runner.report import status
+from cl_runner.targets import imported
 from hydra_plugins.cl_runner.launchers import Local
 
 PRESETS = sorted(CONF.glob("hydra/*/*.yaml"))
