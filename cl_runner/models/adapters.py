@@ -5,14 +5,12 @@ hold it without them.
 """
 
 from collections.abc import Sequence
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from cl_runner.errors import ConfigError
-from cl_runner.models.weights import nearest
+from cl_runner.models.weights import matching
 
 Layer = nn.Linear | nn.Conv2d
 
@@ -111,12 +109,5 @@ def low_rank_layers(backbone: nn.Module, patterns: Sequence[str]) -> dict[str, L
         for name, module in backbone.named_modules()
         if type(module) is nn.Linear or (type(module) is nn.Conv2d and module.groups == 1)
     }
-    found: set[str] = set()
-    for pattern in patterns:
-        matched = {name for name in known if fnmatchcase(name, pattern)}
-        if not matched:
-            near = nearest(pattern, known)
-            expected = f"expected patterns of the backbone's linear and convolutional layers, such as {near}"
-            raise ConfigError("strategy.layers", f"{expected}, got {pattern!r}")
-        found |= matched
+    found = matching(known, patterns, "strategy.layers", "the backbone's linear and convolutional layers")
     return {name: layer for name, layer in known.items() if name in found}

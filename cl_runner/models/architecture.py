@@ -6,7 +6,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -23,7 +22,9 @@ from cl_runner.models.preprocess import Interpolation, Preprocess
 from cl_runner.models.weights import Inputs, Net
 from cl_runner.randomness import derive_seed
 from cl_runner.ranges import Count, Seed
-from cl_runner.streams.base import Scenario, Shape, Stream
+from cl_runner.streams.base import Shape, Stream
+
+Means = tuple[float, ...] | None  # per channel
 
 log = logging.getLogger("cl_runner")
 
@@ -74,7 +75,7 @@ class Architecture(ABC):
     def network(self, shape: Shape, published: bool) -> Net:
         """The network for images of `shape`: fresh, or with the `published` weights that `pretrained` names."""
 
-    def published(self) -> Inputs:
+    def published_inputs(self) -> Inputs:
         """The images that the published weights expect (those `pretrained` names, or else the usual ones)."""
         return Inputs()
 
@@ -83,7 +84,7 @@ class Architecture(ABC):
 
         Raises ConfigError that lists those that do.
         """
-        if self.named:
+        if self.uses_published:
             raise ConfigError(
                 "model.pretrained",
                 f"expected false or a file of weights (none are published for {self.label}), got {self.pretrained!r}",
@@ -114,7 +115,7 @@ class Architecture(ABC):
         Raises ConfigError. If a network cannot be tried on the meta device, only `build` finds out.
         """
         file = weights.read(self.file, self.key_map, "meta") if self.file else None
-        inputs = self._resolved(self._own_inputs(file), Stream(Scenario.TASK, [], 1, shape, None, None))
+        inputs = self._resolved(self._own_inputs(file), shape)
         try:
             with torch.device("meta"):
                 net = self.network(inputs.shape, published=False)
@@ -130,7 +131,7 @@ class Architecture(ABC):
         """Whether the pretrained weights include a classifier, which makes the pretrained model task zero."""
         if self.file:
             return self.outline.head_of(weights.read(self.file, self.key_map, "meta").state) is not None
-        return self.named and self.outline.head is not None
+        return self.uses_published and self.outline.head is not None
 
     def build(self, stream: Stream, active_logits: ActiveLogits | None = None) -> Model:
         """The model for `stream`, on the CPU, determined by the seed; the global generator is left as it was.
@@ -167,14 +168,14 @@ class Architecture(ABC):
         return weights.file_of(self.pretrained)
 
     @property
-    def named(self) -> bool:
+    def uses_published(self) -> bool:
         """Whether `pretrained` asks for published weights, rather than none or a file's."""
         return bool(self.pretrained) and self.file is None
 
     @cached_property
     def outline(self) -> Net:
         """The network's names and shapes; on the meta device, which costs next to nothing."""
-        usual = self.published()
+        usual = self.published_inputs()
         height, width = usual.size or (32, 32)
         shape = usual.channels or self.channels or 3, height, width
         with seeded(self.seed):
@@ -187,35 +188,36 @@ class Architecture(ABC):
     def _assembled(self, stream: Stream) -> tuple[Inputs, Net]:
         """The images that the network gets, and the network with its weights."""
         file = weights.read(self.file, self.key_map) if self.file else None
-        inputs = self._resolved(self._own_inputs(file), stream)
+        inputs = self._resolved(self._own_inputs(file), stream.image_shape, stream.mean, stream.std)
         if file:
             return inputs, weights.load(self.network(inputs.shape, published=False), file)
-        net = self.network(inputs.shape, published=self.named)
-        if self.named and net.head is None:
+        net = self.network(inputs.shape, published=self.uses_published)
+        if self.uses_published and net.head is None:
             log.info("%s does not end in one linear layer: its pretrained model cannot be task zero", self.label)
-        return inputs, net if self.named else replace(net, head=None)
+        return inputs, net if self.uses_published else replace(net, head=None)
 
     def _own_inputs(self, file: weights.WeightsFile | None) -> Inputs:
         """The images that the weights themselves call for."""
         if file:
             return file.inputs or self._usual_inputs(file.state)
-        return self.published() if self.named else Inputs()
+        return self.published_inputs() if self.uses_published else Inputs()
 
     def _usual_inputs(self, state: dict[str, Tensor]) -> Inputs:
         """The images that a file without this information expects."""
         first = state.get(self.first_weight) if self.first_weight else None
-        return self.published() if first is None else Inputs(channels=first.shape[1])
+        return self.published_inputs() if first is None else Inputs(channels=first.shape[1])
 
-    def _resolved(self, own: Inputs, stream: Stream) -> Inputs:
-        """`own`, completed by `image_size` and the stream."""
-        came, height, width = stream.image_shape
+    def _resolved(self, own: Inputs, shape: Shape, mean: Means = None, std: Means = None) -> Inputs:
+        """`own`, completed by `image_size` and what the stream's images are: their shape, mean and deviation."""
+        came, height, width = shape
         channels = own.channels or self.channels or came
         if came not in (1, channels):
             raise ConfigError(
                 "model.pretrained", f"expected weights for {came}-channel images, got {channels}-channel ones"
             )
         size = (self.image_size, self.image_size) if self.image_size else own.size or (height, width)
-        mean, std = (own.mean, own.std) if own.mean is not None else (stream.mean, stream.std)
+        if own.mean is not None:
+            mean, std = own.mean, own.std
         if not self.normalize:
             mean, std = None, None
         return Inputs(channels, size, mean or (0.0,), std or (1.0,))
@@ -284,16 +286,7 @@ def frozen_names(backbone: nn.Module, patterns: Sequence[str]) -> set[str]:
     Raises ConfigError for a pattern that matches none, with similar names.
     """
     names = [name for name, _ in (*backbone.named_parameters(), *backbone.named_buffers())]
-    frozen: set[str] = set()
-    for pattern in patterns:
-        matched = {name for name in names if fnmatchcase(name, pattern)}
-        if not matched:
-            near = weights.nearest(pattern, names)
-            raise ConfigError(
-                "model.freeze", f"expected patterns of the backbone's names, such as {near}, got {pattern!r}"
-            )
-        frozen |= matched
-    return frozen
+    return weights.matching(names, patterns, "model.freeze", "the backbone's names")
 
 
 def has_narrow_shortcut(backbone: nn.Module) -> bool:

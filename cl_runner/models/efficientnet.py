@@ -22,14 +22,14 @@ class EfficientNetLite0(ImageArchitecture):
     pretrained: bool | str = True
 
     def check_names(self) -> None:
-        if self.named and self.pretrained is not True:
+        if self.uses_published and self.pretrained is not True:
             raise ConfigError("model.pretrained", f"expected true (ImageNet), false or a file, got {self.pretrained!r}")
 
     @property
     def has_pretrained_head(self) -> bool:
-        return self.named or super().has_pretrained_head  # known without importing timm, which takes seconds
+        return self.uses_published or super().has_pretrained_head  # known without importing timm, which takes seconds
 
-    def published(self) -> Inputs:
+    def published_inputs(self) -> Inputs:
         return recorded(NAME)
 
     def network(self, shape: Shape, published: bool) -> Net:

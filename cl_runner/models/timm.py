@@ -29,7 +29,7 @@ class Timm(ImageArchitecture):
     def full_name(self) -> str:
         """With the tag of the weights, if one is given."""
         name = self.name.partition(".")[0]
-        return f"{name}.{self.pretrained}" if self.named and isinstance(self.pretrained, str) else self.name
+        return f"{name}.{self.pretrained}" if self.uses_published and isinstance(self.pretrained, str) else self.name
 
     def check_names(self) -> None:
         import timm
@@ -39,17 +39,17 @@ class Timm(ImageArchitecture):
             near = nearest(name, timm.list_models())
             raise ConfigError("model.name", f"expected the name of a timm network, such as {near}; got {self.name!r}")
         tags = [known.partition(".")[2] for known in timm.list_pretrained(f"{name}.*")]
-        if self.named and not tags:
+        if self.uses_published and not tags:
             near = nearest(name, {known.partition(".")[0] for known in timm.list_pretrained()})
             exist = f"expected false or a file (timm has no weights for {name}, but for {near})"
             raise ConfigError("model.pretrained", f"{exist}, got {self.pretrained!r}")
         if tag and tag not in tags:
             exist = f"expected one of {', '.join(tags) or 'no tag'} (timm's weights for {name})"
-            if self.named and self.pretrained is not True:
+            if self.uses_published and self.pretrained is not True:
                 raise ConfigError("model.pretrained", f"{exist}, true, false or a file, got {self.pretrained!r}")
             raise ConfigError("model.name", f"{exist} after the dot, got {self.name!r}")
 
-    def published(self) -> Inputs:
+    def published_inputs(self) -> Inputs:
         return recorded(self.full_name)
 
     def network(self, shape: Shape, published: bool) -> Net:

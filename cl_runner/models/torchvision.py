@@ -40,20 +40,20 @@ class TorchVision(ImageArchitecture):
         if self.name not in names:
             near = nearest(self.name, names)
             raise ConfigError("model.name", f"expected a torchvision classifier, such as {near}; got {self.name!r}")
-        if self.named and self.pretrained is not True and self.pretrained not in self._weights():
+        if self.uses_published and self.pretrained is not True and self.pretrained not in self._weights():
             exist = ", ".join(self._weights())
             raise ConfigError(
                 "model.pretrained",
                 f"expected one of {exist} (torchvision's weights for {self.name}), true, false or a file, "
                 f"got {self.pretrained!r}",
             )
-        size = self.published().size
-        if self.named and self.family in SIZE_ARGUMENTS and self.image_size and (self.image_size,) * 2 != size:
+        size = self.published_inputs().size
+        if self.uses_published and self.family in SIZE_ARGUMENTS and self.image_size and (self.image_size,) * 2 != size:
             raise ConfigError(
                 "model.image_size", f"expected {size} or null for {self.name}'s weights, got {self.image_size}"
             )
 
-    def published(self) -> Inputs:
+    def published_inputs(self) -> Inputs:
         transforms = self._chosen().transforms()
         if self.family in AUXILIARY:  # what `transform_input` turns ImageNet's mean and std into
             return Inputs(3, tuple(transforms.crop_size * 2), (0.5,) * 3, (0.5,) * 3)
@@ -86,7 +86,7 @@ class TorchVision(ImageArchitecture):
     def _chosen(self) -> Any:
         from torchvision import models
 
-        asked = self.pretrained if self.named and isinstance(self.pretrained, str) else "DEFAULT"
+        asked = self.pretrained if self.uses_published and isinstance(self.pretrained, str) else "DEFAULT"
         return models.get_model_weights(self.name)[asked]
 
 

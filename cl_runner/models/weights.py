@@ -3,9 +3,10 @@
 import json
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Literal
 
@@ -157,6 +158,21 @@ def load(net: Net, file: WeightsFile) -> Net:
 def nearest(name: str, names: Collection[str]) -> str:
     """A few known names similar to `name`, for error messages."""
     return ", ".join(get_close_matches(name, names, n=5, cutoff=0.4) or sorted(names)[:5])
+
+
+def matching(names: Collection[str], patterns: Iterable[str], field: str, what: str) -> set[str]:
+    """The names that some pattern matches.
+
+    Raises ConfigError for a pattern that matches none of `what` there is, with similar names.
+    """
+    found: set[str] = set()
+    for pattern in patterns:
+        matched = {name for name in names if fnmatchcase(name, pattern)}
+        if not matched:
+            expected = f"expected patterns of {what}, such as {nearest(pattern, names)}"
+            raise ConfigError(field, f"{expected}, got {pattern!r}")
+        found |= matched
+    return found
 
 
 def _some(names: list[str]) -> str:
