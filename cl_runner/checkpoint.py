@@ -63,7 +63,7 @@ def load(folder: Path, config_hash: str, device: torch.device) -> dict[str, Any]
         except UnusableError as error:
             log.warning("%s %s", path, error)
     if there:
-        log.warning("no other checkpoint: starting from the beginning")
+        log.warning("no usable checkpoint is left: a run starts from the beginning")
     return None
 
 

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import yaml
 from omegaconf import DictConfig
 from safetensors.torch import load_file
 from torch import Tensor
@@ -15,6 +14,7 @@ from cl_runner.errors import ConfigError
 from cl_runner.evaluate import accuracies, competing
 from cl_runner.folder import RunFolder
 from cl_runner.models.model import Model
+from cl_runner.randomness import random_state, restore_random_state
 from cl_runner.run import assembled
 from cl_runner.strategies.base import Strategy
 from cl_runner.streams.base import Scenario, Stream
@@ -22,7 +22,7 @@ from cl_runner.streams.base import Scenario, Stream
 
 @dataclass(frozen=True)
 class Learned:
-    """A run's components as they were when it ended."""
+    """A run's components as they were when it ended; the model is in eval mode."""
 
     experiment: Experiment
     stream: Stream
@@ -68,21 +68,25 @@ def load(folder: str | Path, *, device: str = "auto", data_root: str | None = No
     folder = Path(folder)
     if not RunFolder(folder).done:
         raise ConfigError("folder", f"expected that of a finished run, got {str(folder)!r}")
-    config = yaml.safe_load((folder / "config.yaml").read_text()) | {"device": device}
-    if data_root is not None:
-        config["data_root"] = data_root
-    experiment = check(DictConfig(config))
+    here = {"device": device, "output_root": str(folder.parent), **({"data_root": data_root} if data_root else {})}
+    experiment = check(DictConfig(RunFolder(folder).results["config"] | here))
+    outside = random_state(experiment.device)
+    try:
+        stream, model = assembled(experiment)
+    finally:
+        restore_random_state(outside, experiment.device)
     kept = checkpoint.load(folder, experiment.hash, experiment.device)
-    if kept is None and not _predicts_by_the_network(experiment.strategy):
-        method = type(experiment.strategy).__name__
-        says = f"expected true in the run's configuration: {method} predicts by what is in the checkpoint alone"
-        raise ConfigError("trainer.keep_checkpoint", says)
-    stream, model = assembled(experiment)
-    if kept is None:
-        model.load_plain_state(load_file(folder / "model.safetensors"))
-    else:
+    if kept is not None and kept["position"]["tasks"] == len(stream):
         checkpoint.restore_model(model, kept["model"])
         experiment.strategy.load_state_dict(kept["strategy"])
+    elif _predicts_by_the_network(experiment.strategy):
+        model.load_plain_state(load_file(folder / "model.safetensors"))
+    else:
+        method = f"{type(experiment.strategy).__name__} predicts by what is in the checkpoint alone"
+        if experiment.config["trainer"]["keep_checkpoint"]:
+            raise ConfigError("folder", f"expected the run's last checkpoint in {folder}, got none that fits: {method}")
+        raise ConfigError("trainer.keep_checkpoint", f"expected true in the run's configuration: {method}")
+    model.eval()
     return Learned(experiment, stream, model)
 
 

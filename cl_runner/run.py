@@ -64,7 +64,6 @@ def _run(
     clock, trainer = Clock(experiment.device), experiment.trainer
     with clock("prepare"), pulse(folder.beat, BEAT):
         _set_precision(trainer)
-        seed_all(task_seed(trainer.seed, 0))
         stream, model = assembled(experiment)
         if trainer.compile:
             model.backbone.compile()
@@ -102,6 +101,7 @@ def _run(
 
 def assembled(experiment: Experiment) -> tuple[Stream, Model]:
     """The stream and the model, which the strategy has set up."""
+    seed_all(task_seed(experiment.trainer.seed, 0))
     stream = experiment.stream.load(experiment.config["data_root"], experiment.device)
     active_logits = experiment.trainer.active_logits or experiment.strategy.active_logits
     model = experiment.model.build(stream, active_logits).to(experiment.device)

@@ -7,6 +7,7 @@ from cl_runner.errors import ConfigError
 from cl_runner.folder import RunFolder
 from cl_runner.job import carry_out
 from cl_runner.learned import load
+from cl_runner.strategies import Finetune
 from cl_runner.streams.base import Scenario
 
 from .test_resume import experiment
@@ -34,6 +35,53 @@ def test_the_file_of_weights_is_enough_where_the_network_predicts_alone(words, t
     learned = load(folder.path, device="cpu")
     matrices = folder.results["accuracy"]
     assert learned.accuracies() == {Scenario(name): rows[-1] for name, rows in matrices.items()}
+
+
+def test_a_model_is_loaded_in_eval_mode_and_without_drawing_from_the_global_generator(tmp_path):
+    folder = finished(tmp_path, "strategy=finetune", "stream.augment=[crop]")
+    torch.manual_seed(3)
+    learned = load(folder.path, device="cpu")
+    drawn = torch.rand(1)
+    torch.manual_seed(3)
+    assert torch.equal(drawn, torch.rand(1))
+    assert not any(module.training for module in learned.model.modules())
+
+
+@pytest.mark.parametrize("strategy", ["er", "icarl"])
+def test_a_checkpoint_from_before_the_end_is_never_taken_for_the_last(strategy, tmp_path):
+    words = [f"strategy={strategy}", "stream.scenario=class", "optimizer.lr=0.01", "trainer.keep_checkpoint=true"]
+    folder = finished(tmp_path, *words)
+    last = folder.path / "checkpoint" / "last.pt"
+    last.write_bytes(last.read_bytes()[:-1])
+    if strategy == "icarl":
+        with pytest.raises(ConfigError, match=r"folder: expected the run's last checkpoint in .*, got none that fits"):
+            load(folder.path, device="cpu")
+    else:
+        last_rows = {Scenario(name): rows[-1] for name, rows in folder.results["accuracy"].items()}
+        assert load(folder.path, device="cpu").accuracies() == last_rows
+
+
+def test_what_setup_draws_is_what_it_drew_in_the_run(tmp_path, monkeypatch):
+    setup = Finetune.setup
+
+    def drawing(self, model, stream):
+        setup(self, model, stream)
+        self.turn = torch.randn(stream.num_classes, stream.num_classes)
+
+    monkeypatch.setattr(Finetune, "setup", drawing)
+    monkeypatch.setattr(Finetune, "predict", lambda self, images, task_ids: self.model(images).logits @ self.turn)
+    folder = finished(tmp_path, "strategy=finetune", "trainer.keep_checkpoint=true")
+    last_rows = {Scenario(name): rows[-1] for name, rows in folder.results["accuracy"].items()}
+    assert load(folder.path, device="cpu").accuracies() == last_rows
+
+
+def test_a_folder_that_was_moved_is_loaded_where_it_is(tmp_path):
+    folder = finished(tmp_path, "strategy=finetune")
+    there = tmp_path / "elsewhere" / folder.path.name
+    there.parent.mkdir()
+    folder.path.rename(there)
+    (there / "config.yaml").unlink()
+    assert load(there, device="cpu", data_root="nowhere").experiment.folder == there
 
 
 def test_of_a_method_that_keeps_more_the_checkpoint_is_asked_for(tmp_path):

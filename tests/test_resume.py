@@ -266,5 +266,5 @@ def test_without_a_checkpoint_that_can_be_read_a_run_begins_anew(tmp_path, caplo
     for file in (tmp_path / "stopped" / "checkpoint").iterdir():
         file.write_bytes(b"nothing")
     resumed = carry_out(experiment(tmp_path, "strategy=finetune"), "stopped")
-    assert "starting from the beginning" in caplog.text
+    assert "starts from the beginning" in caplog.text
     assert_equal_runs(whole, resumed)
