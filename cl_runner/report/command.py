@@ -125,14 +125,16 @@ def _named(out: Sequence[LeftOut]) -> list[str]:
 
 
 def _over_seeds(picks: Sequence[Pick], folder: Path) -> list[str]:
-    """The commands that run what was selected over more seeds, on all training images."""
+    """The commands that run what was selected over more seeds, on all training images, in a folder beside this one."""
+    own = {"seed": "range(0,5)", "stream.validation": "0", "output_root": f"{folder}-chosen"}
     lines = []
     for pick in picks:
-        path = folder / pick.group.runs[0].folder
-        words = shlex.split(command_of(path, RunFolder(path).status.get("command", "")))[1:]
-        kept = [word for word in words if word.partition("=")[0] not in ("seed", "output_root", "stream.validation")]
-        if words:
-            lines.append(f"over more seeds: {shlex.join(['cl-runner', '-m', *kept, 'seed=range(0,5)'])}")
+        paths = [folder / run.folder for run in pick.group.runs]
+        commands = [command_of(path, RunFolder(path).status.get("command", "")) for path in paths]
+        if given := next(filter(None, commands), ""):
+            kept = [word for word in shlex.split(given)[1:] if word.lstrip("+").partition("=")[0] not in own]
+            words = ["cl-runner", "-m", *kept, *(f"{key}={value}" for key, value in own.items())]
+            lines.append(f"over more seeds: {shlex.join(words)}")
     return lines
 
 

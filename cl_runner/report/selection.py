@@ -36,14 +36,16 @@ def select(groups: Groups, tasks: int | None, within: Sequence[str]) -> tuple[li
         rivals[tuple(groups.value(group, key) for key in keys)].append(group)
     picks, warnings = [], []
     for values, own in rivals.items():
-        shared = set.intersection(*(set(group.seeds) for group in own))
-        fair = len({tuple(group.seeds) for group in own}) > 1 and shared
-        scores = {group: _score(group, tasks, shared if fair else set(group.seeds)) for group in own}
+        scores = {group: _score(group, tasks) for group in own}
         for group in [group for group, score in scores.items() if not score.n]:
             warnings.append(f"{groups.label(group)} was not looked at after task {tasks}: it cannot be chosen")
             del scores[group]
         if not scores:
             continue
+        shared = set.intersection(*(set(group.seeds) for group in scores))
+        fair = len({tuple(group.seeds) for group in scores}) > 1 and shared
+        if fair:
+            scores = {group: _score(group, tasks, shared) for group in scores}
         best = max(scores, key=lambda group: scores[group].mean)
         if fair:
             seeds = ", ".join(map(str, sorted(shared)))
@@ -85,5 +87,6 @@ def _given(key: str) -> bool:
     return task or key in ("strategy", TASKS) or key.endswith(ROOM)
 
 
-def _score(group: Group, tasks: int | None, seeds: set[int]) -> Summary:
-    return summarise([validation_accuracy(run, tasks) for run in group.runs if run.seed in seeds])
+def _score(group: Group, tasks: int | None, seeds: set[int] | None = None) -> Summary:
+    runs = [run for run in group.runs if seeds is None or run.seed in seeds]
+    return summarise([validation_accuracy(run, tasks) for run in runs])

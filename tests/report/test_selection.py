@@ -133,3 +133,13 @@ def test_candidates_are_compared_on_the_seeds_that_all_have(tmp_path):
     picks, warnings = choice(tmp_path)
     assert list(picks) == ["ewc strength=1"]
     assert warnings == ["ewc strength=1 was chosen by the runs whose seeds all candidates have: 0"]
+
+
+def test_what_cannot_be_chosen_does_not_narrow_the_seeds(tmp_path):
+    for strength, accuracies in ((1.0, (0.5, 0.9)), (2.0, (0.6, 0.6))):
+        for seed, accuracy in enumerate(accuracies):
+            write(tmp_path, config("EWC", seed, strength=strength), validation=stairs(accuracy, 0.5))
+    write(tmp_path, config("EWC", 0, strength=3.0), validation=[[None] * 3, [None] * 3, [0.9, 0.9, 0.9]])
+    picks, warnings = choice(tmp_path, tasks=1)
+    assert list(picks) == ["ewc strength=1"]
+    assert warnings == ["ewc strength=3 was not looked at after task 1: it cannot be chosen"]
