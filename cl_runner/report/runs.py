@@ -133,7 +133,7 @@ def _run(path: Path, status: dict[str, Any], results: dict[str, Any]) -> Run:
             config={**config, "seed": int(config["seed"])},
             groups=tuple(status.get("groups") or ()),
             finished=status.get("finished") or 0.0,
-            beside=json.dumps([status.get("images"), status.get("code")], sort_keys=True) if status else None,
+            beside=json.dumps([status.get("images"), status.get("code")], sort_keys=True) if "code" in status else None,
             metrics=dict(_metrics(results)),
             accuracy=from_rows(results["accuracy"][scenario]),
             validation=_validation(results, scenario),

@@ -54,13 +54,18 @@ def test_the_choice_is_printed_with_its_test_numbers(folder, capsys):
     assert "\n\nMean ± standard deviation over seeds of n runs" in (folder / "report" / "selection.md").read_text()
 
 
-def test_the_command_that_runs_the_choice_over_more_seeds_is_printed(tmp_path, capsys):
-    words = "strategy=ewc 'stream.class_order=[1, 0]' stream.validation=0.1 seed=0 output_root=grid"
+@pytest.mark.parametrize("plus", ["", "+", "++"])
+def test_the_command_that_runs_the_choice_over_more_seeds_is_printed(plus, tmp_path, capsys):
+    words = f"strategy=ewc 'stream.class_order=[1, 0]' {plus}stream.validation=0.1 {plus}seed=0 {plus}output_root=grid"
     command = f"cl-runner --config-dir own {words}"
-    write(tmp_path, config("EWC"), validation=STAIRS, status={"command": command})
-    main([str(tmp_path), "--select"])
-    again = "cl-runner -m --config-dir own strategy=ewc 'stream.class_order=[1, 0]' 'seed=range(0,5)'"
-    assert f"over more seeds: {again}" in capsys.readouterr().err
+    grid = tmp_path / "grid"
+    write(grid, config("EWC"), validation=STAIRS)  # a run that says nothing of its command
+    write(grid, config("EWC", 1), validation=STAIRS, status={"command": command})
+    main([str(grid), "--select"])
+    again = (
+        "cl-runner -m --config-dir own strategy=ewc 'stream.class_order=[1, 0]' 'seed=range(0,5)' stream.validation=0"
+    )
+    assert f"over more seeds: {again} output_root={grid}-chosen\n" in capsys.readouterr().err
 
 
 def test_every_run_has_a_row_of_its_own_with_all_its_metrics(folder):
@@ -109,6 +114,9 @@ def test_a_run_whose_status_was_deleted_is_not_taken_for_one_on_other_images(fol
     for seed in (0, 1):
         path = write(folder, config("L2", seed), status={"images": "aa", "code": {}})
     (path / "status.json").unlink()
+    main([str(folder)])
+    assert "other images" not in capsys.readouterr().err
+    (path / "status.json").write_text('{"groups": []}')  # as a later command for another group leaves it
     main([str(folder)])
     assert "other images" not in capsys.readouterr().err
 
