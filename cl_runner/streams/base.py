@@ -123,7 +123,7 @@ class Task:
 
     def _built(self, split: str) -> Examples:
         examples = self._build(split)
-        if foreign := sorted(set(examples.labels.unique().tolist()).difference(self.classes)):
+        if foreign := sorted(set(examples.labels.unique().tolist()).difference(map(int, self.classes))):
             says = f"expected {split} labels of task {self.index} among its classes {list(self.classes)}, got {foreign}"
             raise ConfigError("stream", says)
         return examples

@@ -115,6 +115,7 @@ class Recipe(ABC):
         """
         found = examine(self.name, Path(data_root).expanduser(), self.image_size, self.download)
         self._check(*found)
+        self._check_tasks()
 
     def contents(self, data_root: str) -> str | None:
         """A digest of a folder's images by name and size, since users may change them; None for other data sets, and
@@ -133,6 +134,7 @@ class Recipe(ABC):
         source = find(self.name, Path(data_root).expanduser(), self.image_size, self.download)
         data = source.read()
         self._check(source.num_classes, data.image_shape)
+        self._check_tasks()
         mean, std = self._statistics(data.train_images)
         parts = self._parts(data, device)
         tasks = [self._task(index, parts) for index in range(self.max_tasks or self.num_tasks)]
@@ -170,8 +172,6 @@ class Recipe(ABC):
         self.check_classes(num_classes)
         self._num_source_classes = num_classes
         self._image_shape = image_shape
-        if 0 in (sizes := self.task_sizes or []):
-            raise ConfigError("stream", f"expected at least one class in each task, got none in task {sizes.index(0)}")
         channels, *size = image_shape
         if self.pad_to is not None and self.pad_to < max(size):
             raise ConfigError("stream.pad_to", f"expected at least the images' {max(size)} pixels, got {self.pad_to}")
@@ -179,6 +179,10 @@ class Recipe(ABC):
             values = getattr(self, key)
             if values is not None and len(values) != channels:
                 raise ConfigError(f"stream.{key}", f"expected {channels} numbers, one per channel, got {values}")
+
+    def _check_tasks(self) -> None:
+        if 0 in (sizes := self.task_sizes or []):
+            raise ConfigError("stream", f"expected at least one class in each task, got none in task {sizes.index(0)}")
 
     def _statistics(self, images: Tensor) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
         """Mean and standard deviation per channel, of images in [0, 1]."""

@@ -73,7 +73,19 @@ def test_a_recipe_whose_task_has_no_classes_is_refused() -> None:
             return torch.full_like(labels, -1) if index == 2 else labels
 
     with pytest.raises(ConfigError, match="at least one class in each task, got none in task 2"):
-        Gap(name="digits", num_tasks=5)
+        Gap(name="digits", num_tasks=5).prepare("unused")
+
+
+def test_a_recipe_of_ones_own_may_prepare_its_labels_after_the_base_class_has_been_set_up() -> None:
+    class Turned(Split):
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            self.turn = 1
+
+        def labels(self, index: int, num_classes: int) -> torch.Tensor:
+            return super().labels(index, num_classes).roll(self.turn)
+
+    assert Turned(name="digits", num_tasks=5).task_sizes == [2] * 5
 
 
 def test_the_seed_chooses_the_images() -> None:
