@@ -182,10 +182,6 @@ class Estimator(ABC):
 
     @contextmanager
     def _begun(self, model: Classifier, examples: Examples) -> Iterator[tuple[Examples, torch.Generator]]:
-        if not isinstance(model, Classifier):
-            raise TypeError(
-                f"expected a Classifier, such as models.model.Network(backbone, head), got {type(model).__name__}"
-            )
         generator = torch.Generator().manual_seed(self.seed_for(examples))
         if self.num_samples is not None and self.num_samples < len(examples):
             examples = examples[torch.randperm(len(examples), generator=generator)[: self.num_samples]]
@@ -196,6 +192,10 @@ class Estimator(ABC):
 
     @contextmanager
     def _undisturbed(self, model: Classifier) -> Iterator[None]:
+        if not isinstance(model, Classifier):
+            raise TypeError(
+                f"expected a Classifier, such as models.model.Network(backbone, head), got {type(model).__name__}"
+            )
         try:
             with undisturbed(model), torch.autocast(model.device.type, enabled=False):
                 yield

@@ -263,11 +263,15 @@ def as_on_a_device(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
     monkeypatch.setattr(kernels, "_milliseconds", milliseconds)
-    kernels._warn_of_slowness.cache_clear()
+    monkeypatch.setattr(kernels, "_slow", [])
 
 
 def fails(out: Tensor) -> None:
     raise RuntimeError("no compiler\nfor the launcher")
+
+
+def fails_otherwise(out: Tensor) -> None:
+    raise MemoryError("too large")
 
 
 def test_the_fastest_is_taken_or_untimed_the_first_that_does_not_fail(as_on_a_device, caplog):
@@ -278,8 +282,8 @@ def test_the_fastest_is_taken_or_untimed_the_first_that_does_not_fail(as_on_a_de
 
 
 def test_a_device_on_which_no_kernel_runs_is_warned_of_once(as_on_a_device, caplog):
-    candidates = {"broken": fails, kernels.RIVAL: lambda out: out.add_(1)}
-    for timed in (True, False, True):
+    for broken, timed in ((fails, True), (fails_otherwise, False), (fails, True)):
+        candidates = {"broken": broken, kernels.RIVAL: lambda out: out.add_(1)}
         assert kernels._measured(candidates, torch.zeros(1), timed) == kernels.RIVAL
     (record,) = caplog.records
     assert record.getMessage().endswith("so a Fisher takes longer: RuntimeError: no compiler")
