@@ -13,7 +13,7 @@ from cl_runner.clock import Clock
 from cl_runner.config import Experiment
 from cl_runner.environment import environment
 from cl_runner.evaluate import Drift, accuracies, measured_scenarios
-from cl_runner.folder import RESULTS_SCHEMA, RunFolder, write_atomically
+from cl_runner.folder import RESULTS_SCHEMA, RunFolder
 from cl_runner.interrupt import Interrupt
 from cl_runner.models import weights
 from cl_runner.models.model import Model
@@ -213,8 +213,7 @@ class State:
 
     def save_weights(self) -> None:
         """The final weights under plain names, usable as `model.pretrained=PATH`."""
-        content = weights.to_bytes(self.model.plain_state(), self.model.metadata)
-        write_atomically(self.folder.path / "model.safetensors", content)
+        weights.write(self.folder.path / "model.safetensors", self.model.plain_state(), self.model.metadata)
 
     def done(self) -> None:
         """Mark the run as done, now that all is on disk, and remove what only an unfinished run needs."""

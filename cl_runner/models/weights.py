@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from cl_runner.errors import ConfigError
+from cl_runner.folder import replacing
 from cl_runner.streams.base import Shape
 
 FIELD = "model.pretrained"
@@ -210,12 +211,17 @@ def _renamed(state: dict[str, Tensor], key_map: Mapping[str, str]) -> dict[str, 
     return renamed
 
 
-def to_bytes(state: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
-    """A safetensors file, the same for the same contents: the library puts the metadata in a random order."""
+def write(path: Path, state: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file, the same for the same contents: the library puts the metadata in a random order.
+
+    Raises CannotWriteError, and then leaves the file as it was.
+    """
     content = safetensors.torch.save(state, metadata)
     start = 8 + int.from_bytes(content[:8], "little")  # of the tensors, after the header and its length
     header = json.loads(content[8:start])
     header["__metadata__"] = dict(sorted(metadata.items()))
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text = text.ljust(math.ceil(len(text) / 8) * 8)  # tensors are aligned
-    return len(text).to_bytes(8, "little") + text + content[start:]
+    with replacing(path) as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.write(memoryview(content)[start:])

@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 
 from cl_runner.errors import ConfigError
 from cl_runner.models import CNN
-from cl_runner.models.weights import Inputs, file_of, read, to_bytes
+from cl_runner.models.weights import Inputs, file_of, read, write
 from tests.models.samples import stream_of
 
 
@@ -194,13 +194,15 @@ def test_a_header_from_elsewhere_says_nothing():
     assert Inputs.of({"format": "pt"}) is None
 
 
-def test_a_file_of_weights_is_the_same_for_the_same_contents():
+def test_a_file_of_weights_is_the_same_for_the_same_contents(tmp_path):
     state = {"layer.weight": torch.randn(3, 5), "bias": torch.arange(3)}
     metadata = {key: f"é {key}" for key in "hgfedcba"}
-    content = to_bytes(state, metadata)
+    write(tmp_path / "one", state, metadata)
+    write(tmp_path / "other", state, dict(reversed(metadata.items())))
+    content = (tmp_path / "one").read_bytes()
     start = 8 + int.from_bytes(content[:8], "little")
     assert start % 8 == 0
     assert list(json.loads(content[8:start])["__metadata__"]) == sorted(metadata)
     loaded = safetensors.torch.load(content)
     assert all(torch.equal(loaded[name], value) for name, value in state.items())
-    assert content == to_bytes(state, dict(reversed(metadata.items())))
+    assert content == (tmp_path / "other").read_bytes()
