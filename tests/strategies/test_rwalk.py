@@ -16,13 +16,13 @@ class Watched(RWalk):
 
     def __init__(self, **settings):
         super().__init__(**settings)
-        self.fishers, self.paths, self.corners, self.averages = [], [], [], []
+        self.fishers, self.paths, self.starts, self.averages = [], [], [], []
 
     def before_batch(self, batch):
         if self.steps % self.interval == 0:
             self.fishers.append(self.fisher(self.model, batch).values)
-            self.corners.append({name: value.detach().clone() for name, value in self.model.named_parameters()})
-            self.paths.append({name: torch.zeros_like(value) for name, value in self.corners[-1].items()})
+            self.starts.append({name: value.detach().clone() for name, value in self.model.named_parameters()})
+            self.paths.append({name: torch.zeros_like(value) for name, value in self.starts[-1].items()})
             self.averages.append({})
         found = super().before_batch(batch)
         self.averages[-1] = self.average.values
@@ -59,11 +59,11 @@ def test_the_fisher_is_a_moving_average_over_training_across_tasks():
 
 def test_the_score_is_the_fall_of_the_loss_for_each_unit_of_divergence():
     strategy = watched(epsilon=1e-5)  # four intervals of three steps
-    corners = [*strategy.corners, {name: value.detach() for name, value in strategy.model.named_parameters()}]
+    starts = [*strategy.starts, {name: value.detach() for name, value in strategy.model.named_parameters()}]
     for name, found in strategy.past.values.items():
         by_hand = torch.zeros_like(found)
         for number, path in enumerate(strategy.paths):
-            moved = corners[number + 1][name] - corners[number][name]
+            moved = starts[number + 1][name] - starts[number][name]
             by_hand += path[name].clamp(min=0) / (strategy.averages[number][name] * moved**2 / 2 + 1e-5)
         torch.testing.assert_close(found, by_hand, rtol=1e-3, atol=1e-4)
 
