@@ -76,6 +76,4 @@ def _answer(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    from cl_runner.__main__ import main as main_of_the_package
-
-    main_of_the_package()
+    main()

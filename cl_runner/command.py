@@ -20,6 +20,7 @@ from cl_runner.errors import ConfigError, in_a_line, raised_at
 from cl_runner.identity import display_name
 
 if TYPE_CHECKING:
+    from cl_runner.strategies.base import Strategy
     from cl_runner.sweep import Sweep
 
 PLUGINS = "hydra_plugins.cl_runner"  # the launchers and sweepers of this project
@@ -260,17 +261,24 @@ def _check_sweep(request: Request, jobs: list[Experiment]) -> None:
 
 
 def _say_unused(request: Request, jobs: list[Experiment]) -> None:
-    """Warn of a memory or a Fisher that was chosen but that no strategy uses, and of epochs beside iterations."""
+    """Warn of what was given on the command line but changes nothing: a memory or a Fisher that no strategy takes,
+    epochs beside iterations, adapting statistics of a backbone that the strategy keeps as it is."""
 
     def given(*beginnings: str) -> bool:
         return any(word.lstrip("+").startswith(beginnings) for word in request.argv)
 
     if given("trainer.epochs=") and all(job.config["trainer"]["iterations"] for job in jobs):
         print("cl-runner: trainer.epochs: trainer.iterations is given; it changes nothing", file=sys.stderr)
+    if given("model.norm_stats=adapt") and all(_keeps_statistics(job.strategy) for job in jobs):
+        print("cl-runner: model.norm_stats: this strategy keeps the backbone's; it changes nothing", file=sys.stderr)
     for name in ("memory", "fisher"):
         if given(f"{name}=", f"{name}.") and not any(_takes(job.config["strategy"], name) for job in jobs):
             whose = "no strategy of this sweep takes one" if request.sweep else "this strategy takes none"
             print(f"cl-runner: {name}: {whose}; it changes nothing", file=sys.stderr)
+
+
+def _keeps_statistics(strategy: "Strategy") -> bool:
+    return strategy.caches_features or strategy.extends_backbone or strategy.closed_form
 
 
 def _say_random(jobs: list[Experiment]) -> None:

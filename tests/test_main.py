@@ -360,6 +360,14 @@ def test_a_component_that_no_strategy_takes_is_said_to_change_nothing(words, sai
     ]
 
 
+@pytest.mark.parametrize(
+    ("strategy", "is_said"), [("frozen", True), ("lora", True), ("ncm", True), ("finetune", False)]
+)
+def test_adapting_statistics_that_a_strategy_keeps_are_said_to_change_nothing(strategy, is_said, cl_runner):
+    said = cl_runner(f"strategy={strategy}", "model.norm_stats=adapt", "trainer.epochs=1")[1]
+    assert ("model.norm_stats: this strategy keeps the backbone's; it changes nothing" in said) == is_said
+
+
 @pytest.mark.parametrize(("words", "is_said"), [(["trainer.iterations=2"], True), ([], False)])
 def test_epochs_beside_iterations_are_said_to_change_nothing(words, is_said, cl_runner):
     said = cl_runner("trainer.epochs=1", *words)[1]
