@@ -111,8 +111,9 @@ def _captured(function: Callable[[], object], anchor: torch.cuda.CUDAGraph | Non
 def _end_capture(graph: torch.cuda.CUDAGraph, pool: Any) -> None:
     try:
         graph.capture_end()
-    except RuntimeError:  # raised before it has told the allocator, which would serve the pool for ever
+    except RuntimeError:  # raised before the allocator lets go of the pool, or even hears of the end
         device = torch.cuda.current_device()
-        torch._C._cuda_endAllocateToPool(device, pool)
+        with suppress(RuntimeError):  # it has heard
+            torch._C._cuda_endAllocateToPool(device, pool)
         torch._C._cuda_releasePool(device, pool)
         raise

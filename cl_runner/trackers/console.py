@@ -34,13 +34,14 @@ def make_console() -> Console:
 class TerminalTracker(NullTracker):
     """Shows a run on `console`: a line per task and, only on a terminal, progress bars.
 
-    wandb_line: called for W&B's line when the run is over. place: the job's number in its sweep, such as "3/16".
+    last_line: called for another tracker's line when the run is over. place: the job's number in its sweep, such as
+    "3/16".
     """
 
     def __init__(
-        self, console: Console | None = None, wandb_line: Callable[[], str] = lambda: "", place: str = ""
+        self, console: Console | None = None, last_line: Callable[[], str] = lambda: "", place: str = ""
     ) -> None:
-        self.console, self._wandb_line, self._place = console or Console(), wandb_line, place
+        self.console, self._last_line, self._place = console or Console(), last_line, place
         self._run: RunInfo | None = None
         self._progress: Progress | None = None
         self._bars: dict[str, TaskID] = {}
@@ -109,7 +110,7 @@ class TerminalTracker(NullTracker):
                 stopped = ("saved and stopped", "bold") if preempted else ("failed", "bold red")
                 again = f"; go on with: {self._run.command}" if self._run.command else ""
                 self.console.print(Text.assemble(stopped, again), soft_wrap=True)
-            show_whereabouts(self._run.folder, self._wandb_line(), self.console)
+            show_whereabouts(self._run.folder, self._last_line(), self.console)
             self._run = None
 
     def _stop_bars(self) -> None:
@@ -136,11 +137,11 @@ def show_tables(results: dict[str, Any], scenario: str, console: Console) -> Non
     console.print(Text.assemble(("seconds  ", "dim"), seconds), soft_wrap=True)
 
 
-def show_whereabouts(folder: Path, wandb_line: str, console: Console) -> None:
+def show_whereabouts(folder: Path, last_line: str, console: Console) -> None:
     """Show the run's folder and W&B's line, unwrapped so that they can be copied."""
     console.print(Text.assemble(("folder   ", "dim"), str(folder)), soft_wrap=True)
-    if wandb_line:
-        console.print(Text(wandb_line), soft_wrap=True)
+    if last_line:
+        console.print(Text(last_line), soft_wrap=True)
 
 
 def percent(value: float | None, digits: int = 1) -> str:

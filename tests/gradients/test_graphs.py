@@ -1,7 +1,7 @@
 """Replaying without a device to replay on; see `test_gpu.py` for one."""
 
 from contextlib import suppress
-from functools import cache
+from functools import cache, partial
 from unittest.mock import Mock
 
 import pytest
@@ -89,14 +89,21 @@ class Graph:
         raise RuntimeError("the capture is invalid")
 
 
+@pytest.mark.parametrize("heard", [False, True])
 @pytest.mark.parametrize("says", ["the function waits", None], ids=["raising", "silent"])
-def test_a_capture_that_cannot_end_gives_its_pool_back_and_names_the_cause(says, monkeypatch) -> None:
+def test_a_capture_that_cannot_end_gives_its_pool_back_and_names_the_cause(says, heard, monkeypatch) -> None:
     told = []
+
+    def tell(name, *about) -> None:
+        told.append((name, *about))
+        if heard and name == "_cuda_endAllocateToPool":
+            raise RuntimeError("not recording to this pool")
+
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 7))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
-        monkeypatch.setattr(torch._C, name, lambda *about, name=name: told.append((name, *about)), raising=False)
+        monkeypatch.setattr(torch._C, name, partial(tell, name), raising=False)
 
     def function() -> None:
         if says:
