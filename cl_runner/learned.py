@@ -52,9 +52,10 @@ class Learned:
             predicted.append(labels[scores[:, outputs].argmax(1)])
         return torch.cat(predicted).to(images.device) if predicted else labels[:0].to(images.device)
 
-    def accuracies(self, split: str = "test") -> dict[Scenario, list[float]]:
-        """Accuracy on each task, [T] for each scenario: for the test split, the last rows of the run's matrices."""
-        return accuracies(self.strategy, len(self.stream), self.experiment.trainer.eval_batch_size, split)
+    def accuracies(self, split: str = "test") -> dict[str, list[float]]:
+        """scenario -> accuracy on each task, [T]: for the test split, the last rows of the run's matrices."""
+        found = accuracies(self.strategy, len(self.stream), self.experiment.trainer.eval_batch_size, split)
+        return {str(scenario): row for scenario, row in found.items()}
 
 
 def load(folder: str | Path, *, device: str = "auto", data_root: str | None = None) -> Learned:

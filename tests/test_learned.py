@@ -8,7 +8,6 @@ from cl_runner.folder import RunFolder
 from cl_runner.job import carry_out
 from cl_runner.learned import load
 from cl_runner.strategies import Finetune
-from cl_runner.streams.base import Scenario
 
 from .test_resume import experiment
 
@@ -34,7 +33,7 @@ def test_the_file_of_weights_is_enough_where_the_network_predicts_alone(words, t
     folder = finished(tmp_path, *words)
     learned = load(folder.path, device="cpu")
     matrices = folder.results["accuracy"]
-    assert learned.accuracies() == {Scenario(name): rows[-1] for name, rows in matrices.items()}
+    assert learned.accuracies() == {name: rows[-1] for name, rows in matrices.items()}
 
 
 def test_a_model_is_loaded_in_eval_mode_and_without_drawing_from_the_global_generator(tmp_path):
@@ -57,7 +56,7 @@ def test_a_checkpoint_from_before_the_end_is_never_taken_for_the_last(strategy, 
         with pytest.raises(ConfigError, match=r"folder: expected the run's last checkpoint in .*, got none that fits"):
             load(folder.path, device="cpu")
     else:
-        last_rows = {Scenario(name): rows[-1] for name, rows in folder.results["accuracy"].items()}
+        last_rows = {name: rows[-1] for name, rows in folder.results["accuracy"].items()}
         assert load(folder.path, device="cpu").accuracies() == last_rows
 
 
@@ -71,7 +70,7 @@ def test_what_setup_draws_is_what_it_drew_in_the_run(tmp_path, monkeypatch):
     monkeypatch.setattr(Finetune, "setup", drawing)
     monkeypatch.setattr(Finetune, "predict", lambda self, images, task_ids: self.model(images).logits @ self.turn)
     folder = finished(tmp_path, "strategy=finetune", "trainer.keep_checkpoint=true")
-    last_rows = {Scenario(name): rows[-1] for name, rows in folder.results["accuracy"].items()}
+    last_rows = {name: rows[-1] for name, rows in folder.results["accuracy"].items()}
     assert load(folder.path, device="cpu").accuracies() == last_rows
 
 
