@@ -69,24 +69,28 @@ def load(folder: str | Path, *, device: str = "auto", data_root: str | None = No
     folder = Path(folder)
     if not RunFolder(folder).done:
         raise ConfigError("folder", f"expected that of a finished run, got {str(folder)!r}")
+    results = RunFolder(folder).results
     here = {"device": device, "output_root": str(folder.parent), **({"data_root": data_root} if data_root else {})}
-    experiment = check(DictConfig(RunFolder(folder).results["config"] | here))
+    experiment = check(DictConfig(results["config"] | here))
+    kept = checkpoint.load(folder, experiment.hash, experiment.device)
+    num_tasks = len(results["accuracy"][experiment.stream.scenario])
+    if kept is not None and kept["position"]["tasks"] < num_tasks:  # the one before the last, which is damaged
+        kept = None
+    if kept is None and not _predicts_by_the_network(experiment.strategy):
+        method = f"{type(experiment.strategy).__name__} predicts by what is in the checkpoint alone"
+        if experiment.config["trainer"]["keep_checkpoint"]:
+            raise ConfigError("folder", f"expected the run's last checkpoint in {folder}, got none that fits: {method}")
+        raise ConfigError("trainer.keep_checkpoint", f"expected true in the run's configuration: {method}")
     outside = random_state(experiment.device)
     try:
         stream, model = assembled(experiment)
     finally:
         restore_random_state(outside, experiment.device)
-    kept = checkpoint.load(folder, experiment.hash, experiment.device)
-    if kept is not None and kept["position"]["tasks"] == len(stream):
-        checkpoint.restore_model(model, kept["model"])
-        experiment.strategy.load_state_dict(kept["strategy"])
-    elif _predicts_by_the_network(experiment.strategy):
+    if kept is None:
         model.load_plain_state(load_file(folder / "model.safetensors"))
     else:
-        method = f"{type(experiment.strategy).__name__} predicts by what is in the checkpoint alone"
-        if experiment.config["trainer"]["keep_checkpoint"]:
-            raise ConfigError("folder", f"expected the run's last checkpoint in {folder}, got none that fits: {method}")
-        raise ConfigError("trainer.keep_checkpoint", f"expected true in the run's configuration: {method}")
+        checkpoint.restore_model(model, kept["model"])
+        experiment.strategy.load_state_dict(kept["strategy"])
     model.eval()
     return Learned(experiment, stream, model)
 
