@@ -1,4 +1,4 @@
-"""Keys of Hydra's own configuration (`hydra.…`): which must not be set, and which do not exist."""
+"""Keys that nobody may set, and those that Hydra's own configuration (`hydra.…`) does not have."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches

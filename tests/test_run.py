@@ -1,3 +1,7 @@
+import os
+import subprocess
+import sys
+
 import pytest
 
 from cl_runner.folder import RunFolder
@@ -81,3 +85,10 @@ def test_where_tasks_share_their_classes_validation_still_does_not_look_ahead(tm
     results, _ = finished(experiment(tmp_path, "strategy=finetune", "stream.scenario=domain", VALIDATED))
     assert results["accuracy"]["domain"][0][4] is not None
     assert [value is None for value in results["validation"]["domain"][0]] == [False, True, True, True, True]
+
+
+def test_a_later_run_in_the_process_can_be_deterministic_on_a_gpu():
+    says = "import cl_runner, os, sys; print(os.environ['CUBLAS_WORKSPACE_CONFIG'], 'torch' in sys.modules)"
+    environment = {name: value for name, value in os.environ.items() if name != "CUBLAS_WORKSPACE_CONFIG"}
+    done = subprocess.run([sys.executable, "-c", says], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == ":4096:8 False\n"

@@ -179,21 +179,17 @@ def _measured(candidates: Mapping[Hashable, Adder], scratch: Tensor, timed: bool
     if not times:
         raise failure
     if list(times) == [RIVAL] and len(candidates) > 1:
-        _warn_of_slowness(failure)
+        _warn_of_slowness(f"{type(failure).__name__}: {failure}".partition("\n")[0])
     return min(times, key=lambda name: times[name])
 
 
-_slow: list[Exception] = []  # the first reason, once it has been told
+_slow: list[str] = []  # the first reason, once it has been told
 
 
-def _warn_of_slowness(reason: Exception) -> None:
+def _warn_of_slowness(reason: str) -> None:
     if not _slow:
         _slow.append(reason)
-        log.warning(
-            "no fused kernel runs for a layer's shape, so a Fisher takes longer: %s: %s",
-            type(reason).__name__,
-            str(reason).partition("\n")[0],
-        )
+        log.warning("no fused kernel runs for a layer's shape, so a Fisher takes longer: %s", reason)
 
 
 def _milliseconds(candidate: Adder, scratch: Tensor) -> float:

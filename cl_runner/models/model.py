@@ -39,7 +39,7 @@ class Classifier(nn.Module, ABC):
     head: nn.Linear
 
     def forward(self, images: Tensor) -> Output:
-        """`images`: [B, C, H, W] uint8."""
+        """`images`: [B, C, H, W], as `preprocess` takes them."""
         return self.encode(self.preprocess(images))
 
     def encode(self, inputs: Tensor) -> Output:

@@ -162,9 +162,9 @@ def nearest(name: str, names: Collection[str]) -> str:
 
 
 def matching(names: Collection[str], patterns: Iterable[str], field: str, what: str) -> set[str]:
-    """The names that some pattern matches.
+    """The names that some pattern matches; `what`: the names, as an error calls them.
 
-    Raises ConfigError for a pattern that matches none of `what` there is, with similar names.
+    Raises ConfigError for a pattern that matches none, with similar names.
     """
     found: set[str] = set()
     for pattern in patterns:

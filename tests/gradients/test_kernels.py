@@ -281,6 +281,20 @@ def test_the_fastest_is_taken_or_untimed_the_first_that_does_not_fail(as_on_a_de
     assert not caplog.records
 
 
+def test_kernels_are_timed_only_where_there_are_units_enough(monkeypatch):
+    asked = []
+
+    def fastest(key, candidates, like, timed):
+        asked.append(timed)
+        return lambda _: None
+
+    monkeypatch.setattr(kernels, "fastest", fastest)
+    for samples in (2, kernels.FEW_UNITS):
+        out, gradients, inputs = conv_case((samples, 4, 6, 6), (6, 4, 3, 3), SAME, 1)
+        kernels.add_conv_squares(out, gradients, inputs, *SAME, "fp32")
+    assert asked == [False, True]
+
+
 def test_a_device_on_which_no_kernel_runs_is_warned_of_once(as_on_a_device, caplog):
     for broken, timed in ((fails, True), (fails_otherwise, False), (fails, True)):
         candidates = {"broken": broken, kernels.RIVAL: lambda out: out.add_(1)}
