@@ -26,12 +26,11 @@ from cl_runner.models.architecture import Architecture
 from cl_runner.models.mlp import MLP
 from cl_runner.models.model import Model, Output, Parameters, trainable
 from cl_runner.models.resnet import ResNet18
-from cl_runner.progress import Position
 from cl_runner.schedulers import constant
 from cl_runner.strategies import EWC, Finetune, Strategy
 from cl_runner.strategies.anchors import Anchor
 from cl_runner.streams.base import Examples, Shape
-from cl_runner.trainer import Trainer, Work
+from cl_runner.trainer import Trainer, Training
 
 
 class Autograd(EWC):
@@ -83,10 +82,10 @@ def step_of(
     if isinstance(strategy, (Autograd, Merged)):
         strategy.hold(tasks_of(model, tasks))
     trainer = Trainer(iterations=1, batch_size=batch_size)
-    trainer.start(Work(model, strategy, optimizer, constant, lambda row: None, Position()))
+    training = Training(trainer, model, strategy, optimizer, constant, lambda row: None)
     model.reveal(task)
-    trainer.learn(task, task.train)  # makes the optimizer, and warms up
-    return partial(trainer.step, task.train)
+    training.learn(task, task.train)  # makes the optimizer, and warms up
+    return partial(training.step, task.train)
 
 
 def seconds(step: Callable[[], object], steps: int) -> float:

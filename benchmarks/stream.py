@@ -25,13 +25,12 @@ from torch import nn
 
 from cl_runner.models.mlp import MLP
 from cl_runner.models.resnet import ResNet18
-from cl_runner.progress import Position
 from cl_runner.schedulers import constant
 from cl_runner.strategies import Finetune
 from cl_runner.streams.base import Examples, Scenario, Shape, Stream, Task
 from cl_runner.trackers.base import RunInfo
 from cl_runner.trackers.journal import Journal
-from cl_runner.trainer import Trainer, Work
+from cl_runner.trainer import Trainer, Training
 
 
 def stream_of(shape: Shape, classes: int, size: int) -> Stream:
@@ -50,11 +49,11 @@ def runner_seconds(architecture, stream: Stream, batch_size: int, folder: Path) 
     journal = Journal()
     journal.start(RunInfo(folder, "bench", "bench", "bench", {}, 1, "domain", False, ""))
     trainer = Trainer(epochs=1, batch_size=batch_size)
-    trainer.start(Work(model, strategy, partial(torch.optim.SGD, lr=0.01), constant, journal.step, Position()))
+    training = Training(trainer, model, strategy, partial(torch.optim.SGD, lr=0.01), constant, journal.step)
     (task,) = stream.tasks
     model.reveal(task)
     start = time.perf_counter()
-    trainer.learn(task, task.train)
+    training.learn(task, task.train)
     seconds = time.perf_counter() - start
     journal.close()
     return seconds

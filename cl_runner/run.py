@@ -12,6 +12,7 @@ from cl_runner.config import Experiment
 from cl_runner.folder import RunFolder
 from cl_runner.interrupt import Interrupt
 from cl_runner.models.model import Model
+from cl_runner.progress import Position
 from cl_runner.pulse import pulse
 from cl_runner.randomness import seed_all, task_seed
 from cl_runner.state import State
@@ -19,7 +20,7 @@ from cl_runner.streams.base import Stream, Task
 from cl_runner.trackers.base import Many, RunInfo, Tracker
 from cl_runner.trackers.journal import Journal
 from cl_runner.trackers.names import command_of, overrides_of, run_name
-from cl_runner.trainer import Trainer, Work
+from cl_runner.trainer import Trainer, Training
 
 BEAT = 10.0  # maximum seconds between two signs of life
 
@@ -61,37 +62,29 @@ def _end(folder: RunFolder, tracker: Tracker, interrupt: Interrupt, error: BaseE
 def _run(
     experiment: Experiment, folder: RunFolder, journal: Journal, tracker: Tracker, interrupt: Interrupt
 ) -> dict[str, Any]:
-    clock, trainer = Clock(experiment.device), experiment.trainer
+    clock, trainer, position = Clock(experiment.device), experiment.trainer, Position()
+
+    def record(row: dict[str, Any]) -> None:
+        row = {"kind": row["kind"], "seq": position.rows, **row}
+        position.rows += 1
+        tell = tracker.task if row["kind"] == "task" else tracker.step
+        tell(row)
+
     with clock("prepare"), pulse(folder.beat, BEAT):
         _set_precision(trainer)
         stream, model = assembled(experiment)
         if trainer.compile:
             model.backbone.compile()
-        state = State(experiment, folder, stream, model, clock, journal, interrupt)
-        kept = state.restore()
-    _start(tracker, experiment, folder, stream, resumed=kept is not None)
-
-    def record(row: dict[str, Any]) -> None:
-        row = {"kind": row["kind"], "seq": state.position.rows, **row}
-        state.position.rows += 1
-        tell = tracker.task if row["kind"] == "task" else tracker.step
-        tell(row)
-
-    work = Work(
-        model=model,
-        strategy=experiment.strategy,
-        make_optimizer=experiment.make_optimizer,
-        make_scheduler=experiment.make_scheduler,
-        record=record,
-        position=state.position,
-        pace=state.pace,
-        pause=state.save,
-    )
-    trainer.start(work, kept)
+        training = Training(
+            trainer, model, experiment.strategy, experiment.make_optimizer, experiment.make_scheduler, record, position
+        )
+        state = State(experiment, folder, stream, training, clock, journal, interrupt)
+        resumed = state.restore()
+    _start(tracker, experiment, folder, stream, resumed)
     with pulse(state.beat, min(BEAT, trainer.checkpoint_seconds or BEAT)):
         state.prepared()
-        while state.position.tasks < len(stream):
-            _learn(stream.tasks[state.position.tasks], state, record)
+        while position.tasks < len(stream):
+            _learn(stream.tasks[position.tasks], state, record)
         results = state.results()
         state.save_weights()
         tracker.finish(results)
@@ -111,9 +104,9 @@ def assembled(experiment: Experiment) -> tuple[Stream, Model]:
 
 def _learn(task: Task, state: State, record: Record) -> None:
     """Learn one task, continuing from the run's current phase."""
-    strategy, trainer, clock, position = state.strategy, state.trainer, state.clock, state.position
+    strategy, clock, position = state.strategy, state.clock, state.position
     if position.phase == "begin":
-        seed_all(task_seed(trainer.seed, task.index))  # the same in a resumed process
+        seed_all(task_seed(state.trainer.seed, task.index))  # the same in a resumed process
         state.model.reveal(task)
         if strategy.offline and task.index < len(state.stream) - 1:
             position.tasks += 1
@@ -129,7 +122,7 @@ def _learn(task: Task, state: State, record: Record) -> None:
             data = strategy.training_data(task)
         if len(data):
             with clock("train"), state.interrupt.deferred():
-                trainer.learn(task, data)
+                state.training.learn(task, data, pause=state.save)
         state.enter("consolidate")
     with clock("consolidate"):
         strategy.after_task(task)

@@ -16,11 +16,10 @@ from cl_runner.evaluate import Drift, accuracies, measured_scenarios
 from cl_runner.folder import RESULTS_SCHEMA, RunFolder
 from cl_runner.interrupt import Interrupt
 from cl_runner.models import weights
-from cl_runner.models.model import Model
-from cl_runner.progress import Pace, Position
 from cl_runner.randomness import random_state, restore_random_state
 from cl_runner.streams.base import Scenario, Stream, Task
 from cl_runner.trackers.journal import Journal
+from cl_runner.trainer import Training
 
 log = logging.getLogger("cl_runner")
 
@@ -36,21 +35,20 @@ class State:
         experiment: Experiment,
         folder: RunFolder,
         stream: Stream,
-        model: Model,
+        training: Training,
         clock: Clock,
         journal: Journal,
         interrupt: Interrupt,
     ) -> None:
-        self.experiment, self.folder, self.stream, self.model = experiment, folder, stream, model
+        self.experiment, self.folder, self.stream, self.training = experiment, folder, stream, training
         self.clock, self.journal, self.interrupt = clock, journal, interrupt
-        self.strategy, self.trainer = experiment.strategy, experiment.trainer
-        self.pace = Pace(self.trainer.checkpoint_every, self.trainer.checkpoint_seconds)
+        self.trainer, self.strategy, self.model = training.trainer, training.strategy, training.model
+        self.position, self.pace = training.position, training.pace
         interrupt.soon = self.pace.now
-        self.position = Position()
-        self.rows: Rows = {scenario: [] for scenario in measured_scenarios(experiment.strategy)}
+        self.rows: Rows = {scenario: [] for scenario in measured_scenarios(self.strategy)}
         self.validation: Rows = {scenario: [] for scenario in self.rows}
-        samples = self.trainer.drift_samples if model.pretrained_head is not None else 0
-        self.drift = Drift(model, stream, samples, self.trainer.eval_batch_size) if samples else None
+        samples = self.trainer.drift_samples if self.model.pretrained_head is not None else 0
+        self.drift = Drift(self.model, stream, samples, self.trainer.eval_batch_size) if samples else None
         self.drift_metrics: dict[str, float] = {}
         self.zero_shot: dict[Scenario, list[float]] = {}
         self.random: dict[str, Any] | None = None  # generators at the phase's start; None: it seeds them itself
@@ -160,7 +158,7 @@ class State:
             "random": self.random,
             "model": checkpoint.model_state(self.model),
             "strategy": self.strategy.state_dict(),
-            "trainer": self.trainer.state_dict(),
+            "trainer": self.training.state_dict(),
             "rows": {str(scenario): rows for scenario, rows in self.rows.items()},
             "validation": {str(scenario): rows for scenario, rows in self.validation.items()},
             "drift_metrics": self.drift_metrics,
@@ -170,15 +168,16 @@ class State:
             "peak_memory": self.clock.peak_memory,
         }
 
-    def restore(self) -> dict[str, Any] | None:
-        """Resume from the last checkpoint, if there is one. Returns the trainer's state in it."""
+    def restore(self) -> bool:
+        """Resume from the last checkpoint. Returns whether there is one."""
         state = checkpoint.load(self.folder.path, self.experiment.hash, self.experiment.device)
         if state is None:
-            return None
-        self.position = Position(**state["position"])
+            return False
+        vars(self.position).update(state["position"])
         self.random = state["random"]
         checkpoint.restore_model(self.model, state["model"])
         self.strategy.load_state_dict(state["strategy"])
+        self.training.load_state_dict(state["trainer"])
         self.rows = {Scenario(name): rows for name, rows in state["rows"].items()}
         self.validation = {Scenario(name): rows for name, rows in state["validation"].items()}
         self.drift_metrics = state["drift_metrics"]
@@ -188,7 +187,7 @@ class State:
         self.pace.saved(self.position.steps)
         self.interrupt.place = f"goes on at {self.place}"
         log.info("going on at %s", self.place)
-        return state["trainer"]
+        return True
 
     @property
     def place(self) -> str:

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import torch
@@ -37,23 +37,9 @@ class FirstTask(BaseModel):
     scheduler: dict[str, Any] = Field(default_factory=dict)
 
 
-@dataclass
-class Work:
-    """The components of one run, which a trainer works on."""
-
-    model: Model
-    strategy: Strategy
-    make_optimizer: Callable[..., Optimizer]
-    make_scheduler: Callable[..., LRScheduler]
-    record: Callable[[dict[str, Any]], None]  # takes a journal row
-    position: Position
-    pace: Pace = field(default_factory=Pace)
-    pause: Callable[[], None] = lambda: None  # called between two steps when the pace says it is time
-
-
 @dataclass(kw_only=True, eq=False)
 class Trainer:
-    """The budget of a task, the precision, and the one step that all strategies share.
+    """How to train: the budget of a task, the batches, the precision.
 
     Args:
         epochs, iterations: the budget of a task: passes over its data or, if given, steps, where the short last batch
@@ -103,18 +89,35 @@ class Trainer:
             expected = "expected reset where the first task has an optimizer of its own"
             raise ConfigError("trainer.optimizer_state", f"{expected}, got 'keep'")
 
-    def start(self, work: Work, kept: dict[str, Any] | None = None) -> None:
-        """Start or, with `kept` (an earlier process's `state_dict`), resume the training of a run's components."""
-        self.work, self._kept = work, kept or {}
-        strategy = work.strategy
-        self._keeps_state = self.optimizer_state == "keep"
+
+class Training:
+    """The training of a run's model, task after task, with the one step that all strategies share."""
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        model: Model,
+        strategy: Strategy,
+        make_optimizer: Callable[..., Optimizer],
+        make_scheduler: Callable[..., LRScheduler],
+        record: Callable[[dict[str, Any]], None],
+        position: Position | None = None,
+    ) -> None:
+        """`strategy`: has set up the model; `record`: takes a row of the journal; `position`: the run's, which each
+        step advances."""
+        self.trainer, self.model, self.strategy = trainer, model, strategy
+        self.make_optimizer, self.make_scheduler, self.record = make_optimizer, make_scheduler, record
+        self.position = position or Position()
+        self.pace = Pace(trainer.checkpoint_every, trainer.checkpoint_seconds)
+        self.optimizer: Any = None  # an Optimizer once the first task is learned
+        self.losses: Losses | None = None  # of the current task, while it is being learned
+        self._kept: dict[str, Any] = {}  # what an earlier process has left and `learn` has not used yet
+        self._keeps_state = trainer.optimizer_state == "keep"
         if self._keeps_state and (strategy.restarts or strategy.redraws):
             self._keeps_state = False
             log.warning("trainer.optimizer_state: reset, since %s starts from new weights", type(strategy).__name__)
-        if strategy.offline and len(strategy.stream) > 1 and self.first_task != FirstTask():
+        if strategy.offline and len(strategy.stream) > 1 and trainer.first_task != FirstTask():
             log.warning("trainer.first_task: unused, since %s learns all tasks at once", type(strategy).__name__)
-        self.optimizer: Any = None  # an Optimizer once the first task is learned
-        self.losses: Losses | None = None  # of the current task, while it is being learned
 
     def state_dict(self) -> dict[str, Any]:
         """What `learn` needs to resume between two steps; between two tasks, the optimizer's state if that is kept."""
@@ -126,33 +129,38 @@ class Trainer:
                 "scheduler": self.scheduler.state_dict(),
                 "reached": self.reached,
                 "losses": self.losses.state_dict(),
-                "random": random_state(self.work.model.device),
+                "random": random_state(self.model.device),
             }
         return state
 
-    def learn(self, task: Task, data: Examples) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Resume, in the next `learn`, from what `state_dict` returned."""
+        self._kept = state
+
+    def learn(self, task: Task, data: Examples, pause: Callable[[], None] = lambda: None) -> None:
         """Train on `data` for the task's budget, or what is left of it.
 
-        Raises NonFiniteLossError that names the loss term.
+        `pause` is called between two steps when the pace says that it is time. Raises NonFiniteLossError that names the
+        loss term.
         """
-        work = self.work
-        own = (self.first_task if task.index == 0 else None) or FirstTask()
-        iterations = own.iterations or (None if own.epochs else self.iterations)
-        budget = iterations and iterations * (len(work.strategy.stream) if work.strategy.offline else 1)
-        steps_a_pass = number_of_batches(len(data), self.batch_size, drop_last=budget is not None)
-        steps = budget or (own.epochs or self.epochs) * steps_a_pass
+        trainer, strategy = self.trainer, self.strategy
+        own = (trainer.first_task if task.index == 0 else None) or FirstTask()
+        iterations = own.iterations or (None if own.epochs else trainer.iterations)
+        budget = iterations and iterations * (len(strategy.stream) if strategy.offline else 1)
+        steps_a_pass = number_of_batches(len(data), trainer.batch_size, drop_last=budget is not None)
+        steps = budget or (own.epochs or trainer.epochs) * steps_a_pass
         self._prepare(steps, own)
-        self.losses = losses = Losses(work.record, work.position, task, steps, steps_a_pass, self.log_every)
+        self.losses = losses = Losses(self.record, self.position, task, steps, steps_a_pass, trainer.log_every)
         if kept := self._kept.pop("task", None):
             self._go_on(kept)
         else:
-            work.model.train()
-        self._kept.clear()
+            self.model.train()
+        self._kept = {}
         for batch in self._batches(task, data, drop_last=budget is not None):
             rate = float(self.scheduler.get_last_lr()[0])
-            losses.add(self.step(batch.to(work.model.device)), rate, len(batch))
-            if work.position.steps >= work.pace.due:
-                work.pause()
+            losses.add(self.step(batch.to(self.model.device)), rate, len(batch))
+            if self.position.steps >= self.pace.due:
+                pause()
         losses.flush()
         self.losses = None
 
@@ -162,12 +170,12 @@ class Trainer:
         Nothing in it waits for the device, unless a strategy's hook does, or a memory that groups its rows by class or
         task.
         """
-        strategy, model, optimizer = self.work.strategy, self.work.model, self.optimizer
+        trainer, strategy, model, optimizer = self.trainer, self.strategy, self.model, self.optimizer
         batch = strategy.before_batch(batch)
         optimizer.zero_grad(set_to_none=True)
         means: dict[str, Tensor] = {}
         outputs = []
-        for part in batch.split(self.accumulate):
+        for part in batch.split(trainer.accumulate):
             share = len(part) / len(batch)
             with self._autocast():
                 output = model(part.images, part.extras.get("features"))
@@ -178,8 +186,8 @@ class Trainer:
             for name, term in {**terms, "total": loss / share}.items():
                 means[name] = means.get(name, 0) + term.detach() * share
         strategy.after_backward()
-        if self.clip_norm is not None:
-            torch.nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)
+        if trainer.clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(self.parameters, trainer.clip_norm)
         optimizer.step()
         self.scheduler.step()
         strategy.after_step(batch, outputs[0] if len(outputs) == 1 else _joined(outputs))
@@ -189,11 +197,11 @@ class Trainer:
         """The task's remaining batches, in the order determined by its seed."""
         assert self.losses is not None, "a task is being learned"
         done, steps, steps_a_pass = self.losses.done, self.losses.steps, self.losses.steps_a_pass
-        generator = torch.Generator().manual_seed(task_seed(self.seed, task.index))
+        generator = torch.Generator().manual_seed(task_seed(self.trainer.seed, task.index))
         for _ in range(done // steps_a_pass):
             torch.randperm(len(data), generator=generator)  # the order of an earlier pass
         while done < steps:
-            for batch in data.shuffled(self.batch_size, generator, drop_last, first=done % steps_a_pass):
+            for batch in data.shuffled(self.trainer.batch_size, generator, drop_last, first=done % steps_a_pass):
                 if done == steps:
                     return
                 done += 1
@@ -205,13 +213,13 @@ class Trainer:
             self.optimizer = self._new_optimizer(own.optimizer)
         for group in self.optimizer.param_groups:  # the last task's schedule has changed a kept optimizer's rate
             group["lr"] = group.get("initial_lr", group["lr"])
-        self.scheduler = self.work.make_scheduler(optimizer=self.optimizer, steps=steps, **own.scheduler)
+        self.scheduler = self.make_scheduler(optimizer=self.optimizer, steps=steps, **own.scheduler)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
 
     def _new_optimizer(self, own: dict[str, Any]) -> Optimizer:
-        named, head = dict(self.work.model.named_parameters()), self.work.model.head
+        named, head = dict(self.model.named_parameters()), self.model.head
         self.parameter_names = self._kept.get("parameters") or [name for name, p in named.items() if p.requires_grad]
-        optimizer = self.work.make_optimizer(params=[named[name] for name in self.parameter_names], **own)
+        optimizer = self.make_optimizer(params=[named[name] for name in self.parameter_names], **own)
         if "optimizer" in self._kept and "task" not in self._kept:
             optimizer.load_state_dict(self._kept["optimizer"])
         self.reached = [] if self._keeps_state else keep_unreached_rows(head, optimizer)
@@ -225,10 +233,10 @@ class Trainer:
         for rows, were in zip(self.reached, kept["reached"], strict=True):
             rows.copy_(were)
         self.losses.load_state_dict(kept["losses"])
-        restore_random_state(kept["random"], self.work.model.device)
+        restore_random_state(kept["random"], self.model.device)
 
     def _autocast(self) -> AbstractContextManager:
-        return torch.autocast(self.work.model.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+        return torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.trainer.precision == "bf16")
 
 
 def _joined(outputs: list[Output]) -> Output:

@@ -131,9 +131,9 @@ def test_a_deterministic_run_that_is_stopped_again_and_again_equals_an_uninterru
     "words", [["strategy.strength=1"], ["strategy=er"], ["strategy=derpp"]], ids=["ewc", "er", "derpp"]
 )
 def test_nothing_in_a_step_waits_for_the_device(words, cl_runner, monkeypatch):
-    from cl_runner.trainer import Trainer
+    from cl_runner.trainer import Training
 
-    step = Trainer.step
+    step = Training.step
 
     def watched(self, batch):
         torch.cuda.set_sync_debug_mode("error")
@@ -142,7 +142,7 @@ def test_nothing_in_a_step_waits_for_the_device(words, cl_runner, monkeypatch):
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
-    monkeypatch.setattr(Trainer, "step", watched)
+    monkeypatch.setattr(Training, "step", watched)
     status, said = cl_runner("device=cuda", *words)
     assert status == 0, said
 

@@ -9,7 +9,7 @@ from cl_runner.losses import NonFiniteLossError
 from cl_runner.models.heads import keep_unreached_rows
 from cl_runner.strategies import L2, Combined, Finetune, Independent, Joint
 from cl_runner.trainer import FirstTask, Trainer
-from tests.toys import learn, toy_model, toy_stream, toy_trainer
+from tests.toys import learn, toy_model, toy_stream, toy_training
 
 
 def weights(model):
@@ -61,13 +61,13 @@ def test_the_first_task_may_have_a_budget_an_optimizer_and_a_schedule_of_its_own
 
     stream = toy_stream()
     own = FirstTask(epochs=1, optimizer={"lr": 0.2, "weight_decay": 0.5}, scheduler={"milestones": [0.34]})
-    trainer, rows = toy_trainer(Finetune(), stream, toy_model(stream), epochs=2, first_task=own, log_every=1)
-    trainer.work.make_scheduler = partial(step, milestones=[0.5], gamma=0.1)
+    training, rows = toy_training(Finetune(), stream, toy_model(stream), epochs=2, first_task=own, log_every=1)
+    training.make_scheduler = partial(step, milestones=[0.5], gamma=0.1)
     decays = []
     for task in stream.tasks[:2]:
-        trainer.work.model.reveal(task)
-        trainer.learn(task, task.train)
-        decays.append(trainer.optimizer.param_groups[0]["weight_decay"])
+        training.model.reveal(task)
+        training.learn(task, task.train)
+        decays.append(training.optimizer.param_groups[0]["weight_decay"])
     rates = [[row["lr"] for row in rows if row["task"] == task] for task in range(2)]
     assert rates[0] == pytest.approx([0.2, 0.02, 0.02])
     assert rates[1] == pytest.approx([0.1] * 3 + [0.01] * 3)
@@ -133,37 +133,37 @@ def test_gradients_are_clipped_to_the_norm():
 def test_the_optimizers_state_starts_empty_in_each_task_or_is_kept():
     for kept in ("reset", "keep"):
         stream = toy_stream()
-        trainer, _ = toy_trainer(Finetune(), stream, toy_model(stream), optimizer_state=kept)
+        training, _ = toy_training(Finetune(), stream, toy_model(stream), optimizer_state=kept)
         optimizers = []
         for task in stream.tasks:
-            trainer.work.model.reveal(task)
-            trainer.learn(task, task.train)
-            optimizers.append(trainer.optimizer)
+            training.model.reveal(task)
+            training.learn(task, task.train)
+            optimizers.append(training.optimizer)
         assert (optimizers[0] is optimizers[2]) == (kept == "keep")
 
 
 @pytest.mark.parametrize("kind", [Independent, partial(Combined, parts={"independent": Independent()})])
 def test_a_kept_optimizer_starts_empty_where_a_method_restarts_from_other_weights(kind, caplog):
     stream = toy_stream()
-    trainer, _ = toy_trainer(kind(), stream, toy_model(stream), optimizer_state="keep")
+    training, _ = toy_training(kind(), stream, toy_model(stream), optimizer_state="keep")
     optimizers = []
     for task in stream.tasks:
-        trainer.work.model.reveal(task)
-        trainer.learn(task, task.train)
-        optimizers.append(trainer.optimizer)
-        assert "optimizer" not in trainer.state_dict()
+        training.model.reveal(task)
+        training.learn(task, task.train)
+        optimizers.append(training.optimizer)
+        assert "optimizer" not in training.state_dict()
     assert len({id(optimizer) for optimizer in optimizers}) == 3
     assert "trainer.optimizer_state: reset, since " in caplog.text
 
 
 def test_a_first_task_of_its_own_is_said_to_be_unused_where_all_are_learned_at_once(caplog):
     stream = toy_stream()
-    toy_trainer(Finetune(), stream, toy_model(stream), first_task=FirstTask(epochs=2))
-    toy_trainer(Joint(), stream, toy_model(stream))
+    toy_training(Finetune(), stream, toy_model(stream), first_task=FirstTask(epochs=2))
+    toy_training(Joint(), stream, toy_model(stream))
     alone = toy_stream(num_tasks=1)
-    toy_trainer(Joint(), alone, toy_model(alone), first_task=FirstTask(epochs=2))
+    toy_training(Joint(), alone, toy_model(alone), first_task=FirstTask(epochs=2))
     assert not caplog.records
-    toy_trainer(Joint(), stream, toy_model(stream), first_task=FirstTask(epochs=2))
+    toy_training(Joint(), stream, toy_model(stream), first_task=FirstTask(epochs=2))
     assert "trainer.first_task: unused, since Joint learns all tasks at once" in caplog.text
 
 
@@ -201,16 +201,16 @@ def test_the_rate_is_stepped_with_every_batch():
     from cl_runner.schedulers import cosine, step
 
     stream = toy_stream()
-    trainer, rows = toy_trainer(Finetune(), stream, toy_model(stream), log_every=1)
+    training, rows = toy_training(Finetune(), stream, toy_model(stream), log_every=1)
     for scheduler, rates in (
         (partial(step, milestones=[0.5], gamma=0.1), [0.1] * 6 + [0.01] * 6),
         (partial(step, milestones=[0.01], gamma=0.1), [0.1] + [0.01] * 11),
         (cosine, [0.05 * (1 + math.cos(math.pi * t / 12)) for t in range(12)]),
     ):
         rows.clear()
-        trainer.work.make_scheduler = scheduler
-        trainer.work.model.reveal(stream.tasks[0])
-        trainer.learn(stream.tasks[0], stream.tasks[0].train)
+        training.make_scheduler = scheduler
+        training.model.reveal(stream.tasks[0])
+        training.learn(stream.tasks[0], stream.tasks[0].train)
         assert [row["lr"] for row in rows] == pytest.approx(rates, abs=1e-6)
 
 
@@ -220,11 +220,11 @@ def test_a_kept_optimizer_starts_each_task_at_its_own_rate(name):
 
     make = {"step": partial(schedulers.step, milestones=[0.5])}.get(name) or getattr(schedulers, name)
     stream = toy_stream()
-    trainer, rows = toy_trainer(Finetune(), stream, toy_model(stream), log_every=1, optimizer_state="keep")
-    trainer.work.make_scheduler = make
+    training, rows = toy_training(Finetune(), stream, toy_model(stream), log_every=1, optimizer_state="keep")
+    training.make_scheduler = make
     for task in stream.tasks:
-        trainer.work.model.reveal(task)
-        trainer.learn(task, task.train)
+        training.model.reveal(task)
+        training.learn(task, task.train)
     rates = [[row["lr"] for row in rows if row["task"] == task] for task in range(3)]
     assert rates[0] == pytest.approx(rates[1])
     assert rates[0] == pytest.approx(rates[2])
@@ -267,12 +267,12 @@ def test_bf16_autocast_computes_in_bf16_and_keeps_fp32_weights():
 def test_rows_that_no_loss_reaches_do_not_move(decay):
     stream = toy_stream()
     model = toy_model(stream)
-    trainer, _ = toy_trainer(Finetune(), stream, model)
-    trainer.work.make_optimizer = lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9, weight_decay=decay)
+    training, _ = toy_training(Finetune(), stream, model)
+    training.make_optimizer = lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9, weight_decay=decay)
     for task in stream.tasks[:2]:
         before = model.head.weight.detach().clone()
         model.reveal(task)
-        trainer.learn(task, task.train)
+        training.learn(task, task.train)
         others = [row for row in range(6) if row not in task.classes and row not in (2, 3)]
         assert torch.equal(before[others], model.head.weight[others])
         assert not torch.equal(before[list(task.classes)], model.head.weight[list(task.classes)])

@@ -7,11 +7,10 @@ from torch import nn
 
 from cl_runner.models.model import Model
 from cl_runner.models.preprocess import Preprocess
-from cl_runner.progress import Position
 from cl_runner.schedulers import constant
 from cl_runner.strategies.base import Strategy
 from cl_runner.streams.base import Examples, Scenario, Stream, Task
-from cl_runner.trainer import Trainer, Work
+from cl_runner.trainer import Trainer, Training
 
 SHAPE = (1, 4, 4)
 
@@ -51,19 +50,19 @@ def toy_model(
         return Model(Preprocess(1), backbone, 8, stream, active_logits, pretrained_head=head, seed=seed)
 
 
-def toy_trainer(strategy: Strategy, stream: Stream, model: Model, **settings) -> tuple[Trainer, list[dict]]:
-    """A trainer that is ready to learn, and its journal."""
+def toy_training(strategy: Strategy, stream: Stream, model: Model, **settings) -> tuple[Training, list[dict]]:
+    """A training that is ready to learn, and its journal."""
     rows: list[dict] = []
     trainer = Trainer(**{"epochs": 4, "batch_size": 8, **settings})
     strategy.setup(model, stream)
     optimizer = partial(torch.optim.SGD, lr=0.1)
-    trainer.start(Work(model, strategy, optimizer, constant, rows.append, Position()))
-    return trainer, rows
+    training = Training(trainer, model, strategy, optimizer, constant, rows.append)
+    return training, rows
 
 
 def learn(strategy: Strategy, stream: Stream, model: Model, tasks: int | None = None, **settings) -> list[dict]:
     """Learn the first `tasks` tasks, as a run does. Returns the journal."""
-    trainer, rows = toy_trainer(strategy, stream, model, **settings)
+    training, rows = toy_training(strategy, stream, model, **settings)
     for task in stream.tasks[:tasks]:
         torch.manual_seed(task.index)
         model.reveal(task)
@@ -72,6 +71,6 @@ def learn(strategy: Strategy, stream: Stream, model: Model, tasks: int | None = 
         strategy.before_task(task)
         data = strategy.training_data(task)
         if len(data):
-            trainer.learn(task, data)
+            training.learn(task, data)
         strategy.after_task(task)
     return rows

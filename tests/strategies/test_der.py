@@ -4,7 +4,7 @@ import torch.nn.functional as F
 
 from cl_runner.memory import Reservoir
 from cl_runner.strategies import DER, DERpp, Finetune
-from tests.toys import learn, toy_model, toy_stream, toy_trainer
+from tests.toys import learn, toy_model, toy_stream, toy_training
 
 
 def in_second_task(strategy, scenario="class", active_logits=None):
@@ -31,14 +31,14 @@ def test_the_logits_are_those_of_the_model_when_the_rows_were_stored():
     stream = toy_stream("domain")
     model = toy_model(stream)
     strategy = DER(memory=Reservoir(size=100))
-    trainer, _ = toy_trainer(strategy, stream, model)
+    training, _ = toy_training(strategy, stream, model)
     model.reveal(stream.tasks[0])
-    trainer.optimizer = trainer._new_optimizer({})
-    trainer.scheduler = trainer.work.make_scheduler(optimizer=trainer.optimizer, steps=9)
+    training.optimizer = training._new_optimizer({})
+    training.scheduler = training.make_scheduler(optimizer=training.optimizer, steps=9)
     answers = []
     for batch in stream.tasks[0].train.batches(8):
         answers.append(model(batch.images).logits.detach())
-        trainer.step(batch)
+        training.step(batch)
     stored = strategy.memory.examples
     assert torch.equal(stored.images, stream.tasks[0].train.images)  # the memory has room for all, so no row moves
     torch.testing.assert_close(stored.extras["logits"], torch.cat(answers))

@@ -8,7 +8,7 @@ from cl_runner.models.model import Output, PretrainedView, trainable
 from cl_runner.strategies import EWC, Finetune
 from cl_runner.strategies.anchors import Anchor
 from cl_runner.streams.split import Split
-from tests.toys import learn, toy_model, toy_stream, toy_trainer
+from tests.toys import learn, toy_model, toy_stream, toy_training
 
 DIGITS = Split(name="digits", num_tasks=5)
 
@@ -189,10 +189,10 @@ def test_a_strong_penalty_holds_the_weights_that_matter():
 
 def learn_second(strategy, stream, model):
     held = strategy.previous
-    trainer, _ = toy_trainer(strategy, stream, model)
+    training, _ = toy_training(strategy, stream, model)
     strategy.previous = held
     model.reveal(stream.tasks[1])
-    trainer.learn(stream.tasks[1], stream.tasks[1].train)
+    training.learn(stream.tasks[1], stream.tasks[1].train)
 
 
 def test_a_partly_frozen_backbone_is_no_error():
@@ -318,9 +318,9 @@ def test_the_fisher_pass_leaves_modes_and_statistics_alone():
     stream = toy_stream()
     model = toy_model(stream, norm=True)
     strategy = EWC(fisher=exact(), strength=1.0)
-    trainer, _ = toy_trainer(strategy, stream, model)
+    training, _ = toy_training(strategy, stream, model)
     model.reveal(stream.tasks[0])
-    trainer.learn(stream.tasks[0], stream.tasks[0].train)
+    training.learn(stream.tasks[0], stream.tasks[0].train)
     before = {name: value.clone() for name, value in model.named_buffers()}
     modes = {name: module.training for name, module in model.named_modules()}
     strategy.after_task(stream.tasks[0])

@@ -2,7 +2,7 @@ import torch
 import torch.nn.functional as F
 
 from cl_runner.strategies import L2P
-from tests.toys import learn, toy_stream, toy_trainer
+from tests.toys import learn, toy_stream, toy_training
 from tests.vits import toy_vit_model
 
 
@@ -24,13 +24,13 @@ def test_only_prompts_that_are_chosen_learn():
     stream = toy_stream()
     model = toy_vit_model(stream)
     strategy = L2P(pool=8, length=2, top=2)
-    trainer, _ = toy_trainer(strategy, stream, model, epochs=1, batch_size=24)
+    training, _ = toy_training(strategy, stream, model, epochs=1, batch_size=24)
     query = model.eval()(stream.tasks[0].train.images).features.detach()
     before = strategy.prompts.prompts.clone()
     chosen = set((F.normalize(query) @ F.normalize(strategy.prompts.keys).T).topk(2).indices.flatten().tolist())
     model.reveal(stream.tasks[0])
     strategy.before_task(stream.tasks[0])
-    trainer.learn(stream.tasks[0], stream.tasks[0].train)
+    training.learn(stream.tasks[0], stream.tasks[0].train)
     changed = {index for index in range(8) if not torch.equal(strategy.prompts.prompts[index], before[index])}
     assert changed == chosen
     assert 0 < len(chosen) < 8

@@ -10,7 +10,7 @@ from cl_runner.strategies import LoRA
 from cl_runner.streams.base import Scenario
 from cl_runner.streams.split import Split
 from tests.strategies.midway import assert_resumes
-from tests.toys import learn, toy_model, toy_stream, toy_trainer
+from tests.toys import learn, toy_model, toy_stream, toy_training
 
 SCENARIOS = ["task", "domain", "class"]
 
@@ -68,10 +68,10 @@ def test_nothing_is_put_beside_a_layer_that_is_never_called(caplog):
 def test_only_branches_and_head_learn():
     stream = toy_stream()
     model = toy_model(stream, norm=True)
-    trainer, _ = toy_trainer(LoRA(), stream, model)
+    training, _ = toy_training(LoRA(), stream, model)
     before, head = backbone(model), model.head.weight.clone()
     model.reveal(stream.tasks[0])
-    trainer.learn(stream.tasks[0], stream.tasks[0].train)
+    training.learn(stream.tasks[0], stream.tasks[0].train)
     assert all(torch.equal(value, before[name]) for name, value in backbone(model).items())
     assert all(branch.up.weight.any() for branch in model.adapters)
     assert not torch.equal(head, model.head.weight)
@@ -81,10 +81,10 @@ def test_merging_after_a_task_changes_the_weights_and_not_the_answers():
     stream = toy_stream()
     model = toy_model(stream)
     strategy = LoRA(rank=2)
-    trainer, _ = toy_trainer(strategy, stream, model)
+    training, _ = toy_training(strategy, stream, model)
     before, task = backbone(model), stream.tasks[0]
     model.reveal(task)
-    trainer.learn(task, task.train)
+    training.learn(task, task.train)
     unmerged = model(task.test.images).logits
     strategy.after_task(task)
     torch.testing.assert_close(model(task.test.images).logits, unmerged, rtol=1e-6, atol=1e-6)

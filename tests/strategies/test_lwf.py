@@ -9,7 +9,7 @@ from cl_runner.models.efficientnet import EfficientNetLite0
 from cl_runner.strategies import LwF
 from cl_runner.streams.base import Task
 from cl_runner.streams.split import Split
-from tests.toys import learn, toy_model, toy_stream, toy_trainer
+from tests.toys import learn, toy_model, toy_stream, toy_training
 
 DIGITS = Split(name="digits", num_tasks=5)
 
@@ -60,8 +60,8 @@ def test_the_teacher_is_still_while_the_student_trains():
     teachers = [strategy.teacher, strategy.pretrained]
     before = [{name: value.clone() for name, value in teacher.state_dict().items()} for teacher in teachers]
     student = {name: value.clone() for name, value in model.state_dict().items()}
-    trainer, _ = toy_trainer_in_place(strategy, stream, model)
-    trainer.learn(stream.tasks[1], data)
+    training, _ = toy_training_in_place(strategy, stream, model)
+    training.learn(stream.tasks[1], data)
     model.train()
     for teacher, state in zip(teachers, before, strict=True):
         assert not any(module.training for module in teacher.modules())
@@ -69,10 +69,10 @@ def test_the_teacher_is_still_while_the_student_trains():
     assert not torch.equal(student["backbone.2.running_mean"], model.state_dict()["backbone.2.running_mean"])
 
 
-def toy_trainer_in_place(strategy, stream, model):
-    """A trainer for a strategy that is already set up."""
+def toy_training_in_place(strategy, stream, model):
+    """The training of a strategy that is already set up."""
     kept = strategy.teacher, strategy.pretrained, strategy.old_groups, strategy.number
-    made = toy_trainer(strategy, stream, model)
+    made = toy_training(strategy, stream, model)
     strategy.teacher, strategy.pretrained, strategy.old_groups, strategy.number = kept
     return made
 

@@ -10,7 +10,7 @@ from cl_runner.strategies import EASE, L2P, CODAPrompt, DualPrompt
 from cl_runner.streams.base import Scenario
 from cl_runner.streams.split import Split
 from tests.strategies import midway
-from tests.toys import learn, toy_model, toy_stream, toy_trainer
+from tests.toys import learn, toy_model, toy_stream, toy_training
 from tests.vits import toy_vit_model
 
 METHODS = {
@@ -57,12 +57,12 @@ def test_the_backbone_is_not_touched_and_keeps_its_names(name):
     before = {key: value.clone() for key, value in model.backbone.state_dict().items()}
     head = model.head.weight.clone()
     strategy = METHODS[name]()
-    trainer, _ = toy_trainer(strategy, stream, model)
+    training, _ = toy_training(strategy, stream, model)
     added = {key: value.clone() for key, value in model.named_parameters() if not key.startswith(("backbone", "head"))}
     for task in stream.tasks:
         model.reveal(task)
         strategy.before_task(task)
-        trainer.learn(task, task.train)
+        training.learn(task, task.train)
         if task.index == 0:
             assert all(not torch.equal(model.get_parameter(key), value) for key, value in added.items())
         strategy.after_task(task)
@@ -96,12 +96,12 @@ def test_an_optimizer_that_is_kept_moves_what_the_next_task_learns(name):
     stream = toy_stream()
     model = toy_vit_model(stream)
     strategy = METHODS[name]()
-    trainer, _ = toy_trainer(strategy, stream, model, optimizer_state="keep", epochs=2)
+    training, _ = toy_training(strategy, stream, model, optimizer_state="keep", epochs=2)
     for task in stream.tasks:
         model.reveal(task)
         strategy.before_task(task)
         before = {key: value.clone() for key, value in model.named_parameters() if value.requires_grad}
-        trainer.learn(task, task.train)
+        training.learn(task, task.train)
         assert all(not torch.equal(model.get_parameter(key), value) for key, value in before.items())
         strategy.after_task(task)
 

@@ -13,7 +13,7 @@ from cl_runner.strategies import AGEM, DER, ER, ERACE, GEM, LUCIR, MIR, BiC, DER
 from cl_runner.strategies.rehearsal import weighted
 from cl_runner.streams.base import Scenario, concatenate
 from cl_runner.streams.split import Split
-from tests.toys import learn, toy_model, toy_stream, toy_trainer
+from tests.toys import learn, toy_model, toy_stream, toy_training
 
 METHODS = {
     "er": lambda: ER(memory=Reservoir(size=30)),
@@ -38,15 +38,15 @@ each_replaying = pytest.mark.parametrize("make", REPLAYING.values(), ids=REPLAYI
 
 
 def in_second_task(strategy, stream, model, **settings):
-    """A trainer at the beginning of the second task."""
+    """The training at the beginning of the second task."""
     learn(strategy, stream, model, tasks=1, **settings)
-    trainer, _ = toy_trainer(strategy, stream, model, **settings)
+    training, _ = toy_training(strategy, stream, model, **settings)
     model.reveal(stream.tasks[1])
     strategy.before_task(stream.tasks[1])
-    trainer.optimizer = trainer._new_optimizer({})
-    trainer.parameters = list(model.parameters())
-    trainer.scheduler = trainer.work.make_scheduler(optimizer=trainer.optimizer, steps=10)
-    return trainer
+    training.optimizer = training._new_optimizer({})
+    training.parameters = list(model.parameters())
+    training.scheduler = training.make_scheduler(optimizer=training.optimizer, steps=10)
+    return training
 
 
 def accuracy_told_apart_among_all(strategy):
@@ -133,13 +133,13 @@ def test_a_batch_learned_in_pieces_gives_the_gradient_of_the_whole(make):
     for accumulate in (1, 3):
         stream = toy_stream("class")
         model, strategy = toy_model(stream), make()
-        trainer = in_second_task(strategy, stream, model)
-        trainer.accumulate = accumulate
+        training = in_second_task(strategy, stream, model)
+        training.trainer.accumulate = accumulate
         torch.manual_seed(5)
         batch = stream.tasks[1].train[:8]
         if make in TAUGHT.values():  # exemplars are part of the task's data
             batch = batch[:5] + strategy.memory.examples[:3]
-        losses = trainer.step(batch)
+        losses = training.step(batch)
         found.append([losses["total"], *(parameter.grad for parameter in model.parameters())])
     for whole, pieces in zip(*found, strict=True):
         torch.testing.assert_close(whole, pieces)
@@ -150,20 +150,20 @@ def test_a_batch_learned_in_pieces_gives_the_gradient_of_the_whole(make):
 def test_a_run_that_is_resumed_in_the_middle_of_a_task_equals_an_uninterrupted_one(make, norm):
     stream = toy_stream("class")
     model, strategy = toy_model(stream, norm=norm), make()
-    trainer = in_second_task(strategy, stream, model)
+    training = in_second_task(strategy, stream, model)
     batches = list(stream.tasks[1].train.batches(6))
     for batch in batches[:2]:
-        trainer.step(batch)
+        training.step(batch)
     file = io.BytesIO()
     torch.save([model.state_dict(), strategy.state_dict(), torch.get_rng_state()], file)
     for batch in batches[2:]:
-        trainer.step(batch)
+        training.step(batch)
     strategy.after_task(stream.tasks[1])
 
     other_model, other = toy_model(stream, norm=norm, seed=1), make()
-    again, _ = toy_trainer(other, stream, other_model)
+    again, _ = toy_training(other, stream, other_model)
     again.optimizer, again.parameters = again._new_optimizer({}), []
-    again.scheduler = again.work.make_scheduler(optimizer=again.optimizer, steps=10)
+    again.scheduler = again.make_scheduler(optimizer=again.optimizer, steps=10)
     file.seek(0)
     weights, state, random = torch.load(file, weights_only=True)
     other_model.load_state_dict(weights)

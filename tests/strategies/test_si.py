@@ -4,7 +4,7 @@ import torch.nn.functional as F
 
 from cl_runner.strategies import SI, Finetune
 from tests.strategies.midway import assert_resumes
-from tests.toys import learn, toy_model, toy_stream, toy_trainer
+from tests.toys import learn, toy_model, toy_stream, toy_training
 
 SCENARIOS = ["task", "domain", "class"]
 
@@ -152,14 +152,14 @@ def test_the_path_takes_the_gradient_as_it_was_before_it_was_clipped():
     stream = toy_stream()
     model = toy_model(stream)
     strategy = SI()
-    trainer, _ = toy_trainer(strategy, stream, model, clip_norm=1e-3, epochs=1, batch_size=24)
+    training, _ = toy_training(strategy, stream, model, clip_norm=1e-3, epochs=1, batch_size=24)
     task = stream.tasks[0]
     model.reveal(task)
     strategy.before_task(task)
     live = dict(model.named_parameters())
     slopes = torch.autograd.grad(strategy.task_loss(task.train, model(task.train.images)), list(live.values()))
     before = [value.detach().clone() for value in live.values()]
-    trainer.learn(task, strategy.training_data(task))
+    training.learn(task, strategy.training_data(task))
     by_hand = [slope * (was - now) for slope, was, now in zip(slopes, before, live.values(), strict=True)]
     for found, expected in zip(strategy.path.values(), by_hand, strict=True):
         torch.testing.assert_close(found, expected.detach(), rtol=1e-3, atol=1e-9)

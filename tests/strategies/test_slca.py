@@ -7,7 +7,7 @@ from cl_runner.models.cosine import CosineHead
 from cl_runner.strategies import SLCA, Finetune
 from cl_runner.streams.base import Scenario
 from tests.strategies.midway import assert_resumes
-from tests.toys import learn, toy_model, toy_stream, toy_trainer
+from tests.toys import learn, toy_model, toy_stream, toy_training
 
 SCENARIOS = ["task", "domain", "class"]
 OPTIMIZERS = {
@@ -31,9 +31,9 @@ def test_the_backbone_learns_as_with_a_parameter_group_of_a_smaller_rate(name):
     stream = toy_stream("class")
     make, task = OPTIMIZERS[name], stream.tasks[0]
     model, twin = toy_model(stream), toy_model(stream)
-    trainer, _ = toy_trainer(SLCA(backbone_rate=0.1), stream, model)
-    trainer.work.make_optimizer = lambda params: make(params, 0.1)
-    grouped, _ = toy_trainer(Finetune(), stream, twin)
+    training, _ = toy_training(SLCA(backbone_rate=0.1), stream, model)
+    training.make_optimizer = lambda params: make(params, 0.1)
+    grouped, _ = toy_training(Finetune(), stream, twin)
     rate = make([torch.zeros(1)], 0.1).defaults["lr"]
 
     def in_groups(params):
@@ -42,9 +42,9 @@ def test_the_backbone_learns_as_with_a_parameter_group_of_a_smaller_rate(name):
         fast = [parameter for parameter in params if id(parameter) not in own]
         return make([{"params": fast}, {"params": slow, "lr": rate / 10}], 0.1)
 
-    grouped.work.make_optimizer = in_groups
+    grouped.make_optimizer = in_groups
     before = twin.backbone[1].weight.clone()
-    for each, of in ((trainer, model), (grouped, twin)):
+    for each, of in ((training, model), (grouped, twin)):
         of.reveal(task)
         each.learn(task, task.train)
     assert (twin.backbone[1].weight - before).abs().max() > 1e-4
