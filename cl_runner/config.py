@@ -125,6 +125,7 @@ def check(cfg: DictConfig, tried: list[Any] | None = None) -> Experiment:
     experiment.strategy.check(experiment.stream, experiment.model)
     _check_active_logits(config["trainer"]["active_logits"], experiment.stream.scenario)
     experiment.stream.prepare(config["data_root"])  # late: it may download and decode
+    _check_classes(experiment)
     _check_images(experiment, [] if tried is None else tried)
     return experiment
 
@@ -266,6 +267,17 @@ def _check_active_logits(active: str | None, scenario: str) -> None:
         raise ConfigError(
             "trainer.active_logits",
             f"expected all or null where tasks share their classes (domain), got {active!r}",
+        )
+
+
+def _check_classes(experiment: Experiment) -> None:
+    """Refuse a softmax over each task's own outputs where every task has only one, as it is constant."""
+    active = experiment.trainer.active_logits or experiment.strategy.active_logits
+    if active == "current" and experiment.stream.scenario == "class" and {*(experiment.stream.task_sizes or [])} == {1}:
+        whose = "" if experiment.trainer.active_logits else f" (the default of {type(experiment.strategy).__name__})"
+        raise ConfigError(
+            "trainer.active_logits",
+            f"expected seen or all where every task has a single class, got current{whose}: nothing would be learned",
         )
 
 

@@ -73,12 +73,19 @@ def test_a_component_goes_by_what_its_choice_is_called(group):
         assert display_name(group, node) == PRESETS.get(file.stem, file.stem)
 
 
+def test_methods_are_compared_at_one_size_of_memory():
+    sizes = {word: compose_jobs([f"strategy={word}"])[0].memory.size for word in ("er", "icarl", "gdumb", "agem")}
+    assert set(sizes.values()) == {500}
+
+
 @pytest.mark.parametrize(
     ("words", "kind"),
     [
         (["strategy=er"], "Reservoir"),
         (["strategy=icarl"], "Herding"),
         (["strategy=gdumb"], "ClassBalanced"),
+        (["strategy=gem"], "ClassBalanced"),
+        (["strategy=agem"], "ClassBalanced"),
         (["memory=reservoir", "strategy=icarl"], "Reservoir"),
         (["strategy=combined", "strategy@strategy.parts.er=icarl"], "Herding"),
     ],
@@ -141,6 +148,7 @@ def test_every_choice_says_in_a_line_what_it_is(file):
         ("stream.scenario=class strategy=independent", "strategy: expected stream.scenario=task for Independent"),
         ("stream.scenario=domain strategy=lucir", "strategy: expected stream.scenario=class for LUCIR (classify by"),
         ("strategy.anchor=pretrained", "strategy.anchor: expected auto or previous"),
+        ("stream.scenario=class stream.num_tasks=10 strategy=lwf", "trainer.active_logits: expected seen or all"),
         ("strategy=lwf strategy.teacher=both", "strategy.teacher: expected auto or previous"),
         ("strategy=l2 strategy.towards=pretrained", "strategy.towards: expected zero or previous"),
         ("stream.scenario=domain trainer.active_logits=current", "trainer.active_logits: expected all or null"),

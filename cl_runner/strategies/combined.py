@@ -89,8 +89,11 @@ class Combined(Strategy):
 
     @property
     def active_logits(self) -> ActiveLogits | None:
-        """Those of the first part that has its own, one with a memory before all others, as its loss is used."""
-        return next((part.active_logits for _, part in self._by_memory if part.active_logits), None)
+        """Those of the part with the memory, as its loss is used: replayed rows tell classes of different tasks apart,
+        unlike those of a single task. Without one, those of the first part that has its own."""
+        parts = [part for _, part in self._by_memory]
+        replaying = [part for part in parts if hasattr(part, "memory") or part.keeps_all_data]
+        return next((part.active_logits for part in replaying or parts if part.active_logits), None)
 
     def setup(self, model: Model, stream: Stream) -> None:
         super().setup(model, stream)

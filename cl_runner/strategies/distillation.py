@@ -94,3 +94,8 @@ def _prompts_of(model: Model) -> list[Prompts]:
 def frozen_copy(model: Module) -> Module:
     """A copy without gradients, in eval mode, which the model's own `train()` does not reach."""
     return deepcopy(model).requires_grad_(False).eval()
+
+
+def precise(values: Tensor) -> Tensor:
+    """The same in float32 at least: autocast leaves bf16 on CPUs, which loses small differences from a teacher."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))

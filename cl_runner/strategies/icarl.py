@@ -7,7 +7,7 @@ from torch import Tensor
 
 from cl_runner.memory.base import Memory
 from cl_runner.models.model import Model, Output
-from cl_runner.strategies.distillation import Exemplars
+from cl_runner.strategies.distillation import Exemplars, precise
 from cl_runner.strategies.inference import CHUNK, features_of
 from cl_runner.streams.base import Examples, Scenario, Stream, Task
 
@@ -39,7 +39,7 @@ class ICaRL(Exemplars):
     def penalties(self, batch: Examples, output: Output) -> dict[str, Tensor]:
         if self.number == 1:
             return {}
-        wanted = (self.teacher_output(output).logits / self.temperature).sigmoid()
+        wanted = (precise(self.teacher_output(output).logits) / self.temperature).sigmoid()
         return {"icarl": _cross_entropies(output.logits, wanted, self.old.expand_as(wanted))}
 
     def after_task(self, task: Task) -> None:
@@ -58,5 +58,5 @@ class ICaRL(Exemplars):
 
 def _cross_entropies(logits: Tensor, wanted: Tensor, entering: Tensor) -> Tensor:
     """Binary cross-entropies, summed over the `entering` outputs and averaged over the batch; all [B, K]."""
-    losses = F.binary_cross_entropy_with_logits(logits, wanted, reduction="none")
+    losses = F.binary_cross_entropy_with_logits(precise(logits), precise(wanted), reduction="none")
     return (losses * entering).sum(1).mean()

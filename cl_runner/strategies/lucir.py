@@ -10,7 +10,7 @@ from cl_runner.memory.base import Memory
 from cl_runner.models.cosine import CosineHead
 from cl_runner.models.model import Model, Output
 from cl_runner.ranges import Count
-from cl_runner.strategies.distillation import Exemplars
+from cl_runner.strategies.distillation import Exemplars, precise
 from cl_runner.streams.base import Examples, Scenario, Stream, Task
 
 
@@ -18,7 +18,8 @@ class LUCIR(Exemplars):
     """Classify by cosines alone, distil the directions of features, and keep exemplars of old classes a margin away
     from the most similar new classes (eq. 3, 6 and 8). The embeddings of old classes are frozen.
 
-    Deviations: features are the backbone's own, where the paper removes the last ReLU; new embeddings start at random;
+    Deviations: features are the backbone's own, where the paper removes the last ReLU (model.last_relu=false does so
+    for resnet18); new embeddings start at random;
     there is no final fine-tuning on balanced data. The authors' code starts the scale of the cosines at 1 and averages
     the ranking term over the negatives, which the paper and we sum: at the same `margin_strength` its term is smaller
     by their number. The paper's memory is herding. A finished run's file of weights holds the classifier as a linear
@@ -66,7 +67,8 @@ class LUCIR(Exemplars):
     def penalties(self, batch: Examples, output: Output) -> dict[str, Tensor]:
         if self.number == 1:
             return {}
-        turned = 1 - F.cosine_similarity(output.features, self.teacher_output(output).features)
+        now, before = precise(output.features), precise(self.teacher_output(output).features)
+        turned = 1 - F.cosine_similarity(now, before)
         terms = {"lucir": self.strength * self.balance * turned.mean()}
         if len(self.new):
             terms["lucir_margin"] = self.margin_strength * self._ranking(batch, output)

@@ -10,9 +10,11 @@ from cl_runner.errors import ConfigError
 from cl_runner.models.architecture import Architecture
 from cl_runner.models.model import Model, Output, PretrainedView
 from cl_runner.strategies.anchors import Source, check_source, wants_pretrained, wants_previous
-from cl_runner.strategies.distillation import Distillation, frozen_copy
-from cl_runner.streams.base import Examples, Stream, Task
+from cl_runner.strategies.distillation import Distillation, frozen_copy, precise
+from cl_runner.streams.base import Examples, Scenario, Stream, Task
 from cl_runner.streams.recipe import Recipe
+
+Softmax = Literal["task", "joint", "all"]
 
 
 class LwF(Distillation):
@@ -24,6 +26,7 @@ class LwF(Distillation):
     """
 
     saved = (*Distillation.saved, "old_groups")
+    active_logits = "current"  # as in the paper: the labels of new classes must not push down what is distilled
 
     def __init__(
         self,
@@ -34,11 +37,12 @@ class LwF(Distillation):
         temperature: PositiveFloat = 2.0,
         squared_temperature: bool = True,
         weighting: Literal["constant", "tasks", "average"] = "tasks",
-        softmax: Literal["task", "joint", "all"] = "task",
+        softmax: Softmax | None = None,
     ) -> None:
         """`squared_temperature`: multiply by T^2, so that gradients do not shrink with T (Hinton et al., 2015; not in
         the paper); `softmax`: one over each earlier task's outputs, their losses averaged (task), one over all earlier
-        outputs (joint), or one over the whole head, if future outputs are active from the start (all); `weighting`: of
+        outputs (joint), or one over the whole head, if future outputs are active from the start (all); null: joint
+        where tasks' classes have to be told apart (the class scenario), else task, as in the paper; `weighting`: of
         the task's loss and of the distillation in task k = 1, 2, …: constant (1, 1), tasks (1, k-1), so that each
         earlier task counts once (the paper), or average (1/k, 1-1/k), the latter times `strength`;
         `pretrained_strength`: null for the same as `strength`."""
@@ -46,34 +50,42 @@ class LwF(Distillation):
         self.source: Source = teacher
         self.pretrained_strength = strength if pretrained_strength is None else pretrained_strength
         self.temperature, self.squared_temperature = temperature, squared_temperature
-        self.weighting, self.softmax = weighting, softmax
+        self.weighting = weighting
+        self.softmax: Softmax | None = softmax
 
     def check(self, stream: Recipe, model: Architecture) -> None:
         super().check(stream, model)
         check_source("strategy.teacher", self.source, model)
-        self._check_softmax(stream.task_sizes or [], self.source != "previous" and model.has_pretrained_head)
+        self._check_softmax(
+            stream.scenario, stream.task_sizes or [], self.source != "previous" and model.has_pretrained_head
+        )
 
     def setup(self, model: Model, stream: Stream) -> None:
         super().setup(model, stream)
         self.pretrained = frozen_copy(PretrainedView(model)) if wants_pretrained(self.source, model) else None
-        self._check_softmax([len(task.classes) for task in stream.tasks], self.pretrained is not None)
+        sizes = [len(task.classes) for task in stream.tasks]
+        self._check_softmax(stream.scenario, sizes, self.pretrained is not None)
         self.old_groups: list[Tensor] = []  # int64: the earlier outputs in each softmax
 
     def before_task(self, task: Task) -> None:
         super().before_task(task)
         groups = dict.fromkeys(earlier.classes for earlier in self.stream.tasks[: task.index])
-        if self.softmax != "task" and groups:
+        softmax = self._softmax(self.stream.scenario)
+        if softmax != "task" and groups:
             old = self.stream.classes_before(task.index)
-            groups = {tuple(old if self.softmax == "joint" else range(self.stream.num_classes)): None}
+            groups = {tuple(old if softmax == "joint" else range(self.stream.num_classes)): None}
         self.old_groups = [torch.tensor(group, device=self.model.device) for group in groups]
 
-    def _check_softmax(self, sizes: list[int], pretrained: bool) -> None:
+    def _softmax(self, scenario: Scenario) -> Softmax:
+        return self.softmax or ("joint" if scenario is Scenario.CLASS else "task")
+
+    def _check_softmax(self, scenario: Scenario, sizes: list[int], pretrained: bool) -> None:
         """Refuse a softmax over single outputs, which is always 1, without a `pretrained` teacher to distil instead.
 
         `sizes`: each task's number of classes, as far as known.
         """
         in_vain = len(sizes) > 1 and set(sizes) == {1} and wants_previous(self.source) and not pretrained
-        if in_vain and self.softmax == "task":
+        if in_vain and self._softmax(scenario) == "task":
             expected = (
                 "expected joint or all where every task has a single class (a softmax over one output is constant)"
             )
@@ -98,14 +110,8 @@ class LwF(Distillation):
         return terms
 
     def distillation(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """Mean over the batch of KL(teacher || student) at the temperature; [B, K] logits each, a scalar.
-
-        In float32 also under bf16 autocast on CPUs: the small differences would be lost.
-        """
-        student, teacher = (
-            logits.to(torch.promote_types(logits.dtype, torch.float32)) for logits in (student, teacher)
-        )
-        log_student = (student / self.temperature).log_softmax(1)
-        log_teacher = (teacher / self.temperature).log_softmax(1)
+        """Mean over the batch of KL(teacher || student) at the temperature; [B, K] logits each, a scalar."""
+        log_student = (precise(student) / self.temperature).log_softmax(1)
+        log_teacher = (precise(teacher) / self.temperature).log_softmax(1)
         divergence = (log_teacher.exp() * (log_teacher - log_student)).sum(1).mean()
         return divergence * self.temperature**2 if self.squared_temperature else divergence

@@ -9,6 +9,7 @@ from cl_runner.errors import ConfigError
 from cl_runner.memory import Herding
 from cl_runner.models.cosine import CosineHead
 from cl_runner.models.mlp import MLP
+from cl_runner.models.model import Output
 from cl_runner.models.weights import Net
 from cl_runner.strategies import LUCIR, Finetune
 from cl_runner.streams.split import Split
@@ -121,3 +122,16 @@ def test_it_resumes_in_the_middle_of_a_task():
 def test_it_is_refused_where_no_old_class_stands_beside_a_new_one(scenario):
     with pytest.raises(ConfigError, match=r"strategy: expected stream\.scenario=class"):
         lucir().check(Split(name="digits", num_tasks=5, scenario=scenario), MLP(widths=[8]))
+
+
+def test_a_small_turn_of_the_features_survives_bf16():
+    stream = toy_stream("class")
+    strategy = lucir()
+    at_task(strategy, stream, toy_model(stream), 1)
+    strategy.new = strategy.new[:0]  # no margin
+    before = torch.randn(64, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
+    now = (before + 0.02 * torch.randn(64, 8, generator=torch.Generator().manual_seed(1))).bfloat16()
+    strategy.teacher_output = lambda output: Output(before, before, before)
+    found = strategy.penalties(strategy.before_batch(stream.tasks[1].train), Output(now, now, now))["lucir"]
+    exact = 1 - F.cosine_similarity(now.double(), before.double())
+    assert found == pytest.approx(5.0 * exact.mean().item(), rel=1e-2)

@@ -34,13 +34,16 @@ def test_a_softmax_a_task_is_refused_where_every_task_has_a_single_class():
     single, model = Split(name="digits", num_tasks=10, scenario="class"), EfficientNetLite0(pretrained=False)
     refused = pytest.raises(ConfigError, match=r"strategy\.softmax: expected joint or all .* strategy\.softmax=joint")
     with refused:
-        LwF().check(single, model)
-    LwF(softmax="joint").check(single, model)
-    LwF().check(replace(single, max_tasks=1), model)  # there are no old classes
-    LwF().check(Split(name="digits", num_tasks=9, first_task_classes=2, scenario="class"), model)
-    LwF().check(single, EfficientNetLite0(pretrained=True))  # the pretrained model can be distilled
+        LwF(softmax="task").check(single, model)
     with refused:
-        LwF(teacher="previous").check(single, EfficientNetLite0(pretrained=True))
+        LwF().check(replace(single, scenario="task"), model)
+    LwF().check(single, model)  # joint
+    LwF(softmax="task").check(replace(single, max_tasks=1), model)  # there are no old classes
+    LwF(softmax="task").check(Split(name="digits", num_tasks=9, first_task_classes=2, scenario="class"), model)
+    pretrained = EfficientNetLite0(pretrained=True)
+    LwF(softmax="task").check(single, pretrained)  # the pretrained model can be distilled
+    with refused:
+        LwF(softmax="task", teacher="previous").check(single, pretrained)
 
 
 def test_a_softmax_a_task_is_refused_as_soon_as_the_classes_are_known():
@@ -48,8 +51,8 @@ def test_a_softmax_a_task_is_refused_as_soon_as_the_classes_are_known():
     tasks = [Task(task.index, task.classes[:1], lambda name: stream.tasks[0].train) for task in stream.tasks]
     single = replace(stream, tasks=tasks)
     with pytest.raises(ConfigError, match=r"strategy\.softmax: expected joint or all"):
-        LwF().setup(toy_model(single), single)
-    LwF().setup(toy_model(single, pretrained=True), single)
+        LwF(softmax="task").setup(toy_model(single), single)
+    LwF(softmax="task").setup(toy_model(single, pretrained=True), single)
 
 
 def test_the_teacher_is_still_while_the_student_trains():
@@ -92,6 +95,27 @@ def test_the_distillation_is_the_kl_divergence_at_the_temperature(squared):
         p, q = torch.softmax(t / 3, 0), torch.softmax(s / 3, 0)
         by_hand += (p * (p / q).log()).sum() / 7
     torch.testing.assert_close(strategy.distillation(student, teacher), by_hand * (9 if squared else 1))
+
+
+@pytest.mark.parametrize(
+    ("scenario", "groups"), [("task", [[0, 1], [2, 3]]), ("class", [[0, 1, 2, 3]]), ("domain", [[0, 1]])]
+)
+def test_all_earlier_outputs_share_a_softmax_where_classes_of_all_tasks_are_told_apart(scenario, groups):
+    stream = toy_stream(scenario)
+    strategy = LwF()
+    at_task(strategy, stream, toy_model(stream), 2)
+    assert [group.tolist() for group in strategy.old_groups] == groups
+
+
+def test_labels_of_new_classes_do_not_push_down_the_old_ones_that_are_distilled():
+    stream = toy_stream("class")
+    model = toy_model(stream, active_logits=LwF.active_logits)
+    strategy = LwF()
+    batch = at_task(strategy, stream, model, 1)
+    model.zero_grad()
+    strategy.task_loss(batch, model(batch.images)).backward()
+    assert (model.head.weight.grad[:2] == 0).all()
+    assert (model.head.weight.grad[2:4] != 0).any(1).all()
 
 
 def test_the_divergence_of_nearly_equal_answers_survives_bf16():
