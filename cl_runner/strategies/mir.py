@@ -24,13 +24,14 @@ class MIR(Rehearsal):
         self,
         *,
         memory: Memory,
-        replay_batch_size: Count | None = None,
+        replay_batch_size: Count | None = 10,
         store: Store = "step",
         candidates: Count = 50,
-        virtual_lr: PositiveFloat = 0.1,
+        virtual_lr: PositiveFloat = 0.001,
     ) -> None:
-        """`candidates`: drawn from memory, of which `replay_batch_size` are replayed (all, if a batch is that large);
-        `virtual_lr`: of the virtual step (to first order, the choice does not depend on it)."""
+        """`candidates`: drawn from memory, of which `replay_batch_size` are replayed (null: as many as are fresh, or
+        all, if a batch is that large); `virtual_lr`: of the virtual step, small enough for it to lower the fresh rows'
+        loss (the authors' 0.1 suits nets from scratch; a pretrained one is thrown far off)."""
         super().__init__(memory=memory, replay_batch_size=replay_batch_size, store=store)
         if replay_batch_size is not None and replay_batch_size >= candidates:
             given = f"expected more than replay_batch_size={replay_batch_size}, to choose from, got {candidates}"

@@ -41,7 +41,7 @@ def test_it_replays_the_rows_that_a_step_on_the_fresh_ones_would_harm_most():
 
 
 def test_it_chooses_among_the_candidates_drawn():
-    strategy, _, fresh = standing(candidates=5)
+    strategy, _, fresh = standing(candidates=5, replay_batch_size=None)
     assert len(strategy.before_batch(fresh)) == 8 + 5
 
 
@@ -59,3 +59,10 @@ def test_trying_the_step_changes_neither_weights_nor_statistics_nor_gradients():
     assert model.training
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_it_leaves_most_candidates_unless_told_otherwise_however_large_the_batch():
+    strategy, _, _ = standing()
+    fresh = strategy.stream.tasks[1].train
+    assert len(fresh) == 24
+    assert len(strategy.before_batch(fresh)) == 24 + 10
