@@ -1,5 +1,6 @@
 """Experience replay (Chaudhry et al., 2019, arXiv 1902.10486; weighted losses: van de Ven et al., 2022)."""
 
+import math
 from typing import Literal
 
 import torch
@@ -44,8 +45,8 @@ class ER(Rehearsal):
         if self.mode != "oversampled" or not len(self.memory):
             return task.train
         data, held = task.train, self.memory.examples
-        rows = torch.arange(max(len(data), len(held)), device=held.labels.device) % len(held)
-        return data + held[rows].to(data.labels.device)
+        rows = torch.randperm(len(held)).repeat(max(1, math.ceil(len(data) / len(held))))[: max(len(data), len(held))]
+        return data + held[rows.to(held.labels.device)].to(data.labels.device)
 
     def with_replay(self, batch: Examples) -> Examples:
         if self.mode == "concatenated":

@@ -5,16 +5,27 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from cl_runner.errors import ConfigError
+from cl_runner.models.architecture import Architecture
 from cl_runner.models.model import Output
 from cl_runner.strategies.rehearsal import Rehearsal, weighted
 from cl_runner.streams.base import Examples
+from cl_runner.streams.recipe import Recipe
 
 
 class ERACE(Rehearsal):
     """Restrict the loss of fresh rows to the classes in their batch, so that they do not push old classes away.
 
-    Replayed rows compete among all classes. The two mean losses are added.
+    Replayed rows compete among all classes. The two mean losses are added. Deviation: fresh rows do not compete with
+    classes yet to come either, which the authors' code leaves in; so a task of a single class would teach nothing.
     """
+
+    def check(self, stream: Recipe, model: Architecture) -> None:
+        super().check(stream, model)
+        sizes = stream.task_sizes or []
+        if len(sizes) > 1 and set(sizes) == {1}:
+            reason = "a class that is alone in its batches has no loss"
+            raise ConfigError("strategy", f"expected tasks of several classes for ERACE ({reason}), got one class each")
 
     def with_replay(self, batch: Examples) -> Examples:
         every = torch.ones(self.stream.num_classes, dtype=torch.bool, device=batch.labels.device)

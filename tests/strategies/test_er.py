@@ -77,3 +77,16 @@ def test_an_oversampled_memory_changes_between_tasks_only():
         ER(memory=Reservoir(), mode="oversampled")
     with pytest.raises(ConfigError, match=r"strategy\.replay_batch_size: expected null with mode=oversampled, got 8"):
         ER(memory=Reservoir(), mode="oversampled", store="task", replay_batch_size=8)
+
+
+def test_which_rows_are_repeated_once_more_is_drawn_anew():
+    strategy = ER(memory=ClassBalanced(size=16), mode="oversampled", store="task")
+    task, _ = in_third_task(strategy)
+    twice = set()
+    for seed in range(20):
+        torch.manual_seed(seed)
+        rows = strategy.training_data(task).images[24:]  # 16 rows, 8 of them again
+        found, counts = rows.flatten(1).unique(dim=0, return_counts=True)
+        assert sorted(counts.tolist()) == [1] * 8 + [2] * 8
+        twice |= {tuple(row.tolist()) for row in found[counts == 2]}
+    assert len(twice) == 16

@@ -1,8 +1,12 @@
+import pytest
 import torch
 import torch.nn.functional as F
 
+from cl_runner.errors import ConfigError
 from cl_runner.memory import Reservoir
+from cl_runner.models.mlp import MLP
 from cl_runner.strategies import ERACE
+from cl_runner.streams.split import Split
 from tests.toys import learn, toy_model, toy_stream
 
 
@@ -43,3 +47,10 @@ def test_a_class_that_is_not_in_the_batch_is_left_alone_though_the_task_has_it()
     batch = strategy.before_batch(data[data.labels == 2][:4])
     strategy.task_loss(batch, model(batch.images)).backward()
     assert (model.head.weight.grad[3] == 0).all()
+
+
+def test_tasks_of_single_classes_are_refused_since_nothing_would_be_learned_from_fresh_rows():
+    single, model = Split(name="digits", num_tasks=10, scenario="class"), MLP(widths=[8])
+    with pytest.raises(ConfigError, match=r"strategy: expected tasks of several classes .* got one class each"):
+        ERACE(memory=Reservoir()).check(single, model)
+    ERACE(memory=Reservoir()).check(Split(name="digits", num_tasks=5, scenario="class"), model)
