@@ -12,7 +12,7 @@ from cl_runner.memory.base import Memory
 from cl_runner.models.model import Model, Output
 from cl_runner.randomness import derive_seed, task_seed
 from cl_runner.ranges import Seed
-from cl_runner.strategies.distillation import Exemplars
+from cl_runner.strategies.distillation import Exemplars, precise
 from cl_runner.strategies.inference import CHUNK, evaluating
 from cl_runner.streams.base import Examples, Scenario, Stream, Task, concatenate
 
@@ -67,9 +67,12 @@ class BiC(Exemplars):
         if self.number == 1:
             return {}
         outside = ~self.old
-        target = self.teacher_output(output).logits * self.scale + self.shift  # with the previous task's correction
+        target = (
+            precise(self.teacher_output(output).logits) * self.scale + self.shift
+        )  # with the previous task's correction
         target = (target / self.temperature).masked_fill(outside, -torch.inf).softmax(1)
-        student = (output.logits / self.temperature).masked_fill(outside, -torch.inf).log_softmax(1)
+        student = precise(output.logits) / self.temperature
+        student = student.masked_fill(outside, -torch.inf).log_softmax(1)
         losses = -(target * student.masked_fill(outside, 0)).sum(1)
         return {"bic": self.share * losses.mean()}
 
@@ -78,7 +81,7 @@ class BiC(Exemplars):
         self.scale, self.shift = torch.ones_like(self.scale), torch.zeros_like(self.shift)
         if len(balanced):
             self.scale[self.new], self.shift[self.new] = self._fitted(balanced).to(self.scale)
-        elif len(self.memory):
+        elif len(self.memory) and len(self.new):
             log.warning("bic: no correction in task %d: some class has a single row, which is trained on", task.index)
         super().after_task(task)
 
@@ -91,6 +94,10 @@ class BiC(Exemplars):
         if not len(self.memory):
             return fresh, fresh[:0]
         held = self.memory.examples.to(fresh.labels.device)
+        back = torch.isin(fresh.labels, held.labels)  # of classes that come back: held rows of them are enough
+        again, fresh = fresh[back], fresh[~back]
+        if not len(fresh):
+            return again + held, again[:0]
         # The trainer shuffles the task's rows by the task's own seed.
         generator = torch.Generator().manual_seed(derive_seed(task_seed(self.seed, task.index), "held out"))
         to_spare = [int(part.labels.unique(return_counts=True)[1].min()) - 1 for part in (fresh, held)]
@@ -100,7 +107,7 @@ class BiC(Exemplars):
             chosen = _of_each_class(examples.labels.cpu(), count, generator).to(examples.labels.device)
             kept.append(examples[~chosen])
             apart.append(examples[chosen])
-        return concatenate(kept), concatenate(apart)
+        return concatenate([*kept, again]), concatenate(apart)
 
     def _fitted(self, balanced: Examples) -> Tensor:
         """The scale and the shift [2] of the new classes' logits that fit these rows best."""

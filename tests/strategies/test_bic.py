@@ -7,6 +7,7 @@ from cl_runner.memory import Herding
 from cl_runner.models.mlp import MLP
 from cl_runner.randomness import task_seed
 from cl_runner.strategies import BiC, Finetune
+from cl_runner.streams.base import Task
 from cl_runner.streams.split import Split
 from tests.strategies.midway import assert_resumes
 from tests.strategies.test_icarl import accuracy, at_task
@@ -128,3 +129,25 @@ def test_it_resumes_in_the_middle_of_a_task():
 def test_it_is_refused_where_no_old_class_stands_beside_a_new_one(scenario):
     with pytest.raises(ConfigError, match=r"strategy: expected stream\.scenario=class"):
         bic().check(Split(name="digits", num_tasks=5, scenario=scenario), MLP(widths=[8]))
+
+
+def test_a_class_that_comes_back_is_held_out_once_from_its_exemplars():
+    stream = toy_stream("class")
+    strategy = bic(held_out=0.34)
+    learn(strategy, stream, toy_model(stream), tasks=2)
+    again, new = stream.tasks[1].train, stream.tasks[2].train
+    task = Task(2, (2, 3, 4, 5), lambda split: again + new)
+    learned, apart = strategy._parts(task)
+    assert apart.labels.bincount().tolist() == [2] * 6
+    assert learned.labels.bincount().tolist() == [4, 4, 16, 16, 10, 10]
+
+
+def test_nothing_is_corrected_in_a_task_without_new_classes(caplog):
+    stream = toy_stream("class")
+    strategy = bic()
+    learn(strategy, stream, toy_model(stream), tasks=2)
+    back = Task(2, (2, 3), lambda split: stream.tasks[1].train)
+    strategy.before_task(back)
+    strategy.after_task(back)
+    assert (strategy.scale.unique().tolist(), strategy.shift.unique().tolist()) == ([1.0], [0.0])
+    assert not caplog.records
