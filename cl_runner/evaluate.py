@@ -8,6 +8,7 @@ from torch import Tensor
 
 from cl_runner.models.model import Model, PretrainedView
 from cl_runner.strategies.base import Strategy
+from cl_runner.strategies.inference import float64_device
 from cl_runner.streams.base import Examples, Scenario, Stream, Task, concatenate
 
 
@@ -92,6 +93,6 @@ class Drift:
     @torch.no_grad()
     def _log_probabilities(self) -> Tensor:
         self.view.eval()
-        device = self.view.device
-        batches = self.examples.batches(self.batch_size)
-        return torch.cat([self.view(batch.to(device).images).logits.double().log_softmax(1) for batch in batches])
+        device, place = self.view.device, float64_device(self.view.device)
+        outputs = [self.view(batch.to(device).images).logits for batch in self.examples.batches(self.batch_size)]
+        return torch.cat([logits.to(place).double().log_softmax(1) for logits in outputs])

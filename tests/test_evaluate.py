@@ -4,6 +4,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from cl_runner import evaluate
 from cl_runner.evaluate import Drift, accuracies
 from cl_runner.models.model import PretrainedView
 from cl_runner.strategies import Finetune, Independent
@@ -122,3 +123,10 @@ def test_drift_is_the_agreement_and_divergence_under_the_pretrained_head():
     moved = drift.measure()
     assert moved["drift_agreement"] == pytest.approx((p.argmax(1) == q.argmax(1)).double().mean().item())
     assert moved["drift_kl"] == pytest.approx((p * (p / q).log()).sum(1).mean().item())
+
+
+def test_drift_is_computed_where_double_precision_exists(monkeypatch):
+    monkeypatch.setattr(evaluate, "float64_device", lambda device: torch.device("meta"))
+    stream = toy_stream()
+    drift = Drift(toy_model(stream, pretrained=True), stream, samples=6, batch_size=3)
+    assert (drift.before.device.type, drift.before.dtype) == ("meta", torch.float64)

@@ -6,6 +6,7 @@ from pydantic import NonNegativeFloat
 from torch import Tensor
 
 from cl_runner.memory.base import Memory
+from cl_runner.strategies.inference import float64_device
 from cl_runner.strategies.rehearsal import Rehearsal
 from cl_runner.streams.base import Examples
 
@@ -69,7 +70,8 @@ def solve_dual(gram: np.ndarray, against: np.ndarray) -> np.ndarray:
 def _products(rows: Tensor, columns: Tensor) -> np.ndarray:
     """rows @ columns.T in double precision, in chunks."""
     pieces = zip(rows.split(CHUNK, 1), columns.split(CHUNK, 1), strict=True)
-    return torch.stack([a.double() @ b.double().T for a, b in pieces]).sum(0).cpu().numpy()
+    place = float64_device(rows.device)
+    return torch.stack([a.to(place).double() @ b.to(place).double().T for a, b in pieces]).sum(0).cpu().numpy()
 
 
 def _flat(parts: list[Tensor]) -> Tensor:

@@ -1,5 +1,6 @@
 """Base class of methods with a memory: when rows are stored, and how stored rows join a batch."""
 
+import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -65,11 +66,18 @@ class Rehearsal(Strategy):
     def gradient(self, examples: Examples) -> list[Tensor]:
         """The gradient of the mean loss on these examples, for each of `learning`; their `.grad` is left alone.
 
-        A single row is passed in eval mode: a normalisation layer cannot compute statistics of it.
+        They are passed in pieces no larger than the fresh batch, and a single row in eval mode: a normalisation layer
+        cannot compute statistics of it.
         """
-        with evaluating(self.model) if len(examples) == 1 else nullcontext():
-            loss = self.row_losses(examples, self.model(examples.images)).mean()
-        return list(torch.autograd.grad(loss, self.learning, allow_unused=True, materialize_grads=True))
+        learning, pieces = self.learning, math.ceil(len(examples) / self.fresh)
+        totals: list[Tensor] = []
+        for piece in examples.split(pieces):
+            with evaluating(self.model) if len(piece) == 1 else nullcontext():
+                losses = self.row_losses(piece, self.model(piece.images))
+            loss = losses.mean() * (len(piece) / len(examples))
+            found = torch.autograd.grad(loss, learning, allow_unused=True, materialize_grads=True)
+            totals = [total + part for total, part in zip(totals, found, strict=True)] if totals else list(found)
+        return totals
 
     @property
     def learning(self) -> list[Tensor]:

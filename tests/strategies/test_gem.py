@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from cl_runner.memory import ClassBalanced
-from cl_runner.strategies import GEM
+from cl_runner.strategies import GEM, gem
 from cl_runner.strategies.gem import project
 from tests.toys import learn, toy_model, toy_stream
 
@@ -97,3 +97,29 @@ def test_a_step_in_the_third_task_increases_no_earlier_tasks_loss_to_first_order
         assert constraint @ found >= -1e-5 * constraint.norm() * found.norm()
         products.append(constraint @ plain)
     assert min(products) < 0
+
+
+def test_a_tasks_gradient_is_computed_in_pieces_no_larger_than_the_batch():
+    stream = toy_stream()
+    model = toy_model(stream)
+    strategy = GEM(memory=ClassBalanced(size=20, per="task"))
+    learn(strategy, stream, model, tasks=1, epochs=1)
+    model.reveal(stream.tasks[1])
+    strategy.before_task(stream.tasks[1])
+    held = strategy.memory.examples
+    loss = F.cross_entropy(model.restrict(model(held.images).logits, held.task_ids), held.labels)
+    whole = torch.autograd.grad(loss, list(model.parameters()))
+    sizes: list[int] = []
+    model.backbone.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    strategy.before_batch(stream.tasks[1].train[:8])
+    for found, expected in zip(strategy.gradient(held), whole, strict=True):
+        torch.testing.assert_close(found, expected)
+    assert sum(sizes) == 20
+    assert max(sizes) <= 8
+
+
+def test_products_are_taken_where_double_precision_exists(monkeypatch):
+    asked = []
+    monkeypatch.setattr(gem, "float64_device", lambda device: asked.append(device) or device)
+    project(*drawn(0, "any"))
+    assert asked == [torch.device("cpu")]
