@@ -23,7 +23,7 @@ class Herding(Memory):
     def __init__(
         self,
         *,
-        size: Count = 2000,
+        size: Count = 500,
         per: Per = "all",
         share: Share = "class",
         normalize: bool = True,
