@@ -46,7 +46,8 @@ class Trainer:
             of a pass is dropped.
         first_task: settings of the first task alone; None: it has none of its own.
         accumulate: micro-batches to compute a batch in, for the same gradient with less memory; but layers that
-            normalise by a batch's statistics then use a micro-batch's.
+            normalise by a batch's statistics then use a micro-batch's, and the gradients that A-GEM, GEM and MIR take
+            themselves still take a whole batch at a time.
         optimizer_state: whether momentum and the like start empty in each task (reset). With keep, momentum and weight
             decay also move outputs that the loss does not see, as in protocols that keep one optimizer. Methods that
             restart from, or redraw, weights in each task start with an empty state in any case.
