@@ -149,6 +149,10 @@ def test_every_choice_says_in_a_line_what_it_is(file):
         ("stream.scenario=domain strategy=lucir", "strategy: expected stream.scenario=class for LUCIR (classify by"),
         ("strategy.anchor=pretrained", "strategy.anchor: expected auto or previous"),
         ("stream.scenario=class stream.num_tasks=10 strategy=lwf", "trainer.active_logits: expected seen or all"),
+        (
+            "stream.scenario=class stream.first_task_classes=5 stream.num_tasks=6 strategy=lwf",
+            "trainer.active_logits: expected seen or all where a task has a single class, got current (the default of",
+        ),
         ("strategy=lwf strategy.teacher=both", "strategy.teacher: expected auto or previous"),
         ("strategy=l2 strategy.towards=pretrained", "strategy.towards: expected zero or previous"),
         ("stream.scenario=domain trainer.active_logits=current", "trainer.active_logits: expected all or null"),

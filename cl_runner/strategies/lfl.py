@@ -16,8 +16,9 @@ class LFL(Distillation):
     pretrained head, the first task's features are also kept near the pretrained ones.
     """
 
-    def __init__(self, *, strength: NonNegativeFloat = 1.0, hold_head: bool = True) -> None:
-        """`hold_head`: whether to freeze the rows of earlier classes (algorithm 1)."""
+    def __init__(self, *, strength: NonNegativeFloat = 0.001, hold_head: bool = True) -> None:
+        """`strength`: small, since distances are sums over all features; `hold_head`: whether to freeze the rows of
+        earlier classes (algorithm 1)."""
         self.strength, self.hold_head = strength, hold_head
 
     def penalties(self, batch: Examples, output: Output) -> dict[str, Tensor]:

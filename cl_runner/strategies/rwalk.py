@@ -34,7 +34,7 @@ class RWalk(PathIntegral):
         self,
         *,
         fisher: Estimator,
-        strength: NonNegativeFloat = 1.0,
+        strength: NonNegativeFloat = 1_000.0,
         alpha: Annotated[float, Field(gt=0, le=1)] = 0.9,
         interval: Count = 10,
         epsilon: PositiveFloat = 1e-3,

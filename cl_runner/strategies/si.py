@@ -20,18 +20,19 @@ class SI(PathIntegral):
     def __init__(
         self,
         *,
-        strength: NonNegativeFloat = 1.0,
+        strength: NonNegativeFloat = 100_000.0,
         epsilon: PositiveFloat = 0.1,
         gradient: Literal["total", "task"] = "total",
         negative: Literal["keep", "drop"] = "keep",
         accumulation: Accumulation = "sum",
         head: bool = True,
     ) -> None:
-        """`strength`: the paper's c; `epsilon`: its damping; `gradient`: in the path integral, of the whole loss (van
-        de Ven's code), or without SI's own penalty (the paper's eq. 3, and its authors' code); `negative`: whether to
-        keep a negative importance, of a weight that raised the losses (eq. 5; such a weight is pushed away), or to drop
-        it from the sum over tasks (the authors' code); `accumulation`: over tasks, the paper's sum, or an average in
-        which each class counts once; `head`: whether to penalise changes of the head too."""
+        """`strength`: the paper's c, which is about 1 there, where nets are trained from scratch: weights that are
+        fine-tuned move so little beside its damping, `epsilon`, that 1 holds nothing; `gradient`: in the path integral,
+        of the whole loss (van de Ven's code), or without SI's own penalty (the paper's eq. 3, and its authors' code);
+        `negative`: whether to keep a negative importance, of a weight that raised the losses (eq. 5; such a weight is
+        pushed away), or to drop it from the sum over tasks (the authors' code); `accumulation`: over tasks, the paper's
+        sum, or an average in which each class counts once; `head`: whether to penalise changes of the head too."""
         super().__init__(strength, head)
         self.epsilon, self.negative = epsilon, negative
         self.unregularised = gradient == "task"

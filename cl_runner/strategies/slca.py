@@ -43,8 +43,9 @@ class SLCA(Strategy):
         temperature: PositiveFloat = 0.1,
         batch_size: Count = 256,
     ) -> None:
-        """Of the alignment: `epochs` (0: none), `samples` per class in each, `lr` (SGD, momentum 0.9, cosine schedule),
-        `temperature` that divides the normalised logits."""
+        """Of the alignment: `epochs` (0: none), `samples` per class in each, `lr` (SGD, momentum 0.9, cosine schedule;
+        in the authors' code that of the head's training, and one far above it throws a head off that has learned in
+        small steps), `temperature` that divides the normalised logits."""
         self.backbone_rate, self.epochs, self.samples = backbone_rate, epochs, samples
         self.lr, self.temperature, self.batch_size = lr, temperature, batch_size
 

@@ -176,7 +176,9 @@ def test_which_outputs_are_active_is_said_by_the_part_that_replays_if_there_is_o
     assert strategy.active_logits == expected[next(name for name in expected if name in names)]
 
 
-@pytest.mark.parametrize("path", [SI, lambda: RWalk(fisher=Probe(), interval=2)], ids=["si", "rwalk"])
+@pytest.mark.parametrize(
+    "path", [lambda: SI(strength=1.0), lambda: RWalk(fisher=Probe(), strength=1.0, interval=2)], ids=["si", "rwalk"]
+)
 @pytest.mark.parametrize("other", [SLCA, LFL, lambda: LUCIR(memory=Herding(size=12))], ids=["slca", "lfl", "lucir"])
 def test_a_path_is_that_of_the_steps_as_they_are_made_whichever_part_comes_first(path, other):
     found = []

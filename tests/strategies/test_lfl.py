@@ -32,14 +32,14 @@ def test_the_penalty_is_half_the_squared_distance_of_the_features_from_the_teach
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_the_features_of_earlier_tasks_move_less_than_by_fine_tuning(scenario):
     moved = {}
-    for kind in (Finetune, LFL):
+    for kind in (Finetune, lambda: LFL(strength=1.0)):
         stream = toy_stream(scenario)
         model = toy_model(stream)
         strategy = kind()
         learn(strategy, stream, model, tasks=1)
         before = features_of(model, stream.tasks[0].train)
         learn_second(strategy, stream, model)
-        moved[kind] = (features_of(model, stream.tasks[0].train) - before).norm()
+        moved[type(strategy)] = (features_of(model, stream.tasks[0].train) - before).norm()
     assert moved[LFL] < 0.7 * moved[Finetune]
 
 
@@ -62,7 +62,7 @@ def learn_second(strategy, stream, model):
 def test_the_head_of_earlier_classes_is_held_against_gradient_momentum_and_decay(scenario, hold):
     stream = toy_stream(scenario)
     model = toy_model(stream, active_logits="all")
-    strategy = LFL(hold_head=hold)
+    strategy = LFL(strength=1.0, hold_head=hold)
     learn(strategy, stream, model, tasks=1)
     before = model.head.weight.detach().clone()
     learn_second(strategy, stream, model)
@@ -75,11 +75,11 @@ def test_the_head_of_earlier_classes_is_held_against_gradient_momentum_and_decay
 def test_the_first_task_is_free_unless_the_model_came_with_a_head():
     for pretrained in (False, True):
         stream = toy_stream()
-        rows = learn(LFL(), stream, toy_model(stream, pretrained=pretrained), tasks=2)
+        rows = learn(LFL(strength=1.0), stream, toy_model(stream, pretrained=pretrained), tasks=2)
         named = {row["task"]: "lfl" in row["loss"] for row in rows}
         assert named == {0: pretrained, 1: True}
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_it_resumes_in_the_middle_of_a_task(scenario):
-    assert_resumes(LFL, scenario, norm=True)
+    assert_resumes(lambda: LFL(strength=1.0), scenario, norm=True)

@@ -42,7 +42,7 @@ class Watched(RWalk):
 def watched(tasks=1, **settings):
     stream = toy_stream("domain")
     model = toy_model(stream)
-    strategy = Watched(**{"fisher": Exact(num_samples=None), "interval": 3, **settings})
+    strategy = Watched(**{"fisher": Exact(num_samples=None), "strength": 1.0, "interval": 3, **settings})
     learn(strategy, stream, model, tasks=tasks)
     return strategy
 
@@ -95,7 +95,7 @@ def test_the_score_leaves_out_the_gradient_of_its_own_penalty():
 
 def test_without_the_head_the_importances_of_the_rest_are_scaled_to_one_each():
     stream = toy_stream("domain")
-    strategy = RWalk(fisher=Exact(), head=False)
+    strategy = RWalk(fisher=Exact(), strength=1.0, head=False)
     learn(strategy, stream, toy_model(stream), tasks=1)
     parts = [strategy.anchored_part(part) for part in (strategy.average, strategy.past)]
     assert all("head.weight" not in part.values for part in parts)
@@ -134,7 +134,7 @@ def test_scores_are_averaged_with_those_of_earlier_tasks():
 
 def test_a_negative_score_counts_as_none():
     stream = toy_stream("domain")
-    strategy = RWalk(fisher=Exact())
+    strategy = RWalk(fisher=Exact(), strength=1.0)
     learn(strategy, stream, toy_model(stream), tasks=1)
     strategy.before_task(stream.tasks[1])
     strategy.path["backbone.1.bias"] -= 1
@@ -146,7 +146,7 @@ def test_a_negative_score_counts_as_none():
 def test_the_noise_of_the_fisher_is_another_in_every_batch():
     stream = toy_stream()
     model = toy_model(stream)
-    strategy = RWalk(fisher=Probe(), alpha=1.0, interval=1)
+    strategy = RWalk(fisher=Probe(), strength=1.0, alpha=1.0, interval=1)
     strategy.setup(model, stream)
     model.reveal(stream.tasks[0])
     found = []
@@ -160,7 +160,7 @@ def test_the_noise_of_the_fisher_is_another_in_every_batch():
 @pytest.mark.parametrize("scenario", ["task", "class"])
 def test_no_row_that_was_not_revealed_is_held(scenario):
     stream = toy_stream(scenario)
-    strategy = RWalk(fisher=Probe(logits="all"))
+    strategy = RWalk(fisher=Probe(logits="all"), strength=1.0)
     learn(strategy, stream, toy_model(stream), tasks=2)
     weight = strategy.importance.values["head.weight"]
     assert weight[:4].any(1).all()
@@ -181,7 +181,7 @@ def test_it_forgets_less_than_fine_tuning():
 @pytest.mark.parametrize("fisher", [Empirical(), Batched(batch_size=8), Probe(num_samples=4)])
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_it_resumes_in_the_middle_of_a_task(scenario, fisher):
-    assert_resumes(lambda: RWalk(fisher=fisher, interval=3), scenario, norm=True)
+    assert_resumes(lambda: RWalk(fisher=fisher, strength=1.0, interval=3), scenario, norm=True)
 
 
 def test_only_a_diagonal_will_do():

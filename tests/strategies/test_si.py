@@ -21,7 +21,7 @@ def flat(values):
 def test_the_path_integral_sums_to_the_fall_of_the_loss_for_small_steps(scenario):
     stream = toy_stream(scenario)
     model = toy_model(stream)
-    strategy, task = SI(), stream.tasks[0]
+    strategy, task = SI(strength=1.0), stream.tasks[0]
     strategy.setup(model, stream)
     model.reveal(task)
     strategy.before_task(task)
@@ -151,7 +151,7 @@ def test_the_unregularised_gradient_leaves_out_sis_own_penalty():
 def test_the_path_takes_the_gradient_as_it_was_before_it_was_clipped():
     stream = toy_stream()
     model = toy_model(stream)
-    strategy = SI()
+    strategy = SI(strength=1.0)
     training, _ = toy_training(strategy, stream, model, clip_norm=1e-3, epochs=1, batch_size=24)
     task = stream.tasks[0]
     model.reveal(task)
@@ -169,7 +169,7 @@ def test_the_path_takes_the_gradient_as_it_was_before_it_was_clipped():
 def test_importance_of_weights_that_made_the_losses_rise_is_kept_or_dropped(negative, expected):
     stream = toy_stream()
     model = toy_model(stream)
-    strategy = SI(negative=negative, epsilon=0.5)
+    strategy = SI(strength=1.0, negative=negative, epsilon=0.5)
     strategy.setup(model, stream)
     model.reveal(stream.tasks[0])
     found = []
@@ -184,7 +184,7 @@ def test_importance_of_weights_that_made_the_losses_rise_is_kept_or_dropped(nega
 @pytest.mark.parametrize("scenario", ["task", "class"])
 def test_no_row_that_was_not_revealed_is_held(scenario):
     stream = toy_stream(scenario)
-    strategy = SI()
+    strategy = SI(strength=1.0)
     learn(strategy, stream, toy_model(stream), tasks=2)
     weight = strategy.importance.values["head.weight"]
     assert weight[:4].any(1).all()
@@ -193,7 +193,7 @@ def test_no_row_that_was_not_revealed_is_held(scenario):
 
 def test_without_the_head_only_the_backbone_is_held():
     stream = toy_stream()
-    strategy = SI(head=False)
+    strategy = SI(strength=1.0, head=False)
     learn(strategy, stream, toy_model(stream), tasks=2)
     assert all(name.startswith("backbone.") for name in strategy.importance.values)
     assert strategy.importance.values
