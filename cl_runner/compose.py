@@ -107,9 +107,9 @@ def _single_run(composer: "Composer", given: list[Override], argv: list[str]) ->
             raise ConfigError(override.key_or_group, "expected -m (--multirun) beside it: it carries out sweeps")
     _check_hydra_keys(composer, given)
     overrides = [word_of(override) for override in given]
-    cfg = composer.composed(overrides, with_hydra=True)
+    cfg, accepted = composer.as_hydra_takes_it(argv, overrides)
     own = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
-    return Request([(overrides, own)], [], cfg.hydra, composer.accepted(argv, overrides), sweep=False)
+    return Request([(overrides, own)], [], cfg.hydra, accepted, sweep=False)
 
 
 def _sweep(composer: "Composer", given: list[Override], argv: list[str]) -> Request:
@@ -118,7 +118,7 @@ def _sweep(composer: "Composer", given: list[Override], argv: list[str]) -> Requ
             raise ConfigError(override.key_or_group, "expected one value: it is the same for all jobs of a sweep")
     _check_hydra_keys(composer, given)
     single = [word_of(override) for override in given if not override.is_sweep_override()]
-    master = composer.composed(single, with_hydra=True)
+    master, accepted = composer.as_hydra_takes_it(argv, single)
     _refuse_grids_in_a_grid(composer, given, single)
     own = composer.parsed([f"{key}={value}" for key, value in (master.hydra.sweeper.get("params") or {}).items()])
     # The command line takes precedence over an experiment's own grid, key by key.
@@ -129,7 +129,7 @@ def _sweep(composer: "Composer", given: list[Override], argv: list[str]) -> Requ
         jobs = _one_at_a_time([list(values_of(override, ends=True)) for override in keys.values()])
     composed = [(list(job), composer.of_a_sweep(job)) for job in jobs]
     swept = [key for key, override in keys.items() if override.is_sweep_override()]
-    return Request(composed, swept, master.hydra, composer.accepted(argv, single), sweep=True)
+    return Request(composed, swept, master.hydra, accepted, sweep=True)
 
 
 def _check_hydra_keys(composer: "Composer", given: list[Override]) -> None:
@@ -213,18 +213,18 @@ class Composer:
             return self.composed(words)  # which reports what is wrong in Hydra's words
         return cfg
 
-    def accepted(self, argv: list[str], single: list[str]) -> list[str]:
-        """A command line that Hydra accepts.
+    def as_hydra_takes_it(self, argv: list[str], single: list[str]) -> tuple[DictConfig, list[str]]:
+        """What is not swept over, composed with Hydra's own part, and a command line that Hydra accepts.
 
         Hydra first composes what is not swept over. There `strategy.batch_size=8` beside a sweep over strategies may
         set a key that the default strategy lacks, and `trainer.first_task.epochs=3` a key below null: such words need
         a ++ in front.
         """
         try:
-            _composed([*self._search, *single])
+            return _composed([*self._search, *single], with_hydra=True), argv
         except ConfigError:
-            return [word if word.startswith("-") else lenient(word, self._groups) for word in argv]
-        return argv
+            accepted = [word if word.startswith("-") else lenient(word, self._groups) for word in argv]
+            return self.composed(single, with_hydra=True), accepted
 
 
 def lenient(word: str, groups: Collection[str]) -> str:
