@@ -1,3 +1,4 @@
+import gc
 import logging
 import os
 import signal
@@ -13,6 +14,17 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # and starts others, and threads 
 # Shells start background processes with Ctrl-C ignored, and nohup with the terminal's hang-up ignored.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _imports_are_passed_over():
+    """A collection, with which every run begins, need not look at what the imports have made."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish():
+    gc.unfreeze()  # what is still frozen at the end, Triton's bindings take for leaks
 
 
 def pytest_collection_modifyitems(items):
@@ -34,7 +46,7 @@ SMALL = [
 
 
 @pytest.fixture
-def cl_runner(tmp_path, monkeypatch, capsys):
+def cl_runner(tmp_path, monkeypatch, capsys, no_picture):
     """Call the command line in an empty folder: overrides -> (exit status, what it printed)."""
     monkeypatch.setattr(logging.root, "handlers", [*logging.root.handlers])  # Hydra's own help leaves some behind
     monkeypatch.chdir(tmp_path)
