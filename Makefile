@@ -9,7 +9,7 @@ run: $(READY)  ## set up, then run the main job
 	$(BIN)/cl-runner $(ARGS)
 
 test: $(READY)  ## set up, then run the tests
-	$(BIN)/python -m pytest -n 2 $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 soak: $(READY)  ## kill runs at random moments, and check that their results do not change
 	$(BIN)/python tests/soak.py --kills 100 $(ARGS)

@@ -33,6 +33,7 @@ def imported(file: Path) -> set[str]:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file.name} imports {node.module} relatively"
             found |= {f"{node.module}.{alias.name}" for alias in node.names}
     return found
 

@@ -246,6 +246,19 @@ def test_what_an_experiments_file_gets_wrong_is_said_in_a_line(content, says, cl
     assert says in line
 
 
+@pytest.fixture
+def started(cl_runner, monkeypatch):
+    """Call the command line up to where its run would start: overrides -> what it printed."""
+    monkeypatch.setattr("cl_runner.command.run_alone", lambda *_: None)
+
+    def call(*words):
+        status, said = cl_runner(*words)
+        assert status == 0, said
+        return said
+
+    return call
+
+
 @pytest.mark.parametrize(
     ("words", "whose"),
     [
@@ -255,8 +268,8 @@ def test_what_an_experiments_file_gets_wrong_is_said_in_a_line(content, says, cl
         (["strategy=finetune"], None),
     ],
 )
-def test_random_features_are_said_where_a_method_builds_on_pretrained_ones(words, whose, cl_runner):
-    said = cl_runner(*words, "trainer.epochs=1")[1]
+def test_random_features_are_said_where_a_method_builds_on_pretrained_ones(words, whose, started):
+    said = started(*words)
     lines = [line for line in said.splitlines() if "random weights" in line]
     assert [line.rpartition(" is meant for ")[2] for line in lines] == ([whose] if whose else [])
 
@@ -355,8 +368,8 @@ def test_what_is_mistyped_is_one_line_that_names_what_may_be_meant(words, says, 
         (["strategy=combined", "memory.size=30"], ""),
     ],
 )
-def test_a_component_that_no_strategy_takes_is_said_to_change_nothing(words, said_of, cl_runner):
-    said = cl_runner(*words, "trainer.epochs=1")[1]
+def test_a_component_that_no_strategy_takes_is_said_to_change_nothing(words, said_of, started):
+    said = started(*words)
     assert [line for line in said.splitlines() if "changes nothing" in line] == [
         f"cl-runner: {name}: this strategy takes none; it changes nothing" for name in [said_of] if name
     ]
@@ -365,14 +378,14 @@ def test_a_component_that_no_strategy_takes_is_said_to_change_nothing(words, sai
 @pytest.mark.parametrize(
     ("strategy", "is_said"), [("frozen", True), ("lora", True), ("ncm", True), ("finetune", False)]
 )
-def test_adapting_statistics_that_a_strategy_keeps_are_said_to_change_nothing(strategy, is_said, cl_runner):
-    said = cl_runner(f"strategy={strategy}", "model.norm_stats=adapt", "trainer.epochs=1")[1]
+def test_adapting_statistics_that_a_strategy_keeps_are_said_to_change_nothing(strategy, is_said, started):
+    said = started(f"strategy={strategy}", "model.norm_stats=adapt")
     assert ("model.norm_stats: this strategy keeps the backbone's; it changes nothing" in said) == is_said
 
 
 @pytest.mark.parametrize(("words", "is_said"), [(["trainer.iterations=2"], True), ([], False)])
-def test_epochs_beside_iterations_are_said_to_change_nothing(words, is_said, cl_runner):
-    said = cl_runner("trainer.epochs=1", *words)[1]
+def test_epochs_beside_iterations_are_said_to_change_nothing(words, is_said, started):
+    said = started(*words)
     assert ("trainer.epochs: trainer.iterations is given; it changes nothing" in said) == is_said
 
 
@@ -430,17 +443,25 @@ def test_shell_completion_imports_no_torch(tmp_path):
 TINY = ["stream=split_digits", "model=mlp", "model.widths=[4]", "trainer.epochs=1", "tracker=local"]
 
 
-def test_a_run_that_is_tracked_locally_imports_no_wandb(tmp_path):
-    script = "import sys; from cl_runner.__main__ import main; main(); assert 'wandb' not in sys.modules"
+def test_python_m_is_the_same_and_a_run_that_is_tracked_locally_imports_no_wandb(tmp_path):
+    script = """
+import runpy, sys
+sys.argv[0] = "cl_runner"
+runpy.run_module("cl_runner", run_name="__main__", alter_sys=True)
+assert "wandb" not in sys.modules
+"""
     done = subprocess.run(
         [sys.executable, "-c", script, *TINY], cwd=tmp_path, capture_output=True, text=True, env=QUIET
     )
     assert done.returncode == 0, done.stderr
+    assert "wandb" not in done.stdout
+    assert len(list(Path(tmp_path, "outputs").iterdir())) == 1
 
 
-def test_a_killed_run_goes_on_and_ends_as_if_it_had_not_been(tmp_path):
-    command = [sys.executable, "-m", "cl_runner", *TINY, "trainer.epochs=10", "strategy.strength=10"]
-    killed = subprocess.Popen([*command, "output_root=killed"], cwd=tmp_path, stdout=subprocess.DEVNULL, env=QUIET)
+def test_a_killed_run_goes_on_and_ends_as_if_it_had_not_been(tmp_path, cl_runner):
+    words = [*TINY, "trainer.epochs=10", "strategy.strength=10"]
+    command = [sys.executable, "-m", "cl_runner", *words, "output_root=killed"]
+    killed = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, env=QUIET)
     deadline = time.monotonic() + 120
     while not list(tmp_path.glob("killed/*/checkpoint/last.pt")):
         assert killed.poll() is None
@@ -451,7 +472,8 @@ def test_a_killed_run_goes_on_and_ends_as_if_it_had_not_been(tmp_path):
     (folder,) = (tmp_path / "killed").iterdir()
     assert not (folder / "results.json").exists()
     for root in ("killed", "whole"):
-        subprocess.run([*command, f"output_root={root}"], cwd=tmp_path, check=True, capture_output=True, env=QUIET)
+        status, said = cl_runner(*words, f"output_root={root}", small=False)
+        assert status == 0, said
     one, other = (load_file(tmp_path / root / folder.name / "model.safetensors") for root in ("killed", "whole"))
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
@@ -479,16 +501,6 @@ def test_a_command_that_nobody_reads_ends_without_a_traceback(tmp_path):
     told.stdout.close()  # before the first line: Python has not started yet
     _, said = told.communicate()
     assert (told.returncode, said) == (0, "")
-
-
-def test_python_m_is_the_same(tmp_path):
-    words = TINY
-    done = subprocess.run(
-        [sys.executable, "-m", "cl_runner", *words], cwd=tmp_path, capture_output=True, text=True, env=QUIET
-    )
-    assert done.returncode == 0, done.stderr
-    assert "wandb" not in done.stdout
-    assert len(list(Path(tmp_path, "outputs").iterdir())) == 1
 
 
 @pytest.mark.parametrize(

@@ -137,13 +137,19 @@ def test_a_run_that_is_stopped_again_and_again_equals_an_uninterrupted_one(strat
     assert_equal_runs(whole, carry_out(make(), "stopped"))
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
-@pytest.mark.parametrize("scheduler", ["constant", "cosine", "step"])
-@pytest.mark.parametrize("kept", ["reset", "keep"])
+@pytest.mark.parametrize(
+    ("optimizer", "scheduler", "kept"),
+    [
+        (optimizer, scheduler, ("reset", "keep")[(first + second) % 2])
+        for first, optimizer in enumerate(("sgd", "adam", "adamw"))
+        for second, scheduler in enumerate(("constant", "cosine", "step"))
+    ],
+)
 def test_what_an_optimizer_and_a_scheduler_have_gathered_is_there_again(optimizer, scheduler, kept, tmp_path):
     overrides = [
         "strategy=finetune",
         f"optimizer={optimizer}",
+        *(["optimizer.momentum=0.9"] if optimizer == "sgd" else []),
         f"scheduler={scheduler}",
         f"trainer.optimizer_state={kept}",
     ]
@@ -163,6 +169,9 @@ def test_what_an_optimizer_and_a_scheduler_have_gathered_is_there_again(optimize
         ["model=cnn", "model.widths=[4,8]", "model.norm_stats=adapt", "stream.scenario=class", "stream.augment=[crop]"],
         ["trainer.first_task={epochs: 2, optimizer: {lr: 0.002}, scheduler: {milestones: [0.3]}}", "scheduler=step"],
         ["strategy=ewc", "strategy.accumulation=sum", "strategy.strength=10", "stream.scenario=domain"],
+        ["trainer.optimizer_state=keep", "strategy=lora", "optimizer=adam"],
+        ["trainer.precision=bf16", "strategy=agem", "memory.size=40"],
+        ["trainer.clip_norm=0.1", "trainer.accumulate=3", "strategy=derpp", "memory.size=40"],
     ],
     ids=lambda overrides: overrides[0],
 )

@@ -34,7 +34,7 @@ def asked(strategy, stream):
 def test_it_learns_in_every_scenario(name, scenario):
     stream = toy_stream(scenario)
     strategy = METHODS[name]()
-    learn(strategy, stream, toy_vit_model(stream), epochs=30)
+    learn(strategy, stream, toy_vit_model(stream), epochs=12)
     rows = accuracies(strategy, 3, 24)
     assert (rows.get(Scenario.TASK) or rows[Scenario.DOMAIN])[-1] >= 0.75
 
