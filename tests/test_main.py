@@ -274,6 +274,12 @@ def test_random_features_are_said_where_a_method_builds_on_pretrained_ones(words
     assert [line.rpartition(" is meant for ")[2] for line in lines] == ([whose] if whose else [])
 
 
+def test_data_lie_where_the_environment_says_unless_the_command_line_does(cl_runner, monkeypatch):
+    monkeypatch.setenv("CL_RUNNER_DATA", "/of/all")
+    assert "data_root: /of/all\n" in cl_runner("--cfg", "job", "--resolve")[1]
+    assert "data_root: /mine\n" in cl_runner("--cfg", "job", "--resolve", "data_root=/mine")[1]
+
+
 def test_hydras_own_help_is_shown_whatever_is_beside_it(cl_runner):
     status, said = cl_runner("--hydra-help", "strategy=ewc", small=False)
     assert status == 0
