@@ -25,6 +25,7 @@ OWN = {
     "combined": ["strategy.parts.ewc.strength=10"],
     "ewc": ["strategy.strength=10"],
     "ranpac": ["strategy.projection=64"],
+    "si": ["strategy.strength=1"],
     "slca": ["strategy.epochs=1"],
     **{name: [*VIT, "trainer.batch_size=6"] for name in ("coda_prompt", "dualprompt", "ease", "l2p")},
 }
