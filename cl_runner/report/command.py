@@ -92,7 +92,11 @@ def parser() -> Parser:
         metavar="K",
         help="with --select: judge by the first K tasks alone, after the K-th",
     )
-    parser.add_argument("--within", help="with --select: choose within each value of these keys", **several)
+    parser.add_argument(
+        "--within",
+        help="with --select: name the best group for each value of these keys, instead of for each strategy",
+        **several,
+    )
     return parser
 
 

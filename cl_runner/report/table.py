@@ -249,7 +249,7 @@ def to_csv(table: Table) -> str:
     writer.writerow(heads)
     nothing = Summary(0, *[math.nan] * 5)
     for group, row in zip(table.groups, table.rows, strict=True):
-        line = [*map(shown, group.values), len(group.runs), " ".join(map(str, group.seeds))]
+        line = [*_settings(group), len(group.runs), " ".join(map(str, group.seeds))]
         for cell in row.values():
             line += [_number(part(cell.summary)) for part in parts.values()]
             if table.baseline:
@@ -269,8 +269,13 @@ def runs_to_csv(groups: Groups) -> str:
         for run in group.runs:
             numbers = (run.metrics.get(name) for name in metrics)
             own = ("" if number is None else repr(number) for number in numbers)
-            writer.writerow([*map(shown, group.values), run.seed, run.folder, *own])
+            writer.writerow([*_settings(group), run.seed, run.folder, *own])
     return file.getvalue()
+
+
+def _settings(group: Group) -> list[str]:
+    """The group's values, empty where its components lack the key: a column of numbers stays one."""
+    return ["" if value == ABSENT else shown(value) for value in group.values]
 
 
 def _number(value: float) -> str:

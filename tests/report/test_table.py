@@ -9,7 +9,7 @@ from rich.console import Console
 from cl_runner.errors import ConfigError
 from cl_runner.report.groups import group_runs
 from cl_runner.report.runs import read
-from cl_runner.report.table import find_baselines, make_table, to_csv, to_latex, to_markdown, to_rich
+from cl_runner.report.table import find_baselines, make_table, runs_to_csv, to_csv, to_latex, to_markdown, to_rich
 from tests.report.samples import config, write
 
 ALL = ["std", "interval"]
@@ -46,6 +46,16 @@ def test_the_difference_to_a_baseline_is_of_equal_seeds(groups):
 def test_the_spread_beside_a_mean_is_that_asked_for(groups):
     table = make_table(groups, ["average_accuracy"])
     assert [table.cells(spread)[1][1] for spread in ([], ["std"], ["sem"])] == ["50.0", "50.0 ± 10.0", "50.0 ± 5.8"]
+
+
+def test_a_column_of_settings_has_only_numbers_and_gaps_in_csv(tmp_path):
+    write(tmp_path, config("Finetune", 0), 0.4)
+    for strength in (1.0, 100.0):
+        write(tmp_path, config("EWC", 0, strength=strength), 0.6)
+    groups = group_runs(read(tmp_path).runs)
+    for text in (to_csv(make_table(groups, ["average_accuracy"])), runs_to_csv(groups)):
+        assert {row["strategy.strength"] for row in csv.DictReader(StringIO(text))} == {"", "1", "100"}
+    assert "| finetune | – |" in to_markdown(make_table(groups, ["average_accuracy"]), ALL)
 
 
 def test_csv_has_every_number_unrounded(groups):
