@@ -125,7 +125,7 @@ def check(cfg: DictConfig, tried: list[Any] | None = None) -> Experiment:
     experiment.strategy.check(experiment.stream, experiment.model)
     _check_active_logits(config["trainer"]["active_logits"], experiment.stream.scenario)
     experiment.stream.prepare(config["data_root"])  # late: it may download and decode
-    _check_classes(experiment)
+    _check_single_classes(experiment)
     _check_images(experiment, [] if tried is None else tried)
     return experiment
 
@@ -270,7 +270,7 @@ def _check_active_logits(active: str | None, scenario: str) -> None:
         )
 
 
-def _check_classes(experiment: Experiment) -> None:
+def _check_single_classes(experiment: Experiment) -> None:
     """Refuse a softmax over each task's own outputs where some task has only one, as it is constant."""
     active = experiment.trainer.active_logits or experiment.strategy.active_logits
     if active == "current" and experiment.stream.scenario == "class" and 1 in (experiment.stream.task_sizes or []):

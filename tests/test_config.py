@@ -73,6 +73,11 @@ def test_a_component_goes_by_what_its_choice_is_called(group):
         assert display_name(group, node) == PRESETS.get(file.stem, file.stem)
 
 
+def test_slca_aligns_the_head_at_the_rate_that_trained_it():
+    (cfg,) = compose_jobs(["strategy=slca", "optimizer.lr=0.03"])
+    assert validated(cfg)["strategy"]["lr"] == 0.03
+
+
 def test_methods_are_compared_at_one_size_of_memory():
     sizes = {word: compose_jobs([f"strategy={word}"])[0].memory.size for word in ("er", "icarl", "gdumb", "agem")}
     assert set(sizes.values()) == {500}

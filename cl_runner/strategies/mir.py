@@ -31,7 +31,7 @@ class MIR(Rehearsal):
     ) -> None:
         """`candidates`: drawn from memory, of which `replay_batch_size` are replayed (null: as many as are fresh, or
         all, if a batch is that large); `virtual_lr`: of the virtual step, small enough for it to lower the fresh rows'
-        loss (the authors' 0.1 suits nets from scratch; a pretrained one is thrown far off)."""
+        loss (the paper's is that of training, for nets from scratch; 0.1 throws a pretrained one far off)."""
         super().__init__(memory=memory, replay_batch_size=replay_batch_size, store=store)
         if replay_batch_size is not None and replay_batch_size >= candidates:
             given = f"expected more than replay_batch_size={replay_batch_size}, to choose from, got {candidates}"

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from cl_runner.errors import ConfigError
 from cl_runner.memory import Herding
 from cl_runner.models.mlp import MLP
+from cl_runner.models.model import Output
 from cl_runner.randomness import task_seed
 from cl_runner.strategies import BiC, Finetune
 from cl_runner.streams.base import Task
@@ -151,3 +152,17 @@ def test_nothing_is_corrected_in_a_task_without_new_classes(caplog):
     strategy.after_task(back)
     assert (strategy.scale.unique().tolist(), strategy.shift.unique().tolist()) == ([1.0], [0.0])
     assert not caplog.records
+
+
+def test_small_differences_from_the_teacher_survive_bf16():
+    stream = toy_stream("class")
+    strategy = bic()
+    at_task(strategy, stream, toy_model(stream), 1)
+    strategy.scale, strategy.shift = torch.ones(6), torch.zeros(6)
+    draw = torch.Generator().manual_seed(0)
+    teacher = torch.randn(64, 6, generator=draw).bfloat16()
+    student = (teacher + 0.02 * torch.randn(64, 6, generator=draw)).bfloat16().requires_grad_()
+    strategy.teacher_output = lambda output: Output(teacher, teacher, teacher)
+    strategy.penalties(stream.tasks[1].train, Output(student, student, student))["bic"].backward()
+    one, other = ((logits.detach().double()[:, :2] / 2).softmax(1) for logits in (student, teacher))
+    assert F.cosine_similarity(student.grad[:, :2].double().flatten(), (one - other).flatten(), dim=0) > 0.999

@@ -6,6 +6,7 @@ from cl_runner.errors import ConfigError
 from cl_runner.memory import Herding
 from cl_runner.models.mlp import MLP
 from cl_runner.strategies import Finetune, ICaRL
+from cl_runner.strategies.icarl import _cross_entropies
 from cl_runner.streams.split import Split
 from tests.strategies.midway import assert_resumes
 from tests.toys import learn, toy_model, toy_stream
@@ -149,3 +150,13 @@ def test_it_resumes_in_the_middle_of_a_task(scenario):
 def test_shared_classes_are_refused():
     with pytest.raises(ConfigError, match=r"strategy: expected stream\.scenario="):
         ICaRL(memory=herded()).check(Split(name="digits", num_tasks=5, scenario="domain"), MLP(widths=[8]))
+
+
+def test_small_differences_from_the_teacher_survive_bf16():
+    draw = torch.Generator().manual_seed(0)
+    teacher = torch.randn(64, 10, generator=draw).bfloat16()
+    student = (teacher + 0.02 * torch.randn(64, 10, generator=draw)).bfloat16().requires_grad_()
+    every = torch.ones(64, 10, dtype=torch.bool)
+    _cross_entropies(student, teacher.float().sigmoid(), every).backward()
+    exact = (student.detach().double().sigmoid() - teacher.double().sigmoid()) / 64
+    assert F.cosine_similarity(student.grad.double().flatten(), exact.flatten(), dim=0) > 0.999
