@@ -19,6 +19,7 @@ from cl_runner.lock import LOCK, Lock
 log = logging.getLogger("cl_runner")
 
 RESULTS_SCHEMA = 1  # of results.json
+SIGNS = {"status.json", "results.json"}  # a folder with either of these is a run's
 LASTING = ("id", "task", "tasks", "num_tasks", "step")  # what a status keeps when the run resumes
 DRAFT = re.compile(r"\..+\.\d+")
 
@@ -136,6 +137,24 @@ class RunFolder:
         for draft in (*self.path.glob(".*"), *self.path.glob("checkpoint/.*")):
             if DRAFT.fullmatch(draft.name):
                 draft.unlink()
+
+
+def folders_below(root: Path) -> Iterator[tuple[Path, list[str]]]:
+    """`root` and the folders below it, with the names in each, in order of their paths.
+
+    Not searched are runs' own folders, hidden ones, and symbolic links, though a link to a run counts as the run. Left
+    out are runs that were moved aside, and folders that may not be read.
+    """
+    try:
+        names = sorted(os.listdir(root))
+    except PermissionError:
+        return
+    yield root, names
+    if not SIGNS.isdisjoint(names):
+        return
+    for path in [root / name for name in names if not name.startswith(".")]:
+        if path.is_dir() and not moved_aside(path) and not (path.is_symlink() and SIGNS.isdisjoint(os.listdir(path))):
+            yield from folders_below(path)
 
 
 def moved_aside(path: Path) -> bool:

@@ -69,7 +69,7 @@ def parser() -> Parser:
         description="Write DIR/report/ (index.html; table.csv, .md and .tex; runs.csv; pictures) and print its table. "
         "Runs that differ only in the seed form one row; the columns are the keys in which rows differ.",
     )
-    parser.add_argument("folder", metavar="DIR", type=Path, help="the output_root of one or several commands")
+    parser.add_argument("folder", metavar="DIR", type=Path, help="an output_root, or a folder above several")
     several = {"nargs": "+", "default": [], "metavar": "KEY"}
     parser.add_argument("--by", help="group by these keys only, e.g. strategy.strength fisher", **several)
     parser.add_argument("--metrics", help="e.g. average_accuracy seconds/train", **{**several, "metavar": "METRIC"})

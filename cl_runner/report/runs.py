@@ -1,7 +1,6 @@
-"""Read the runs of a folder: the finished ones, and the reasons why others are left out."""
+"""Read the runs below a folder: the finished ones, and the reasons why others are left out."""
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,20 +9,19 @@ from typing import Any
 import numpy as np
 
 from cl_runner.errors import ConfigError
-from cl_runner.folder import RESULTS_SCHEMA, RunFolder, moved_aside
+from cl_runner.folder import RESULTS_SCHEMA, SIGNS, RunFolder, folders_below
 from cl_runner.metrics import from_rows
 from cl_runner.sweep import FILE as SWEEPS
 from cl_runner.sweep import outcome, sweeps
 
 REPORT = "report"  # the report's own folder, beside the runs
-SIGNS = {"status.json", "results.json", "config.yaml"}  # a folder with any of these is a run's
 
 
 @dataclass(frozen=True, eq=False)
 class Run:
     """A finished run, from its results.json."""
 
-    folder: str  # its name
+    folder: str  # its path below the folder that was read
     config: dict[str, Any]
     groups: tuple[str, ...]  # shared by runs that differ only in the seed; empty: its status does not say
     finished: float  # seconds since the epoch; 0 if unknown
@@ -43,7 +41,7 @@ class Run:
 
 @dataclass(frozen=True)
 class LeftOut:
-    """A run in the folder, or a job of its sweeps, that is in no table."""
+    """A run below the folder, or a job of a sweep there, that is in no table."""
 
     folder: str
     # pending, running, failed, killed; damaged: its files cannot be read; twice: it repeats another run's work
@@ -54,7 +52,7 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class Found:
-    """All runs of a folder."""
+    """All runs below a folder."""
 
     folder: Path
     runs: list[Run]
@@ -62,51 +60,43 @@ class Found:
 
 
 def read(folder: Path) -> Found:
-    """Every run in `folder`, by name.
+    """Every run in `folder` and in the folders below it, in order of their paths.
 
     Raises ConfigError if none is finished.
     """
     if not folder.is_dir():
         raise ConfigError("DIR", f"expected a folder of runs, got {str(folder)!r}, which is no folder")
-    names = list(run_folders(folder))
-    errors, left_out = _planned(folder)
-    read_ones = [_read(folder / name, errors.get(name)) for name in names]
-    runs = [run for run in read_ones if isinstance(run, Run)]
-    left_out = [run for run in read_ones if isinstance(run, LeftOut)] + left_out
-    for name in [name for name in errors if name not in names]:
-        left_out.append(LeftOut(name, *outcome(RunFolder(folder / name), errors[name]), there=False))
+    read_ones: dict[Path, Run | LeftOut] = {}
+    errors: dict[Path, str | None] = {}  # job's folder -> what went wrong outside of the run, for all sweeps
+    damaged: list[LeftOut] = []
+    for path, names in folders_below(folder):
+        name = str(path.relative_to(folder))
+        if path != folder and not SIGNS.isdisjoint(names):
+            read_ones[path] = _read(path, name, errors.get(path))
+        elif SWEEPS in names:  # comes before its jobs' folders
+            try:
+                errors |= {path / job.folder: job.error for sweep in sweeps(path) for job in sweep.jobs}
+            except (ConfigError, OSError, KeyError, TypeError) as error:
+                damaged.append(LeftOut(str(Path(name) / SWEEPS), "damaged", str(error)))
+    runs = [run for run in read_ones.values() if isinstance(run, Run)]
+    left_out = [run for run in read_ones.values() if isinstance(run, LeftOut)] + damaged
+    for path in [path for path in errors if path not in read_ones]:
+        left_out.append(LeftOut(str(path.relative_to(folder)), *outcome(RunFolder(path), errors[path]), there=False))
     if not runs:
         raise ConfigError("DIR", f"expected a folder of finished runs, got {str(folder)!r}{_instead(folder, left_out)}")
     return Found(folder, runs, left_out)
 
 
-def run_folders(folder: Path) -> Iterator[str]:
-    """The names of the runs' folders, without those that were moved aside."""
-    with os.scandir(folder) as entries:
-        names = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
-    for name in names:
-        if name != REPORT and not moved_aside(folder / name) and not SIGNS.isdisjoint(os.listdir(folder / name)):
-            yield name
-
-
-def _planned(folder: Path) -> tuple[dict[str, str | None], list[LeftOut]]:
-    """job's folder -> what went wrong outside of its run, for the folder's sweeps; and their plan, if damaged."""
-    try:
-        return {job.folder: job.error for sweep in sweeps(folder) for job in sweep.jobs}, []
-    except (ConfigError, OSError, KeyError, TypeError) as error:
-        return {}, [LeftOut(SWEEPS, "damaged", str(error))]
-
-
-def _read(path: Path, error: str | None) -> Run | LeftOut:
+def _read(path: Path, name: str, error: str | None) -> Run | LeftOut:
     """`error`: what went wrong outside of the run, according to its sweep."""
     try:
         status = _load(path / "status.json") if (path / "status.json").exists() else {}
         if status.get("state") == "done" or RunFolder(path).done:
-            return _run(path, status, _load(path / "results.json"))
+            return _run(name, status, _load(path / "results.json"))
     except (OSError, ValueError) as damage:
-        return LeftOut(path.name, "damaged", str(damage))
+        return LeftOut(name, "damaged", str(damage))
     state, why = outcome(RunFolder(path), error)
-    return LeftOut(path.name, state, ", ".join(filter(None, [why, _progress(status)])))
+    return LeftOut(name, state, ", ".join(filter(None, [why, _progress(status)])))
 
 
 def _load(path: Path) -> dict[str, Any]:
@@ -122,14 +112,14 @@ def _load(path: Path) -> dict[str, Any]:
     return content
 
 
-def _run(path: Path, status: dict[str, Any], results: dict[str, Any]) -> Run:
+def _run(name: str, status: dict[str, Any], results: dict[str, Any]) -> Run:
     """Raises ValueError if the results lack what a report needs."""
     if results.get("schema") != RESULTS_SCHEMA:
         raise ValueError(f"results.json: expected schema {RESULTS_SCHEMA}, got {results.get('schema')!r}")
     try:
         config, scenario = results["config"], results["config"]["stream"]["scenario"]
         return Run(
-            folder=path.name,
+            folder=name,
             config={**config, "seed": int(config["seed"])},
             groups=tuple(status.get("groups") or ()),
             finished=status.get("finished") or 0.0,
@@ -166,7 +156,5 @@ def _instead(folder: Path, left_out: list[LeftOut]) -> str:
     if left_out:
         states = [run.state for run in left_out]
         return ", whose runs are " + ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
-    if not SIGNS.isdisjoint(os.listdir(folder)):
-        return f", which is a run's own: {str(folder.parent)!r} holds it"
-    deeper = [path for path in sorted(folder.iterdir()) if path.is_dir() and any(run_folders(path))]
-    return f"; there are runs in {', '.join(str(path) for path in deeper[:5])}" if deeper else ""
+    is_run = any((folder / name).exists() for name in SIGNS)
+    return f", which is a run's own: {str(folder.parent)!r} holds it" if is_run else ""

@@ -1,11 +1,9 @@
 """`cl-runner status DIR`: show every run below a folder and its state."""
 
 import json
-import os
 import shlex
 import time
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,7 @@ from rich.text import Text
 
 from cl_runner.arguments import Parser
 from cl_runner.errors import ConfigError
-from cl_runner.folder import RunFolder, moved_aside
+from cl_runner.folder import SIGNS, RunFolder, folders_below, moved_aside
 from cl_runner.sweep import FILE, STATES, not_shared, outcome, sweeps
 
 EVERY = 2.0  # seconds between two updates
@@ -107,8 +105,8 @@ class Board:
         runs: list[Path] = []
         differs: dict[Path, str] = {}
         errors: dict[Path, str | None] = {}
-        for path, names in _folders(self.root):
-            if "status.json" in names:
+        for path, names in folders_below(self.root):
+            if not SIGNS.isdisjoint(names):
                 runs.append(path)
             if FILE in names:
                 for sweep in sweeps(path):
@@ -155,13 +153,6 @@ class Board:
 
     def _name(self, path: Path) -> str:
         return str(path.relative_to(self.root)) if path != self.root else path.name
-
-
-def _folders(root: Path) -> Iterator[tuple[Path, list[str]]]:
-    """Every folder below `root` and the names in it; run folders are not searched."""
-    for path, folders, names in os.walk(root):
-        folders[:] = [] if "status.json" in names else [name for name in folders if not name.startswith(".")]
-        yield Path(path), names
 
 
 def _apart(words: dict[Path, tuple[str, ...]]) -> dict[Path, str]:

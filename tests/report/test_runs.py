@@ -24,13 +24,11 @@ def test_what_is_not_done_is_named_with_its_state_and_its_reason(tmp_path):
     unfinished(tmp_path, "a-s0-1", state="running", tasks=2, num_tasks=5)
     unfinished(tmp_path, "b-s0-2", state="failed", error="ValueError: the loss is nan\nmore of it")
     unfinished(tmp_path, "c-s0-3", state="pending", stopped="SIGTERM")
-    unfinished(tmp_path, "d-s0-4").joinpath("status.json").unlink()
     found = {run.folder: (run.state, run.why) for run in read(tmp_path).left_out}
     assert found == {
         "a-s0-1": ("killed", "its process died without a word, 2 of 5 tasks"),  # nobody holds its lock
         "b-s0-2": ("failed", "ValueError: the loss is nan"),
         "c-s0-3": ("pending", "stopped by SIGTERM"),
-        "d-s0-4": ("pending", ""),
     }
 
 
@@ -55,10 +53,22 @@ def test_damaged_results_are_named_and_do_not_stop_the_others(tmp_path, content,
     assert said in damaged.why
 
 
-def test_runs_moved_aside_and_the_report_itself_are_no_runs(tmp_path):
+def test_runs_in_folders_below_are_read_too_with_their_sweeps(tmp_path):
+    top = write(tmp_path, config(seed=0))
+    below = write(tmp_path / "pilot" / "second", config(seed=1))
+    elsewhere = write(tmp_path.with_name("elsewhere"), config(seed=2))
+    (tmp_path / "pilot" / "linked").symlink_to(elsewhere)
+    (tmp_path / "pilot" / "round").symlink_to(tmp_path)
+    write(tmp_path / ".hidden", config(seed=3))
+    Sweep(tmp_path / "pilot", "cl-runner -m", [Job(["seed=4"], "ewc-s4-abc", "4", error="no such data")]).write()
+    found = read(tmp_path)
+    assert [run.folder for run in found.runs] == [top.name, "pilot/linked", f"pilot/second/{below.name}"]
+    assert [(run.folder, run.why) for run in found.left_out] == [("pilot/ewc-s4-abc", "no such data")]
+
+
+def test_runs_moved_aside_are_no_runs(tmp_path):
     write(tmp_path, config(), name="finetune-split_digits-mlp-s0-00c0ffee")
     write(tmp_path, config(), name="finetune-split_digits-mlp-s0-00c0ffee.1")
-    write(tmp_path, config(), name="report")
     (tmp_path / "notes").mkdir()
     found = read(tmp_path)
     assert [run.folder for run in found.runs] == ["finetune-split_digits-mlp-s0-00c0ffee"]
@@ -80,7 +90,7 @@ def test_a_job_of_a_sweep_that_left_no_folder_is_named(tmp_path):
 
 def test_a_folder_without_finished_runs_is_refused_with_what_it_has(tmp_path):
     unfinished(tmp_path / "a", "x", state="failed", error="no")
-    for folder, said in [("nowhere", "no folder"), ("a", "1 failed"), ("", str(tmp_path / "a"))]:
+    for folder, said in [("nowhere", "no folder"), ("a", "1 failed"), ("", "1 failed")]:
         with pytest.raises(ConfigError) as error:
             read(tmp_path / folder)
         assert said in str(error.value)
