@@ -1,9 +1,7 @@
 """What identifies a run: the hash of what it computes, its folder, and its name."""
 
 import hashlib
-import importlib.util
 import json
-from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -73,20 +71,6 @@ def hashed_part(config: dict[str, Any]) -> dict[str, Any]:
         parent, _, key = path.rpartition(".")
         (plain.get(parent, {}) if parent else plain).pop(key, None)
     return plain
-
-
-def plugin_digests(plugins: Sequence[str]) -> dict[str, str]:
-    """plugin -> eight hex digits of its source. They are no part of a run's hash, since most changes to a package of
-    methods leave the other methods as they were."""
-    found = {}
-    for name in plugins:
-        spec = importlib.util.find_spec(name)
-        folders = [Path(place) for place in (spec and spec.submodule_search_locations) or []]
-        files = [file for folder in folders for file in sorted(folder.rglob("*.py"))]
-        if not files and spec and spec.origin:
-            files = [Path(spec.origin)]
-        found[name] = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:8]
-    return found
 
 
 @lru_cache

@@ -12,11 +12,11 @@ from cl_runner.config import Experiment
 from cl_runner.environment import environment
 from cl_runner.errors import ConfigError
 from cl_runner.folder import RunFolder
-from cl_runner.identity import plugin_digests
 from cl_runner.interrupt import Interrupt, Stopped, heed_all, sweep_listens
 from cl_runner.logs import log_file, log_to
 from cl_runner.rerun import shown_if_done
 from cl_runner.run import run
+from cl_runner.sources import code_of
 from cl_runner.sweep import place_of
 from cl_runner.trackers.console import TerminalTracker, make_console
 
@@ -67,7 +67,7 @@ def _carried_out(experiment: Experiment, folder: RunFolder, interrupt: Interrupt
                 host=socket.gethostname(),
                 command=command,
                 images=experiment.stream.contents(experiment.config["data_root"]),
-                code=plugin_digests(experiment.config["plugins"]),
+                code=code_of(experiment.config),
                 environment=environment(experiment.device),
             )
             return run(experiment, folder, [experiment.tracker, shown], interrupt)

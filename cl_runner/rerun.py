@@ -1,6 +1,5 @@
 """A run that is asked for again: show it, move it aside, or refuse it if it cannot resume."""
 
-from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,8 @@ from cl_runner.config import Experiment
 from cl_runner.environment import environment
 from cl_runner.errors import ConfigError
 from cl_runner.folder import RunFolder
-from cl_runner.identity import plugin_digests
 from cl_runner.lock import FolderInUseError
+from cl_runner.sources import changed
 from cl_runner.trackers.console import make_console, show_results
 
 
@@ -43,15 +42,14 @@ def join(experiment: Experiment) -> None:
 def refuse_halves(experiment: Experiment) -> None:
     """Refuse to resume a run with other images or other code: its results would mix the two.
 
-    Raises ConfigError if an unfinished run was begun on other images than are there now, or saved with other code of a
-    plugin.
+    Raises ConfigError if an unfinished run was begun on other images than are there now, or saved with other code.
     """
     folder = RunFolder(experiment.folder)
     if folder.done:
         return
     halves = [f"begun with {images}" for images in other_images(experiment)]
     if (folder.path / CHECKPOINTS).exists():
-        halves += [f"saved with {code}" for code in other_code(experiment)]
+        halves += [f"saved with {code}" for code in other_code(folder)]
     if halves:
         raise ConfigError(str(experiment.folder), f"was {', and '.join(halves)}; rerun=true runs it again")
 
@@ -64,14 +62,15 @@ def other_images(experiment: Experiment) -> list[str]:
     return [f"other images than are in {place} now"] if now and then != now else []
 
 
-def other_code(experiment: Experiment) -> list[str]:
-    """A phrase for plugins whose code has changed since the run began, or nothing."""
-    return _other_code(RunFolder(experiment.folder), experiment.config["plugins"])
+def other_code(folder: RunFolder) -> list[str]:
+    """A phrase for plugins and components whose code has changed since the run began, or nothing."""
+    names = changed(folder.status.get("code") or {})
+    return [f"other code of {', '.join(names)} than is there now"] if names else []
 
 
 def is_made_again(experiment: Experiment) -> bool:
-    """Whether the run is to start over: with rerun=true, or if it failed and a plugin has been changed since."""
-    return experiment.config["rerun"] or bool(_failed_with(RunFolder(experiment.folder), experiment.config["plugins"]))
+    """Whether the run is to start over: with rerun=true, or if it failed and its code has been changed since."""
+    return experiment.config["rerun"] or bool(_failed_with(RunFolder(experiment.folder)))
 
 
 def move_aside(experiment: Experiment) -> None:
@@ -82,13 +81,13 @@ def move_aside(experiment: Experiment) -> None:
     if experiment.config["rerun"]:
         _keep_earlier(RunFolder(experiment.folder))
     else:
-        move_aside_if_mended(experiment.folder, experiment.config["plugins"])
+        move_aside_if_mended(experiment.folder)
 
 
-def move_aside_if_mended(path: Path, plugins: Sequence[str]) -> None:
-    """Move a run aside that failed, if a plugin, whose fault it may have been, has been changed since."""
+def move_aside_if_mended(path: Path) -> None:
+    """Move a run aside that failed, if its code, whose fault it may have been, has been changed since."""
     folder = RunFolder(path)
-    if mended := _failed_with(folder, plugins):
+    if mended := _failed_with(folder):
         with suppress(FolderInUseError):  # another command has begun it anew
             _keep_earlier(folder, f"; it failed with {mended[0]}")
 
@@ -98,15 +97,9 @@ def _keep_earlier(folder: RunFolder, why: str = "") -> None:
         print(f"the earlier run is kept in {kept}{why}")
 
 
-def _failed_with(folder: RunFolder, plugins: Sequence[str]) -> list[str]:
+def _failed_with(folder: RunFolder) -> list[str]:
     """As `other_code`, for a run that failed; else nothing."""
-    return _other_code(folder, plugins) if folder.state == "failed" else []
-
-
-def _other_code(folder: RunFolder, plugins: Sequence[str]) -> list[str]:
-    then = folder.status.get("code") or {}
-    changed = [name for name, code in plugin_digests(plugins).items() if then.get(name, code) != code]
-    return [f"other code of {', '.join(changed)} than is there now"] if changed else []
+    return other_code(folder) if folder.state == "failed" else []
 
 
 def show(experiment: Experiment) -> None:
@@ -117,8 +110,10 @@ def show(experiment: Experiment) -> None:
     console = make_console()
     console.print("This run is done (rerun=true runs it again).")
     show_results(results, folder.path, console)
-    for what in (*other_images(experiment), *other_code(experiment)):
+    for what in (*other_images(experiment), *other_code(folder)):
         console.print(f"warning: it was made with {what}")
     for package in ("cl_runner", "torch"):
         if then.get(package) != now[package]:
             console.print(f"warning: it was made with {package} {then.get(package)}; {now[package]} is installed now")
+    if then.get("commit", now["commit"]) != now["commit"]:
+        console.print(f"warning: it was made at commit {then.get('commit')}; the code is at {now['commit']} now")

@@ -14,7 +14,7 @@ FLOORS = [
     {"fisher"},
     {"strategies"},
     {"trainer", "checkpoint", "evaluate"},
-    {"targets", "complaints", "components", "config", "run", "state", "learned"},
+    {"targets", "complaints", "components", "sources", "config", "run", "state", "learned"},
     {"__main__", "command", "command_line", "overrides", "hydra_keys", "compose", "job", "rerun", "sweep"}
     | {"launchers", "published", "verify", "report", "listing"},
 ]

@@ -1,4 +1,4 @@
-"""Runs that are asked for again: their groups, their images, the code of their plugins."""
+"""Runs that are asked for again: their groups, their images, their code."""
 
 import json
 import re
@@ -60,6 +60,24 @@ def test_a_run_does_not_go_on_where_its_images_have_become_others_and_says_so_wh
     carry_out(make())  # nothing there to compare with: what was measured is shown
 
 
+def test_a_run_says_where_it_is_shown_that_its_method_or_the_commit_has_changed_since(tmp_path, capsys):
+    wanted = experiment(tmp_path, "strategy=finetune", "stream.max_tasks=1")
+    carry_out(wanted)
+    folder = RunFolder(wanted.folder)
+    code = folder.status["code"]
+    assert {"cl_runner.strategies.finetune", "cl_runner.strategies.base", "cl_runner.trainer"} <= code.keys()
+    carry_out(wanted)
+    assert "warning" not in capsys.readouterr().out
+    folder.update_status(code={**code, "cl_runner.strategies.finetune": "0badc0de"})
+    results = folder.results
+    results["environment"]["commit"] = "abc"
+    (folder.path / "results.json").write_text(json.dumps(results))
+    carry_out(wanted)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "warning: it was made with other code of cl_runner.strategies.finetune than is there now" in said
+    assert "warning: it was made at commit abc; the code is at" in said
+
+
 MINE = """
 import signal
 from pathlib import Path
@@ -91,13 +109,13 @@ def test_a_run_does_not_go_on_with_other_code_of_a_plugin_than_it_was_saved_with
     (tmp_path / "stopped").touch()
     assert cl_runner(*WORDS)[0] == 130
     (tmp_path / "stopped").unlink()
-    mine.write_text(MINE + "\n")
+    mine.write_text(MINE + "MENDED = True\n")
     status, said = cl_runner(*WORDS)
     assert status == 2
     assert "was saved with other code of my_own_methods than is there now; rerun=true runs it again" in said
     mine.write_text(MINE)
     assert cl_runner(*WORDS)[0] == 0
-    mine.write_text(MINE + "\n")
+    mine.write_text(MINE + "MENDED = True\n")
     assert "warning: it was made with other code of my_own_methods" in cl_runner(*WORDS)[1]
     assert "1 of 1 jobs were done with other images or code" in cl_runner("-m", *WORDS)[1]
 
@@ -111,7 +129,7 @@ def test_a_run_that_failed_starts_over_once_its_plugin_is_mended(sweep, cl_runne
     assert sweep or re.search(rf"my own fault \(my_own_methods.py:{place}\); .*/run.log has the whole of it", said)
     first = the_run()
     (tmp_path / "broken").unlink()
-    mine.write_text(MINE + "\n")
+    mine.write_text(MINE + "MENDED = True\n")
     status, said = cl_runner(*sweep, *WORDS)
     assert status == 0
     kept = f"the earlier run is kept in outputs/{first.name}.1; it failed with other code of my_own_methods"
@@ -126,7 +144,7 @@ def test_a_trial_that_failed_starts_over_once_its_plugin_is_mended(cl_runner, tm
     (tmp_path / "broken").touch()
     assert cl_runner(*search, "hydra.sweeper.trials=1")[0] == 1
     (tmp_path / "broken").unlink()
-    mine.write_text(MINE + "\n")
+    mine.write_text(MINE + "MENDED = True\n")
     status, said = cl_runner(*search, "hydra.sweeper.trials=2")
     assert status == 0, said
     assert "it failed with other code of my_own_methods" in said

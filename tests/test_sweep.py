@@ -118,7 +118,7 @@ def test_nothing_is_moved_aside_where_another_job_is_refused(fragile, tmp_path):
     names = sorted(path.name for path in (tmp_path / "outputs").iterdir())
     stopped = tmp_path / "outputs" / plan(tmp_path)["jobs"][1]["folder"]
     (stopped / "checkpoint").mkdir(exist_ok=True)
-    (tmp_path / "fragile.py").write_text(FRAGILE + "\n")
+    (tmp_path / "fragile.py").write_text(FRAGILE + "MENDED = True\n")
     status, said = fragile()
     assert status == 2
     assert "was saved with other code of fragile than is there now" in said

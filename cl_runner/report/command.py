@@ -116,7 +116,7 @@ def _warnings(table: Table, out: Sequence[LeftOut]) -> list[str]:
         warnings.append(f"rows hold runs that also differ in {', '.join(table.groups.pooled)}")
     if mixed := [group for group in table.groups if len({run.beside for run in group.runs} - {None}) > 1]:
         whose = f"{len(mixed)} of {len(table.groups)} rows, {table.groups.label(mixed[0])} among them"
-        warnings.append(f"the runs of {whose}, were made on other images, or with other code of a plugin")
+        warnings.append(f"the runs of {whose}, were made on different images, or with different code")
     if alone := [group for group in table.groups if table.baseline and group not in table.baselines]:
         agrees = f"no {table.baseline} agrees in all other keys with"
         warnings.append(f"{agrees} {len(alone)} of {len(table.groups)} rows, {table.groups.label(alone[0])} among them")

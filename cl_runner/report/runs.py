@@ -25,7 +25,7 @@ class Run:
     config: dict[str, Any]
     groups: tuple[str, ...]  # shared by runs that differ only in the seed; empty: its status does not say
     finished: float  # seconds since the epoch; 0 if unknown
-    beside: str | None  # digests of a folder's images and of plugins, which no hash includes; None: unknown
+    beside: str | None  # digests of a folder's images and of the code, which no hash includes; None: unknown
     metrics: dict[str, float | None]  # by name, including seconds, seconds/<phase> and peak_memory/<phase>
     accuracy: np.ndarray  # float64 [T, T] of the run's own scenario, NaN where nothing was measured
     validation: np.ndarray | None  # the same on the validation splits; None if not measured

@@ -165,7 +165,7 @@ class Optuna(Planned):
             batch = batch or [study.ask(space) for _ in range(min(self.at_once, self.trials - len(study.trials)))]
             jobs |= {trial.number: job(trial) for trial in batch}
             for trial in batch:  # a grid's jobs are known, and moved, before the sweep begins
-                move_aside_if_mended(self.plan.root / jobs[trial.number].folder, self.config.plugins)
+                move_aside_if_mended(self.plan.root / jobs[trial.number].folder)
             self.launch([jobs[trial.number] for trial in batch])
             for trial in batch:
                 self._tell(study, trial.number, jobs[trial.number])

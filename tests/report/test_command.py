@@ -102,11 +102,11 @@ def test_pictures_are_of_the_kind_asked_for_the_same_bytes_for_the_same_runs(fol
 
 def test_runs_on_other_images_or_with_other_code_are_averaged_with_a_warning(folder, capsys):
     main([str(folder)])
-    assert "other images" not in capsys.readouterr().err
+    assert "different images" not in capsys.readouterr().err
     for seed, images in enumerate(("aa", "bb")):
         write(folder, config("L2", seed), status={"images": images, "code": {}})
     main([str(folder)])
-    says = "the runs of 1 of 4 rows, l2 among them, were made on other images, or with other code of a plugin"
+    says = "the runs of 1 of 4 rows, l2 among them, were made on different images, or with different code"
     assert says in capsys.readouterr().err
 
 
@@ -115,10 +115,10 @@ def test_a_run_whose_status_was_deleted_is_not_taken_for_one_on_other_images(fol
         path = write(folder, config("L2", seed), status={"images": "aa", "code": {}})
     (path / "status.json").unlink()
     main([str(folder)])
-    assert "other images" not in capsys.readouterr().err
+    assert "different images" not in capsys.readouterr().err
     (path / "status.json").write_text('{"groups": []}')  # as a later command for another group leaves it
     main([str(folder)])
-    assert "other images" not in capsys.readouterr().err
+    assert "different images" not in capsys.readouterr().err
 
 
 def test_the_same_command_again_makes_the_same_files(folder):

@@ -1,0 +1,51 @@
+"""The commit that a run's numbers were made at."""
+
+import shutil
+import subprocess
+
+import pytest
+
+from cl_runner.environment import _commit
+
+pytestmark = pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+
+
+@pytest.fixture
+def clone(tmp_path):
+    def git(*words: str) -> str:
+        identity = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
+        return subprocess.run(
+            ["git", *identity, *words], cwd=tmp_path, capture_output=True, check=True, text=True
+        ).stdout
+
+    (tmp_path / "cl_runner").mkdir()
+    (tmp_path / "cl_runner" / "method.py").write_text("STRENGTH = 1\n")
+    (tmp_path / "notes.txt").write_text("none\n")
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "Begin")
+    return tmp_path, git("rev-parse", "HEAD").strip()
+
+
+def commit(folder):
+    _commit.cache_clear()
+    return _commit(folder)
+
+
+def test_a_clone_has_its_commit_and_uncommitted_changes_of_the_code_are_told_apart(clone):
+    folder, head = clone
+    assert commit(folder) == head
+    (folder / "notes.txt").write_text("some\n")
+    assert commit(folder) == head
+    found = []
+    for strength in (2, 3):
+        (folder / "cl_runner" / "method.py").write_text(f"STRENGTH = {strength}\n")
+        found.append(commit(folder))
+    assert all(each.startswith(f"{head}+") for each in found)
+    assert found[0] != found[1]
+
+
+def test_an_installed_package_has_no_commit_even_within_a_clone(clone):
+    folder, _ = clone
+    (folder / "site-packages").mkdir()
+    assert commit(folder / "site-packages") is None
