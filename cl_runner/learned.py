@@ -76,7 +76,7 @@ def load(folder: str | Path, *, device: str = "auto", data_root: str | None = No
     num_tasks = len(results["accuracy"][experiment.stream.scenario])
     if kept is not None and kept["position"]["tasks"] < num_tasks:  # the one before the last, which is damaged
         kept = None
-    if kept is None and not _predicts_by_the_network(experiment.strategy):
+    if kept is None and not experiment.strategy.predicts_by_weights:
         method = f"{type(experiment.strategy).__name__} predicts by what is in the checkpoint alone"
         if experiment.config["trainer"]["keep_checkpoint"]:
             raise ConfigError("folder", f"expected the run's last checkpoint in {folder}, got none that fits: {method}")
@@ -93,9 +93,3 @@ def load(folder: str | Path, *, device: str = "auto", data_root: str | None = No
         experiment.strategy.load_state_dict(kept["strategy"])
     model.eval()
     return Learned(experiment, stream, model)
-
-
-def _predicts_by_the_network(strategy: Strategy) -> bool:
-    """Whether the file of weights holds all that predictions depend on."""
-    plain = type(strategy).predict is Strategy.predict or not strategy.saved
-    return plain and not (strategy.rewires or strategy.extends_backbone)

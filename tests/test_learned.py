@@ -26,6 +26,8 @@ def finished(tmp_path, *overrides):
         ["strategy=er", "stream.scenario=class", "optimizer.lr=0.01"],
         ["strategy=frozen"],
         ["strategy=finetune", "stream.scenario=domain", "model=cnn", "model.widths=[4,8]", "model.norm_stats=adapt"],
+        ["strategy=lora"],
+        ["strategy=combined", "stream.scenario=class", "optimizer.lr=0.01"],
     ],
     ids=lambda words: words[0],
 )
@@ -83,11 +85,20 @@ def test_a_folder_that_was_moved_is_loaded_where_it_is(tmp_path):
     assert load(there, device="cpu", data_root="nowhere").experiment.folder == there
 
 
-def test_of_a_method_that_keeps_more_the_checkpoint_is_asked_for(tmp_path):
-    folder = finished(tmp_path, "strategy=icarl")
-    with pytest.raises(
-        ConfigError, match="keep_checkpoint: expected true .* ICaRL predicts by what is in the checkpoint"
-    ):
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["strategy=icarl"],
+        ["strategy=lora", "strategy.merge=false"],
+        ["strategy=lucir", "stream.scenario=class"],
+        ["strategy=combined", "strategy@strategy.parts.er=icarl"],
+    ],
+    ids=" ".join,
+)
+def test_of_a_method_that_keeps_more_the_checkpoint_is_asked_for(words, tmp_path):
+    folder = finished(tmp_path, *words)
+    said = "keep_checkpoint: expected true .* predicts by what is in the checkpoint"
+    with pytest.raises(ConfigError, match=said):
         load(folder.path, device="cpu")
 
 

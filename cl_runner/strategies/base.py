@@ -33,14 +33,14 @@ class Strategy:
     active_logits: ClassVar[ActiveLogits | None] = None  # if trainer.active_logits is null; None: the scenario's
     rewires: ClassVar[bool] = False  # changes the model's structure in `setup`
     for_pretrained: ClassVar[bool] = False  # relies on pretrained features: a run without them is warned
-
-    # What `Combined` must know of its parts: which go together, and whose hooks come first.
     closed_form: ClassVar[bool] = False  # trains nothing: predicts from statistics of the features
     extends_backbone: ClassVar[bool] = False  # adds prompts or branches to the backbone
     redraws: ClassVar[bool] = False  # reinitialises some of its prompts or branches for each task
-    carries_over: ClassVar[bool] = False  # its prompts build on what they learned in earlier tasks
     restarts: ClassVar[bool] = False  # resets the backbone to its initial weights before each task
     caches_features: ClassVar[bool] = False  # computes the backbone's features once
+
+    # What `Combined` alone must know of its parts: which go together, and whose hooks come first.
+    carries_over: ClassVar[bool] = False  # its prompts build on what they learned in earlier tasks
     holds_earlier_weights: ClassVar[bool] = False  # pulls weights towards those after an earlier task
     keeps_all_data: ClassVar[bool] = False  # trains on earlier tasks' data again, without a `memory`
     excludes_replay: ClassVar[bool] = False  # assumes that all training rows are of the current task
@@ -115,6 +115,12 @@ class Strategy:
         """Numbers about the method's computations so far, by name: those named `…_seconds` join the run's timings, the
         others its metrics."""
         return {}
+
+    @property
+    def predicts_by_weights(self) -> bool:
+        """Whether a finished run's file of weights holds all that `predict` depends on."""
+        plain = type(self).predict is Strategy.predict or not self.saved
+        return plain and not (self.rewires or self.extends_backbone)
 
     def predict(self, images: Tensor, task_ids: Tensor) -> Tensor:
         """Scores [B, K] of every class, unmasked: the evaluation masks them for each scenario."""

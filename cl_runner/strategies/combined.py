@@ -80,12 +80,24 @@ class Combined(Strategy):
         return any(part.for_pretrained for part in self.parts.values())
 
     @property
+    def extends_backbone(self) -> bool:
+        return any(part.extends_backbone for part in self.parts.values())
+
+    @property
+    def caches_features(self) -> bool:
+        return any(part.caches_features for part in self.parts.values())
+
+    @property
     def restarts(self) -> bool:
         return any(part.restarts for part in self.parts.values())
 
     @property
     def redraws(self) -> bool:
         return any(part.redraws for part in self.parts.values())
+
+    @property
+    def predicts_by_weights(self) -> bool:
+        return all(part.predicts_by_weights for part in self.parts.values())
 
     @property
     def active_logits(self) -> ActiveLogits | None:

@@ -91,6 +91,10 @@ class LoRA(Strategy):
         for branch, layer in zip(self.branches, self.layers, strict=True):
             branch.merge(layer)
 
+    @property
+    def predicts_by_weights(self) -> bool:
+        return self.merge
+
     def predict(self, images: Tensor, task_ids: Tensor) -> Tensor:
         if self.merge:
             return super().predict(images, task_ids)
