@@ -11,6 +11,7 @@ EXECUTION = ("device", "data_root", "output_root", "rerun", "tracker", "trainer.
 EXECUTION += ("trainer.checkpoint_seconds", "trainer.keep_checkpoint", "stream.download", "stream.max_device_gb")
 NOT_HASHED = (*EXECUTION, "fisher", "memory")  # these two are hashed as parts of the strategy that takes them
 ORDERED = (("strategy", "parts"), ("model", "key_map"))  # mappings whose order matters
+PICKLES = (".pt", ".pth", ".bin", ".ckpt")  # files of weights, beside .safetensors
 ANY_SEED = 2**31 - 1  # takes the seed's place in the hash of a group, whose runs differ in nothing else
 
 # Classes whose choice in conf/ is not their name in lower case.
@@ -58,10 +59,18 @@ def digest(config: dict[str, Any]) -> str:
     for parent, key in ORDERED:
         if isinstance(plain[parent].get(key), dict):
             plain[parent][key] = [*plain[parent][key].items()]
-    weights = Path(str(plain["model"].get("pretrained"))).expanduser()
-    if weights.is_file():  # the file's content counts, not its path
+    weights = weights_file(plain["model"].get("pretrained"))
+    if weights and weights.is_file():  # the file's content counts, not its path
         plain["model"]["pretrained"] = _file_digest(weights, weights.stat().st_mtime_ns)
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def weights_file(pretrained: bool | str | None) -> Path | None:
+    """The file that `model.pretrained` refers to; None for the name of published weights."""
+    if not isinstance(pretrained, str):
+        return None
+    path = Path(pretrained).expanduser()
+    return path if path.suffix in (".safetensors", *PICKLES) or "/" in pretrained else None
 
 
 def hashed_part(config: dict[str, Any]) -> dict[str, Any]:

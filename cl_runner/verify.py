@@ -19,7 +19,7 @@ from cl_runner.command_line import in_order
 from cl_runner.compose import compose_jobs
 from cl_runner.errors import ConfigError, in_a_line
 from cl_runner.folder import RunFolder, write_atomically
-from cl_runner.identity import EXECUTION, run_folder
+from cl_runner.identity import EXECUTION, run_folder, weights_file
 from cl_runner.published import TIERS, Measured, Row, chosen, published
 
 WIDTH = 110  # columns at least, so that a row fits on a line
@@ -141,10 +141,8 @@ def _changes(overrides: Sequence[str], rows: Sequence[Row]) -> list[str]:
 
     def users_to_bring(key: str) -> bool:
         """Whether it is the path of a file of weights that users bring themselves."""
-        from cl_runner.models.weights import file_of
-
         configurations = (cfg for row in rows for cfg in compose_jobs(row.command(seed=0)))
-        return key == "model.pretrained" and all(file_of(cfg.model.pretrained) for cfg in configurations)
+        return key == "model.pretrained" and all(weights_file(cfg.model.pretrained) for cfg in configurations)
 
     return [word for word in overrides if not of_execution(_key(word)) and not users_to_bring(_key(word))]
 

@@ -14,7 +14,7 @@ from cl_runner.components import PROVIDED, build
 from cl_runner.compose import compose_jobs, parse
 from cl_runner.config import check, validated
 from cl_runner.errors import ConfigError
-from cl_runner.identity import digest, display_name, run_folder
+from cl_runner.identity import digest, display_name, run_folder, weights_file
 from cl_runner.listing import choices
 from cl_runner.models import mlp
 from cl_runner.strategies.base import _in_short
@@ -434,6 +434,23 @@ def test_a_file_of_weights_is_hashed_by_what_is_in_it(tmp_path):
         (tmp_path / name).write_bytes(content)
         hashes.append(digest(config(f"model.pretrained={tmp_path / name}")))
     assert hashes[0] == hashes[1] != hashes[2]
+
+
+@pytest.mark.parametrize(
+    ("pretrained", "is_file"),
+    [(True, False), (False, False), ("a1_in1k", False), ("IMAGENET1K_V1", False), ("w.pt", True), ("a/b", True)],
+)
+def test_a_name_is_told_from_a_file(pretrained, is_file):
+    assert (weights_file(pretrained) is not None) is is_file
+
+
+def test_a_file_that_is_called_like_published_weights_changes_no_hash(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ["model=resnet18", "stream=split_digits"]
+    before = [digest(config(*words, f"model.pretrained={name}")) for name in ("true", "IMAGENET1K_V1")]
+    for name in ("True", "IMAGENET1K_V1"):
+        Path(name).write_text("a note")
+    assert [digest(config(*words, f"model.pretrained={name}")) for name in ("true", "IMAGENET1K_V1")] == before
 
 
 def test_a_run_keeps_its_hash_and_folder_when_its_file_of_weights_is_replaced(tmp_path, monkeypatch):

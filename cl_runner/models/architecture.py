@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from cl_runner.errors import ConfigError
-from cl_runner.identity import choice
+from cl_runner.identity import choice, weights_file
 from cl_runner.models import weights
 from cl_runner.models.heads import Init
 from cl_runner.models.model import ActiveLogits, Model
@@ -165,7 +165,7 @@ class Architecture(ABC):
 
     @cached_property
     def file(self) -> Path | None:
-        return weights.file_of(self.pretrained)
+        return weights_file(self.pretrained)
 
     @property
     def uses_published(self) -> bool:

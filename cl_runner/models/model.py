@@ -140,8 +140,8 @@ class Model(Classifier):
         return logits.masked_fill(~self.visible[task_ids], -torch.inf)
 
     def keep_in_eval(self, modules: Iterable[nn.Module]) -> None:
-        """Keep these modules (normalisation layers) in eval mode, whatever the model's own mode."""
-        self._eval_only = list(modules)
+        """Keep these modules in eval mode, too, whatever the model's own mode."""
+        self._eval_only = list(dict.fromkeys([*self._eval_only, *modules]))
         self.train(self.training)
 
     def train(self, mode: bool = True) -> "Model":

@@ -20,7 +20,6 @@ from cl_runner.folder import replacing
 from cl_runner.streams.base import Shape
 
 FIELD = "model.pretrained"
-PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 WRAPPERS = ("state_dict", "state", "model", "model_state_dict", "model_state")
 SHOWN = 3  # names of each kind listed in an error, at most; more are counted
 
@@ -90,14 +89,6 @@ class WeightsFile:
     path: Path
     state: dict[str, Tensor]
     inputs: Inputs | None  # None: unknown
-
-
-def file_of(pretrained: bool | str) -> Path | None:
-    """The file that `model.pretrained` refers to; None for the name of published weights."""
-    if isinstance(pretrained, bool):
-        return None
-    path = Path(pretrained).expanduser()
-    return path if path.suffix in (".safetensors", *PICKLES) or "/" in pretrained else None
 
 
 def read(path: Path, key_map: Mapping[str, str] | None, device: Literal["cpu", "meta"] = "cpu") -> WeightsFile:

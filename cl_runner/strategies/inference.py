@@ -74,17 +74,23 @@ def predict_by_task(
 
 
 class FeatureCache:
-    """The features of test images under a backbone that never changes, computed once and kept (4 D bytes each).
+    """The features of test images under a backbone that never changes, computed once and kept (4 D bytes each) as long
+    as there is room.
 
     Batches are identified by their content.
     """
 
-    def __init__(self, model: Model) -> None:
-        self.model = model
+    def __init__(self, model: Model, room: int = 2**30) -> None:
+        """`room`: bytes. Test sets fit; a model that predicts for users sees ever new images."""
+        self.model, self.room = model, room
         self.known: dict[bytes, Tensor] = {}
 
     def __call__(self, images: Tensor) -> Tensor:
         key = blake2b(images.cpu().numpy().tobytes(), digest_size=16).digest()
-        if key not in self.known:
-            self.known[key] = self.model(images).features
-        return self.known[key]
+        if key in self.known:
+            return self.known[key]
+        features = self.model(images).features
+        if features.nbytes <= self.room:
+            self.room -= features.nbytes
+            self.known[key] = features
+        return features

@@ -47,8 +47,11 @@ class Examples:
         return concatenate([self, other])
 
     def to(self, device: torch.device | str) -> "Examples":
+        # Towards the CPU, a copy that is not waited for could be read before it is there.
+        waits = torch.device(device).type == "cpu"
+
         def move(values: Tensor) -> Tensor:
-            return values.to(device, non_blocking=True)
+            return values.to(device, non_blocking=not waits)
 
         extras = {name: move(values) for name, values in self.extras.items()}
         return Examples(move(self.images), move(self.labels), move(self.task_ids), extras)

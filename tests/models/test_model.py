@@ -115,6 +115,15 @@ def test_held_statistics_stay_where_they_are_in_every_mode():
     assert norm.num_batches_tracked == 0
 
 
+def test_what_is_held_in_addition_releases_nothing():
+    model = model_for()
+    norm, other = model.backbone[2], model.backbone[1]
+    model.keep_in_eval([norm])
+    model.keep_in_eval([other])
+    model.train()
+    assert (norm.training, other.training, model.head.training) == (False, False, True)
+
+
 def test_a_copy_holds_its_own_statistics():
     model = model_for()
     model.keep_in_eval([model.backbone[2]])

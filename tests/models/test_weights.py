@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 
 from cl_runner.errors import ConfigError
 from cl_runner.models import CNN
-from cl_runner.models.weights import Inputs, file_of, read, write
+from cl_runner.models.weights import Inputs, read, write
 from tests.models.samples import stream_of
 
 
@@ -175,14 +175,6 @@ def test_a_damaged_file_is_refused(suffix, tmp_path):
     (tmp_path / f"w{suffix}").write_bytes(b"not weights at all")
     with pytest.raises(ConfigError, match=r"model\.pretrained: expected a safetensors file"):
         recipe(tmp_path / f"w{suffix}").check()
-
-
-@pytest.mark.parametrize(
-    ("pretrained", "is_file"),
-    [(True, False), (False, False), ("a1_in1k", False), ("IMAGENET1K_V1", False), ("w.pt", True), ("a/b", True)],
-)
-def test_a_name_is_told_from_a_file(pretrained, is_file):
-    assert (file_of(pretrained) is not None) is is_file
 
 
 def test_what_weights_expect_survives_a_files_header():

@@ -5,7 +5,7 @@ from copy import deepcopy
 import torch
 
 from cl_runner.strategies import NCM
-from cl_runner.strategies.inference import features_of
+from cl_runner.strategies.inference import FeatureCache, features_of
 from tests.toys import learn, toy_model, toy_stream
 
 
@@ -46,3 +46,14 @@ def test_what_is_remembered_of_images_is_of_those_images():
     again = strategy.predict(images, test.task_ids)
     assert torch.equal(again, strategy.predict(stream.tasks[1].test.images, test.task_ids))
     assert not torch.equal(again, first)
+
+
+def test_no_more_is_remembered_of_images_than_there_is_room_for():
+    stream = toy_stream()
+    model = toy_model(stream).eval()
+    images = stream.tasks[0].test.images
+    features = model(images).features
+    one = FeatureCache(model, room=features[:1].nbytes)
+    for row in (0, 1, 0, 1):
+        assert torch.equal(one(images[row : row + 1]), model(images[row : row + 1]).features)
+    assert len(one.known) == 1

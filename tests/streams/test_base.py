@@ -33,3 +33,15 @@ def test_a_label_that_is_not_among_a_tasks_classes_is_refused(split):
         ConfigError, match=rf"expected {split} labels of task 1 among its classes \[0, 2\], got \[1, 3\]"
     ):
         getattr(task, split)
+
+
+@pytest.mark.parametrize(("device", "waits"), [("cpu", True), ("meta", False)])
+def test_a_copy_to_the_cpu_is_waited_for(device, waits, monkeypatch):
+    asked = []
+    to = torch.Tensor.to
+    monkeypatch.setattr(
+        torch.Tensor, "to", lambda self, where, non_blocking: (asked.append(non_blocking), to(self, where))[1]
+    )
+    rows = examples(3).to(device)
+    assert rows.images.device.type == device
+    assert asked == [not waits] * 3
