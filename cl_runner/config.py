@@ -30,6 +30,7 @@ if TYPE_CHECKING:  # torch takes seconds to import; `--help` and completion do w
     import torch
 
     from cl_runner.models.architecture import Architecture
+    from cl_runner.models.model import ActiveLogits
     from cl_runner.strategies.base import Strategy
     from cl_runner.streams.recipe import Recipe
     from cl_runner.trackers.base import Tracker
@@ -85,6 +86,11 @@ class Experiment:
     trainer: "Trainer"
     tracker: "Tracker"
     device: "torch.device"
+
+    @property
+    def active_logits(self) -> "ActiveLogits | None":
+        """Which outputs the loss compares: as the trainer says, or the method; None: as is usual in the scenario."""
+        return self.trainer.active_logits or self.strategy.active_logits
 
     @property
     def make_optimizer(self) -> Callable[..., Any]:
@@ -272,8 +278,11 @@ def _check_active_logits(active: str | None, scenario: str) -> None:
 
 def _check_single_classes(experiment: Experiment) -> None:
     """Refuse a softmax over each task's own outputs where some task has only one, as it is constant."""
-    active = experiment.trainer.active_logits or experiment.strategy.active_logits
-    if active == "current" and experiment.stream.scenario == "class" and 1 in (experiment.stream.task_sizes or []):
+    if (
+        experiment.active_logits == "current"
+        and experiment.stream.scenario == "class"
+        and 1 in (experiment.stream.task_sizes or [])
+    ):
         whose = "" if experiment.trainer.active_logits else f" (the default of {type(experiment.strategy).__name__})"
         raise ConfigError(
             "trainer.active_logits",

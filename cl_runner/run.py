@@ -96,8 +96,7 @@ def assembled(experiment: Experiment) -> tuple[Stream, Model]:
     """The stream and the model, which the strategy has set up."""
     seed_all(task_seed(experiment.trainer.seed, 0))
     stream = experiment.stream.load(experiment.config["data_root"], experiment.device)
-    active_logits = experiment.trainer.active_logits or experiment.strategy.active_logits
-    model = experiment.model.build(stream, active_logits).to(experiment.device)
+    model = experiment.model.build(stream, experiment.active_logits).to(experiment.device)
     experiment.strategy.setup(model, stream)
     return stream, model
 
