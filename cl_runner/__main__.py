@@ -6,6 +6,7 @@ from importlib import import_module
 from cl_runner import __version__
 from cl_runner.closed_pipe import ignore_closed_pipe
 from cl_runner.errors import ConfigError, hint
+from cl_runner.interrupt import ending_at_once
 
 # These only print something about the configuration: Hydra handles them, and torch is never imported.
 ASKS_HYDRA = {"--help", "-h", "--hydra-help", "--cfg", "-c", "--info", "-i", "--shell-completion", "-sc"}
@@ -45,7 +46,9 @@ def main() -> None:
 def _answer(argv: list[str]) -> None:
     """Raises ConfigError."""
     if argv and argv[0] in COMMANDS:
-        sys.exit(import_module(COMMANDS[argv[0]]).main(argv[1:]))
+        with ending_at_once():
+            command = import_module(COMMANDS[argv[0]])
+        sys.exit(command.main(argv[1:]))
     elif "--version" in argv:
         print(f"cl-runner {__version__}")
     elif argv and argv[0].isidentifier():
@@ -53,9 +56,10 @@ def _answer(argv: list[str]) -> None:
             "command line", f"expected KEY=VALUE or a command, got {argv[0]!r}; {hint(argv[0], COMMANDS)}"
         )
     else:
-        from cl_runner.command import hydra_main, run, try_composing
-        from cl_runner.command_line import in_order
-        from cl_runner.compose import for_hydra
+        with ending_at_once():
+            from cl_runner.command import hydra_main, run, try_composing
+            from cl_runner.command_line import in_order
+            from cl_runner.compose import for_hydra
 
         words = {word.partition("=")[0] for word in argv}
         if not words & ASKS_HYDRA:

@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from cl_runner.compose import GRID, VERSION_BASE, Request, compose_jobs, knows_a
 from cl_runner.config import Experiment, check, validated, with_valid_settings
 from cl_runner.errors import ConfigError, in_a_line, raised_at
 from cl_runner.identity import display_name
+from cl_runner.interrupt import ending_at_once
 
 if TYPE_CHECKING:
     from cl_runner.strategies.base import Strategy
@@ -38,7 +40,9 @@ def run(argv: list[str]) -> None:
 
     with log_to(make_console()):  # data may have to be downloaded and decoded
         sys.argv[1:] = in_order(argv)
-        request = parse(sys.argv[1:])
+        with ending_at_once():
+            request = parse(sys.argv[1:])
+            import_module("cl_runner.job")  # and PyTorch, which takes seconds
         tried: list[Any] = []
         jobs = [_checked(number, request, tried) for number in range(len(request.jobs))]
         if request.sweep:

@@ -1,6 +1,8 @@
 """Signals that ask a run to stop: noted at once, obeyed once everything done so far is saved."""
 
+import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,6 +11,29 @@ from typing import Any
 
 STOPPING = ("SIGTERM", "SIGUSR2", "SIGINT", "SIGHUP")  # those of them that the platform has
 PLAIN = (signal.SIG_DFL, signal.default_int_handler)  # Python's default handlers
+
+
+@contextmanager
+def ending_at_once() -> Iterator[None]:
+    """End the process at Ctrl-C in the body, where nothing has begun yet that could be lost.
+
+    An exception would come out of whatever is being imported, which may swallow it or fail in a way of its own.
+    """
+    in_charge = threading.current_thread() is threading.main_thread()
+    if not in_charge or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    signal.signal(signal.SIGINT, _end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    sys.stdout.flush()
+    print("cl-runner: stopped", file=sys.stderr, flush=True)
+    os._exit(128 + number)
 
 
 def same_command(rerun: bool) -> str:

@@ -204,8 +204,32 @@ def test_a_run_that_fails_says_why_in_one_line_and_leaves_the_traceback(cl_runne
     assert "Traceback" in (the_run() / "run.log").read_text()
 
 
+INTERRUPTED = """
+import importlib.abc, signal, sys
+
+class Interrupted(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name == "{}":
+            try:
+                signal.raise_signal(signal.SIGINT)
+            except KeyboardInterrupt:
+                raise ImportError("half of it was imported")
+
+sys.meta_path.insert(0, Interrupted())
+from cl_runner.__main__ import main
+main()
+"""
+
+
+@pytest.mark.parametrize("name", ["hydra", "torch"])
+def test_ctrl_c_while_a_library_is_imported_ends_at_once(name, tmp_path):
+    command = [sys.executable, "-c", INTERRUPTED.format(name), "stream=split_digits", "tracker=local"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "cl-runner: stopped\n")
+
+
 def test_ctrl_c_before_there_is_a_run_shows_no_traceback(cl_runner, monkeypatch):
-    monkeypatch.setattr("cl_runner.compose.compose", lambda *_, **__: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr("cl_runner.command.check", lambda *_, **__: signal.raise_signal(signal.SIGINT))
     assert cl_runner() == (130, "cl-runner: stopped\n")
 
 
