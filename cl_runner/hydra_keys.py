@@ -10,9 +10,13 @@ from cl_runner import CONF
 from cl_runner.errors import ConfigError, hint, suggestion
 
 _FOLDERS = "expected output_root to say where runs go: a run's folder is named by what it computes"
+_LOGGING = "it cannot be set: the terminal shows records from INFO up, and run.log in the run's folder all of them"
 RESERVED = {
     **dict.fromkeys(("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir"), _FOLDERS),
+    **dict.fromkeys(("hydra.verbose", "hydra/job_logging", "hydra/hydra_logging"), _LOGGING),
     "hydra.mode": "expected -m (--multirun), which says the same",
+    "hydra.searchpath": "expected --config-dir DIR, for one folder of choices of your own",
+    "hydra.job.chdir": "it cannot be set: paths are relative to the directory that the command is given in",
     "_pair": "it cannot be chosen: it follows from stream and model",
     "protocol": "it cannot be chosen: it follows from experiment and strategy",
 }
