@@ -18,6 +18,7 @@ from cl_runner.arguments import Parser
 from cl_runner.errors import ConfigError
 from cl_runner.folder import SIGNS, RunFolder, folders_below, moved_aside
 from cl_runner.sweep import FILE, STATES, not_shared, outcome, sweeps
+from cl_runner.trackers.names import percent
 
 EVERY = 2.0  # seconds between two updates
 TAIL = 1 << 16  # bytes at the journal's end that are searched first for the last task's row
@@ -201,7 +202,7 @@ def _table(rows: list[Row], width: int) -> Table:
             "state": Text(row.state, COLOURS[row.state]),
             "task": "" if row.task is None else f"{row.task}/{row.num_tasks if row.num_tasks is not None else '?'}",
             "step": "" if row.step is None else f"{row.step:,}",
-            "accuracy": "" if row.accuracy is None else f"{100 * row.accuracy:.1f} %",
+            "accuracy": "" if row.accuracy is None else f"{percent(row.accuracy)} %",
             "last seen": "" if row.heartbeat is None else f"{_ago(now - row.heartbeat)} ago",
             "reason": Text(row.reason),
         }

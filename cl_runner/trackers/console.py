@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cl_runner.trackers.base import NullTracker, RunInfo
-from cl_runner.trackers.names import is_share
+from cl_runner.trackers.names import is_share, percent
 
 log = logging.getLogger("cl_runner")
 
@@ -142,10 +142,6 @@ def show_whereabouts(folder: Path, last_line: str, console: Console) -> None:
     console.print(Text.assemble(("folder   ", "dim"), str(folder)), soft_wrap=True)
     if last_line:
         console.print(Text(last_line), soft_wrap=True)
-
-
-def percent(value: float | None, digits: int = 1) -> str:
-    return "–" if value is None else f"{100 * value:.{digits}f}"
 
 
 def _matrix_width(tasks: int, digits: int) -> int:

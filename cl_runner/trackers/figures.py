@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from cl_runner.metrics import forgetting_matrix, from_rows
 from cl_runner.trackers.colours import FAINT, INK
 from cl_runner.trackers.drawing import ACCURACY, DPI, FORGETTING, ColourScale, blank, readable_on, shortened
+from cl_runner.trackers.names import percent
 
 SIZE = (1600, 800)  # pixels, width x height
 TILE = (800, 800)  # of a single matrix
@@ -59,7 +60,7 @@ def _write(figure: Figure, left: float, height: float, text: str, size: float = 
 def _said(metrics: Mapping[str, float | None]) -> list[str]:
     """The metrics in a picture's title, if they are defined."""
     numbers = {"average accuracy": metrics["average_accuracy"], "forgetting": metrics["average_forgetting"]}
-    return [f"{what} {_percent(value, 1)} %" for what, value in numbers.items() if value is not None]
+    return [f"{what} {percent(value, 1)} %" for what, value in numbers.items() if value is not None]
 
 
 def to_pixels(figure: Figure) -> np.ndarray:
@@ -83,7 +84,7 @@ def _panel(figure: Figure, place: tuple[float, float], matrix: np.ndarray, scale
     bar_width = 14.4 / (figure.get_figwidth() * DPI)
     bar = figure.colorbar(image, cax=figure.add_axes((left + width + bar_width, 0.11, bar_width, 0.72)))
     ticks = np.linspace(scale.low, scale.high, 5).tolist()
-    bar.set_ticks(ticks, labels=[f"{_percent(tick, 0)} %" for tick in ticks])
+    bar.set_ticks(ticks, labels=[f"{percent(tick, 0)} %" for tick in ticks])
     bar.ax.tick_params(length=0, labelsize=7, labelcolor=FAINT)
     bar.ax.spines[:].set_visible(False)
 
@@ -108,8 +109,4 @@ def _number(axes: Axes, matrix: np.ndarray, scale: ColourScale) -> None:
     for row, column in np.argwhere(np.isfinite(matrix)).tolist():
         value = matrix[row, column].item()
         colour = readable_on(scale.colour(value))
-        axes.text(column, row, _percent(value, digits), color=colour, fontsize=size, ha="center", va="center")
-
-
-def _percent(value: float, digits: int) -> str:
-    return f"{100 * value:.{digits}f}".replace("-", "−")
+        axes.text(column, row, percent(value, digits), color=colour, fontsize=size, ha="center", va="center")

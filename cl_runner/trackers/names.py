@@ -28,6 +28,12 @@ def is_share(metric: str) -> bool:
     return metric.partition("/")[0].endswith(SHARES)
 
 
+def percent(share: float | None, digits: int = 1) -> str:
+    """A share as people read it, without the unit; a dash for None."""
+    # Adding zero turns minus zero into zero.
+    return "–" if share is None else f"{round(100 * share, digits) + 0.0:.{digits}f}".replace("-", "−")
+
+
 def overrides_of(run: Path) -> list[str]:
     """This run's overrides, as Hydra recorded them in the run's folder."""
     path = run / ".hydra" / "overrides.yaml"

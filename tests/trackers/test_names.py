@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from cl_runner.trackers.names import command_of, overrides_of, parts, run_name
+from cl_runner.trackers.names import command_of, overrides_of, parts, percent, run_name
 
 
 def config(**changes: Any) -> dict[str, Any]:
@@ -99,3 +99,9 @@ def test_the_command_is_that_of_the_run_alone(words, command, tmp_path):
 
 def test_a_run_that_no_command_asked_for_has_none(tmp_path: Path) -> None:
     assert command_of(tmp_path, "") == ""
+
+
+def test_a_share_is_written_with_a_true_minus_and_never_as_minus_zero() -> None:
+    shown = [percent(share) for share in (0.98765, -0.012, -0.0004, None)]
+    assert shown == ["98.8", "−1.2", "0.0", "–"]
+    assert percent(0.98765, 0) == "99"
