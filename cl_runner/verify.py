@@ -50,9 +50,10 @@ def main(argv: list[str]) -> int:
     if arguments.write is not None and arguments.write.exists():
         write(arguments.write, [], rows)  # drop outdated rows now, whatever becomes of the rest
     failed: list[str] = []
+    old: list[str] = []
     measured = []
     for row in asked:
-        values = list(_values(row, arguments, failed))
+        values = list(_values(row, arguments, failed, old))
         if len(values) == len(row.seeds):
             measured.append(Measured(row, tuple(values)))
             _print(measured[-1], console, judged=not changes)
@@ -63,6 +64,10 @@ def main(argv: list[str]) -> int:
         console.print(f"{waiting}; without --only-done they are run", highlight=False)
     if arguments.write is not None and not measured:
         console.print(f"nothing to add to {arguments.write}", highlight=False)
+    if old:
+        runs = f"{len(old)} run was" if len(old) == 1 else f"{len(old)} runs were"
+        says = f"{runs} made with other code than is there now: {old[0]}{', …' if len(old) > 1 else ''}"
+        console.print(says, style="yellow", highlight=False)
     for line in failed:
         console.print(line, style="red", highlight=False, soft_wrap=True)
     return int(bool(failed) or (not changes and any(each.verdict == "miss" for each in measured)))
@@ -147,11 +152,12 @@ def _changes(overrides: Sequence[str], rows: Sequence[Row]) -> list[str]:
     return [word for word in overrides if not of_execution(_key(word)) and not users_to_bring(_key(word))]
 
 
-def _values(row: Row, arguments: argparse.Namespace, failed: list[str]) -> Iterator[float]:
-    """One value per seed, in percent; a run that fails adds a line to `failed` instead."""
+def _values(row: Row, arguments: argparse.Namespace, failed: list[str], old: list[str]) -> Iterator[float]:
+    """One value per seed, in percent; a run that fails adds a line to `failed` instead, and one that was done with
+    other code adds its name to `old`."""
     from cl_runner.config import check, validated
     from cl_runner.job import carry_out
-    from cl_runner.rerun import move_aside
+    from cl_runner.rerun import move_aside, other_code
     from cl_runner.sweep import this_command
 
     for seed in row.seeds:
@@ -171,6 +177,8 @@ def _values(row: Row, arguments: argparse.Namespace, failed: list[str]) -> Itera
             except Exception as error:
                 failed.append(f"{row.name} seed={seed}: {in_a_line(error)}")
                 continue
+        elif other_code(folder):
+            old.append(f"{row.name} seed={seed}")
         yield 100 * folder.results["metrics"][row.metric]
 
 

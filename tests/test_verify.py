@@ -1,5 +1,6 @@
 import json
 import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -8,6 +9,7 @@ from cl_runner import verify
 from cl_runner.compose import compose_jobs
 from cl_runner.config import check, validated
 from cl_runner.errors import ConfigError
+from cl_runner.folder import RunFolder
 from cl_runner.published import Measured, Row, chosen, published
 from cl_runner.verify import main
 
@@ -196,8 +198,12 @@ def test_a_row_is_run_once_and_its_verdict_written(folder, tmp_path, monkeypatch
     *_, tolerance, verdict, _ = (cell.strip() for cell in line.split("|"))
     assert verdict == ("pass" if abs(sum(accuracies) / 2 - 50.0) <= float(tolerance) else "miss")
     assert "a paper" in table.read_text()
+    first = RunFolder(runs[0].parent)
+    first.update_status(code={**first.status["code"], "cl_runner.strategies.finetune": "0badc0de"})
+    main([words[0], "--only-done", *words[1:]])
+    assert re.search(r"1 runs? (was|were) made with other code than .* now: study/one seed=\d", capsys.readouterr().out)
     main([*words, "rerun=true"])
-    assert "study/one" in capsys.readouterr().out
+    assert "other code" not in capsys.readouterr().out
     assert [run.stat().st_mtime_ns for run in runs] != times
 
 
