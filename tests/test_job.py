@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from cl_runner.checkpoint import load
+from cl_runner.errors import ConfigError
 from cl_runner.folder import CannotWriteError, RunFolder
 from cl_runner.interrupt import Stopped
 from cl_runner.job import carry_out
@@ -190,6 +191,21 @@ def test_a_second_ctrl_c_does_not_keep_a_stopped_run_from_noting_that_it_was_sto
     with pytest.raises(Stopped):
         carry_out(made)
     assert RunFolder(made.folder).state == "pending"
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_what_only_building_reveals_leaves_no_folder_behind_unless_the_run_had_begun(begun, tmp_path, monkeypatch):
+    def refused(*_):
+        raise ConfigError("model.pretrained", "no such weights")
+
+    wanted = experiment(tmp_path, "strategy=finetune")
+    if begun:
+        with pytest.raises(Stopped):
+            carry_out(at_step(experiment(tmp_path, "strategy=finetune"), 1, partial(send, signal.SIGINT)))
+    monkeypatch.setattr("cl_runner.job.run", refused)
+    with pytest.raises(ConfigError, match="no such weights"):
+        carry_out(wanted)
+    assert wanted.folder.exists() is begun
 
 
 def test_a_run_that_failed_says_why_where_anyone_looks(tmp_path):

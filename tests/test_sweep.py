@@ -1,20 +1,24 @@
 """Sweeps, carried out within this process by Hydra's own launcher."""
 
 import copy
+import errno
 import json
 import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import yaml
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 
 from cl_runner.command import run_submitted
 from cl_runner.command_line import in_order
 from cl_runner.compose import compose_jobs, parse
 from cl_runner.errors import ConfigError
+from cl_runner.folder import CannotWriteError
 from cl_runner.job import carry_out
 from cl_runner.report.groups import group_runs
 from cl_runner.report.runs import read
@@ -234,6 +238,40 @@ def test_a_submitted_job_whose_configuration_has_changed_since_is_refused(tmp_pa
     with pytest.raises(ConfigError, match="changed since submission"):
         run_submitted([*MLP, "tracker=local", "device=cpu"], tmp_path / "outputs" / "ewc-of-old-s0-01234567")
     assert not (tmp_path / "outputs").exists()
+
+
+def test_a_submitted_job_that_is_done_by_now_is_not_run_again(cl_runner, tmp_path, monkeypatch):
+    words = ["strategy=finetune", "stream.max_tasks=1"]
+    assert cl_runner(*words)[0] == 0
+    (results,) = (tmp_path / "outputs").glob("*/results.json")
+    before = results.stat().st_mtime_ns
+    overrides = yaml.safe_load((results.parent / ".hydra" / "overrides.yaml").read_text())
+    monkeypatch.setattr("cl_runner.command.hydra_main", lambda: pytest.fail("it was run again"))
+    run_submitted(overrides, results.parent)
+    assert results.stat().st_mtime_ns == before
+
+
+def test_sweeps_that_are_planned_at_once_in_one_folder_all_keep_their_plans(tmp_path):
+    def plan_again_and_again(number):
+        for _ in range(20):
+            Sweep(tmp_path, f"cl-runner -m seed={number}", [Job([f"seed={number}"], f"s{number}", "0")]).write()
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(plan_again_and_again, range(8)))
+    assert {sweep.command for sweep in sweeps(tmp_path)} == {f"cl-runner -m seed={number}" for number in range(8)}
+
+
+def test_a_sweep_whose_plan_cannot_be_written_runs_nothing_and_says_why_in_a_line(cl_runner, tmp_path, monkeypatch):
+    def full(*_):
+        raise CannotWriteError(errno.ENOSPC, "No space left on device", str(tmp_path / "outputs" / "sweep.json"))
+
+    monkeypatch.setattr("cl_runner.sweep.write_atomically", full)
+    status, said = cl_runner("-m", "strategy=finetune", "seed=0,1")
+    assert status == 1
+    (line,) = said.splitlines()
+    assert "sweep.json" in line
+    assert "No space left on device" in line
+    assert not list((tmp_path / "outputs").glob("finetune-*"))
 
 
 def test_jobs_that_compute_the_same_are_run_once(cl_runner, tmp_path):
