@@ -44,12 +44,12 @@ class Batched(Estimator):
     reverse: bool = False
 
     needs_labels = True
+    representations = ("diagonal",)
+    precisions = ("fp32",)
 
     def __post_init__(self) -> None:
         """Raises ConfigError for settings that cannot work."""
-        for field, only in (("precision", "fp32"), ("representation", "diagonal")):
-            if (value := getattr(self, field)) != only:
-                raise ConfigError(f"fisher.{field}", f"expected {only} for batched, got {value}")
+        super().__post_init__()
         for field, value in (("batch_size", self.batch_size), ("num_samples", self.num_samples)):
             if self.train_mode and value == 1:
                 message = "expected at least 2 with train_mode (one image has no statistics to normalise by), got 1"

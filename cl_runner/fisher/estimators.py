@@ -86,6 +86,8 @@ class Estimator(ABC):
     representation: Representation = "diagonal"
 
     needs_labels: ClassVar[bool] = False
+    representations: ClassVar[tuple[Representation, ...]] = get_args(Representation)  # that it can have
+    precisions: ClassVar[tuple[Precision, ...]] = get_args(Precision)
 
     @property
     def called(self) -> str:
@@ -93,10 +95,12 @@ class Estimator(ABC):
         return f"fisher={type(self).__name__.lower()}"
 
     def __post_init__(self) -> None:
-        """Raises ConfigError for an unknown representation, or a precision that it does not have."""
-        if self.representation not in get_args(Representation):
-            known = ", ".join(get_args(Representation))
-            raise ConfigError("fisher.representation", f"expected one of {known}, got {self.representation}")
+        """Raises ConfigError for a representation or a precision that it cannot have."""
+        for field, known in (("representation", self.representations), ("precision", self.precisions)):
+            if (value := getattr(self, field)) not in known:
+                those = " or ".join(", ".join(known).rsplit(", ", 1))
+                name = type(self).__name__.lower()
+                raise ConfigError(f"fisher.{field}", f"expected {those} for {name}, got {value}")
         if self.representation != "diagonal" and self.precision != "fp32":
             message = f"expected fp32 for the {self.representation} representation, got {self.precision}"
             raise ConfigError("fisher.precision", message)

@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from pydantic import Field, PositiveFloat
 from torch import Tensor
 
-from cl_runner.errors import ConfigError
 from cl_runner.fisher.engine import wide
 from cl_runner.fisher.estimators import Estimator, exact_vectors
 from cl_runner.gradients.passes import SlicedVectors
@@ -100,11 +99,8 @@ class Hybrid(Estimator):
     budget: PositiveFloat = 1.0
     tolerance: Annotated[float, Field(gt=0, lt=1)] | None = None
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.representation == "kfac":
-            # Its factor of the inputs is a mean over all samples, but here most have no vectors and are skipped.
-            raise ConfigError("fisher.representation", "expected diagonal, ekfac or full for hybrid, got kfac")
+    # Not kfac: its factor of the inputs is a mean over all samples, but here most have no vectors and are skipped.
+    representations = ("diagonal", "ekfac", "full")
 
     def passes(self, num_classes: int) -> int:
         """The most per sample. With a tolerance, all that is known in advance is Exact's number as an upper bound."""

@@ -28,11 +28,8 @@ class Magnitudes(Estimator):
     shrink as the batch grows.
     """
 
-    def __post_init__(self) -> None:
-        """Raises ConfigError for settings that have no meaning here."""
-        for field, only in (("precision", "fp32"), ("representation", "diagonal")):
-            if (value := getattr(self, field)) != only:
-                raise ConfigError(f"fisher.{field}", f"expected {only} for magnitudes, got {value}")
+    representations = ("diagonal",)
+    precisions = ("fp32",)
 
     @property
     def called(self) -> str:
