@@ -143,18 +143,24 @@ def folders_below(root: Path) -> Iterator[tuple[Path, list[str]]]:
     """`root` and the folders below it, with the names in each, in order of their paths.
 
     Not searched are runs' own folders, hidden ones, and symbolic links, though a link to a run counts as the run. Left
-    out are runs that were moved aside, and folders that may not be read.
+    out are runs that were moved aside.
     """
-    try:
-        names = sorted(os.listdir(root))
-    except PermissionError:
-        return
+    names = _names_in(root)
     yield root, names
     if not SIGNS.isdisjoint(names):
         return
     for path in [root / name for name in names if not name.startswith(".")]:
-        if path.is_dir() and not moved_aside(path) and not (path.is_symlink() and SIGNS.isdisjoint(os.listdir(path))):
+        is_run = path.is_dir() and not SIGNS.isdisjoint(_names_in(path))
+        if path.is_dir() and not (moved_aside(path) if is_run else path.is_symlink()):
             yield from folders_below(path)
+
+
+def _names_in(folder: Path) -> list[str]:
+    """None for a folder that may not be read, or that has been moved aside in the meantime."""
+    try:
+        return sorted(os.listdir(folder))
+    except (PermissionError, FileNotFoundError):
+        return []
 
 
 def moved_aside(path: Path) -> bool:

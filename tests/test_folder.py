@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from cl_runner.errors import ConfigError
-from cl_runner.folder import CannotWriteError, RunFolder, write_atomically
+from cl_runner.folder import CannotWriteError, RunFolder, folders_below, write_atomically
 from cl_runner.lock import FolderInUseError, Lock
 
 
@@ -179,3 +179,24 @@ def test_of_two_commands_that_move_a_run_aside_at_once_one_moves_it(tmp_path, mo
     assert folder.move_aside() is None
     assert not (tmp_path / "run.2").exists()
     assert (tmp_path / "run.1" / "status.json").exists()
+
+
+def test_runs_that_were_moved_aside_are_passed_over_but_not_folders_that_are_called_like_them(tmp_path):
+    for name in ("grid/a", "grid/a.1", "grid.1/b"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "status.json").write_text("{}")
+    found = [str(path.relative_to(tmp_path)) for path, names in folders_below(tmp_path) if "status.json" in names]
+    assert found == ["grid/a", "grid.1/b"]
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError, PermissionError])
+def test_a_folder_that_goes_while_it_is_listed_or_may_not_be_hides_no_other(error, tmp_path, monkeypatch):
+    def listdir(path, listed=os.listdir):
+        if path.name == "b":
+            raise error(path)
+        return listed(path)
+
+    for name in ("a", "b", "c"):
+        (tmp_path / name).mkdir()
+    monkeypatch.setattr(os, "listdir", listdir)
+    assert {path.name for path, _ in folders_below(tmp_path)} >= {"a", "c"}
