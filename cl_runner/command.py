@@ -42,7 +42,7 @@ def run(argv: list[str]) -> None:
         sys.argv[1:] = in_order(argv)
         with ending_at_once():
             request = parse(sys.argv[1:])
-            import_module("cl_runner.job")  # and PyTorch, which takes seconds
+            import_module("cl_runner.job")  # and PyTorch: most of what takes seconds
         tried: list[Any] = []
         jobs = [_checked(number, request, tried) for number in range(len(request.jobs))]
         if request.sweep:

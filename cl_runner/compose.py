@@ -176,8 +176,8 @@ class Composer:
             raise ConfigError("command line", f"{_first_lines(error)}{hint_on_quotes(words)}") from None
         for override in overrides:
             group = override.key_or_group
-            if group in RESERVED:
-                raise ConfigError(group, RESERVED[group])
+            if reserved := next((key for key in RESERVED if group == key or group.startswith(f"{key}.")), None):
+                raise ConfigError(group, RESERVED[reserved])
             if group in self._groups and not override.is_sweep_override():
                 self._refuse_no_choice(override)
         return overrides

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+CODE = ("cl_runner", "conf", "hydra_plugins")  # where in a clone it is
+
 
 def environment(device: torch.device) -> dict[str, Any]:
     """The entry of results.json and status.json."""
@@ -30,19 +32,25 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 @cache
 def _commit(clone: Path) -> str | None:
-    """The commit of a clone, with `+` and eight hex digits of what has changed in the code since; None if it is none.
+    """The last commit of a clone that changed the code, with `+` and eight hex digits of what has changed since; None
+    if it is no clone.
 
     Cached: the modules of a process are those of its start.
     """
     if not (clone / ".git").exists():  # an installed package, maybe in the environment of a project that is a clone
         return None
     try:
-        head = _git(clone, "rev-parse", "HEAD").decode().strip()
-        changes = _git(clone, "diff", "HEAD", "--", "cl_runner", "conf", "hydra_plugins")
+        commit = _git(clone, "rev-list", "-1", "HEAD", "--", *CODE).strip()
+        status = _git(clone, "status", "--porcelain", "--no-renames", "-uall", "-z", "--", *CODE)
     except (OSError, subprocess.SubprocessError):  # no git, or a clone that belongs to someone else
         return None
-    return head + (f"+{hashlib.sha256(changes).hexdigest()[:8]}" if changes else "")
+    changed = hashlib.sha256()
+    for name in sorted(entry[3:] for entry in status.split("\0") if entry):
+        content = (clone / name).read_bytes() if (clone / name).is_file() else b"gone"
+        changed.update(name.encode() + b"\0" + content)
+    return commit + (f"+{changed.hexdigest()[:8]}" if status else "")
 
 
-def _git(clone: Path, *words: str) -> bytes:
-    return subprocess.run(["git", "-C", str(clone), *words], capture_output=True, check=True, timeout=10).stdout
+def _git(clone: Path, *words: str) -> str:
+    command = ["git", "-C", str(clone), *words]
+    return subprocess.run(command, capture_output=True, check=True, text=True, timeout=10).stdout

@@ -142,8 +142,8 @@ class RunFolder:
 def folders_below(root: Path) -> Iterator[tuple[Path, list[str]]]:
     """`root` and the folders below it, with the names in each, in order of their paths.
 
-    Not searched are runs' own folders, hidden ones, and symbolic links, though a link to a run counts as the run. Left
-    out are runs that were moved aside.
+    Runs' own folders, hidden ones and symbolic links are not searched; a link to a run counts as that run. Runs that
+    were moved aside are left out.
     """
     names = _names_in(root)
     yield root, names

@@ -14,6 +14,8 @@ _LOGGING = "it cannot be set: the terminal shows records from INFO up, and run.l
 RESERVED = {
     **dict.fromkeys(("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir"), _FOLDERS),
     **dict.fromkeys(("hydra.verbose", "hydra/job_logging", "hydra/hydra_logging"), _LOGGING),
+    **dict.fromkeys(("hydra.job_logging", "hydra.hydra_logging"), _LOGGING),
+    "hydra.output_subdir": "it cannot be set: .hydra in a run's folder holds what was asked for",
     "hydra.mode": "expected -m (--multirun), which says the same",
     "hydra.searchpath": "expected --config-dir DIR, for one folder of choices of your own",
     "hydra.job.chdir": "it cannot be set: paths are relative to the directory that the command is given in",
@@ -21,7 +23,7 @@ RESERVED = {
     "protocol": "it cannot be chosen: it follows from experiment and strategy",
 }
 # Mappings of Hydra's own that take any key.
-OPEN = ("hydra.sweeper.params", "hydra.callbacks", "hydra.job.env_set", "hydra.job_logging", "hydra.hydra_logging")
+OPEN = ("hydra.sweeper.params", "hydra.callbacks", "hydra.job.env_set")
 
 
 def refuse_unknown_keys(keys: Iterable[str], hydra: Any) -> None:

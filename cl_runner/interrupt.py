@@ -31,9 +31,11 @@ def ending_at_once() -> Iterator[None]:
 
 
 def _end(number: int, frame: FrameType | None) -> None:
-    sys.stdout.flush()
-    print("cl-runner: stopped", file=sys.stderr, flush=True)
-    os._exit(128 + number)
+    try:
+        sys.stdout.flush()
+        print("cl-runner: stopped", file=sys.stderr, flush=True)
+    finally:  # also where the pipe is closed, or was being written to
+        os._exit(128 + number)
 
 
 def same_command(rerun: bool) -> str:

@@ -13,6 +13,8 @@ from cl_runner.lock import FolderInUseError
 from cl_runner.sources import changed
 from cl_runner.trackers.console import make_console, show_results
 
+GO_ON = "go back to those to resume it, or delete the folder to begin anew"
+
 
 def shown_if_done(experiment: Experiment) -> bool:
     """Show the run if it is done. Returns whether it is.
@@ -51,7 +53,7 @@ def refuse_halves(experiment: Experiment) -> None:
     if (folder.path / CHECKPOINTS).exists():
         halves += [f"saved with {code}" for code in other_code(folder)]
     if halves:
-        raise ConfigError(str(experiment.folder), f"was {', and '.join(halves)}; rerun=true runs it again")
+        raise ConfigError(str(experiment.folder), f"was {', and '.join(halves)}; {GO_ON}")
 
 
 def other_images(experiment: Experiment) -> list[str]:
@@ -115,5 +117,5 @@ def show(experiment: Experiment) -> None:
     for package in ("cl_runner", "torch"):
         if then.get(package) != now[package]:
             console.print(f"warning: it was made with {package} {then.get(package)}; {now[package]} is installed now")
-    if then.get("commit", now["commit"]) != now["commit"]:
-        console.print(f"warning: it was made at commit {then.get('commit')}; the code is at {now['commit']} now")
+    if then.get("commit") and now["commit"] and then["commit"] != now["commit"]:
+        console.print(f"warning: it was made at commit {then['commit']}; the code is at {now['commit']} now")

@@ -7,10 +7,13 @@ import ast
 import hashlib
 import importlib.util
 import inspect
+import sys
 from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from cl_runner.identity import hashed_part
 from cl_runner.targets import imported
@@ -18,9 +21,10 @@ from cl_runner.targets import imported
 
 def code_of(config: dict[str, Any]) -> dict[str, str]:
     """name -> digest, for the plugins of a validated configuration, and for each module of cl_runner that defines one
-    of its components or a class that one of these derives from."""
+    of its components or a class that one of these derives from: as they were when this process first asked, since it
+    goes on with what it has loaded."""
     modules = {module for target in _targets(hashed_part(config)) for module in _modules(imported(target))}
-    return {name: _digest(name) for name in [*config["plugins"], *sorted(modules)]}
+    return {name: _as_loaded(name) for name in [*config["plugins"], *sorted(modules)]}
 
 
 def changed(code: Mapping[str, str]) -> list[str]:
@@ -42,6 +46,14 @@ def _modules(component: Any) -> Iterator[str]:
             yield each.__module__
 
 
+_loaded: WeakKeyDictionary[ModuleType, str] = WeakKeyDictionary()
+
+
+def _as_loaded(name: str) -> str:
+    module = sys.modules.get(name)
+    return _digest(name) if module is None else _loaded.setdefault(module, _digest(name))
+
+
 def _digest(name: str) -> str:
     """Eight hex digits of a module's source, or of all of a package's; empty if it is no longer there."""
     try:
@@ -52,14 +64,15 @@ def _digest(name: str) -> str:
     files = [file for folder in folders for file in sorted(folder.rglob("*.py"))]
     if not files and spec and spec.origin:
         files = [Path(spec.origin)]
-    meaning = "".join(_meaning_of(file, file.stat().st_mtime_ns) for file in files)
+    files = [file for file in files if file.is_file()]  # an editor may leave dangling links
+    meaning = "".join(_meaning_of(file, file.stat().st_mtime_ns, file.stat().st_size) for file in files)
     return hashlib.sha256(meaning.encode()).hexdigest()[:8] if files else ""
 
 
 @cache
-def _meaning_of(file: Path, written: int) -> str:
-    """A Python file without what changes no number: comments, docstrings and layout. `written`: the time of the last
-    change, for the cache."""
+def _meaning_of(file: Path, changed: int, size: int) -> str:
+    """A Python file without what changes no number: comments, docstrings and layout. `changed`, its time, and `size`
+    make the cache miss when the file is another."""
     source = file.read_bytes()
     try:
         return repr(_meaning(ast.parse(source)))

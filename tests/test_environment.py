@@ -10,21 +10,20 @@ from cl_runner.environment import _commit
 pytestmark = pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
 
 
+def git(folder, *words):
+    command = ["git", "-c", "user.name=a", "-c", "user.email=a@b.c", *words]
+    return subprocess.run(command, cwd=folder, capture_output=True, check=True, text=True).stdout
+
+
 @pytest.fixture
 def clone(tmp_path):
-    def git(*words: str) -> str:
-        identity = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
-        return subprocess.run(
-            ["git", *identity, *words], cwd=tmp_path, capture_output=True, check=True, text=True
-        ).stdout
-
     (tmp_path / "cl_runner").mkdir()
     (tmp_path / "cl_runner" / "method.py").write_text("STRENGTH = 1\n")
     (tmp_path / "notes.txt").write_text("none\n")
-    git("init", "-q")
-    git("add", ".")
-    git("commit", "-qm", "Begin")
-    return tmp_path, git("rev-parse", "HEAD").strip()
+    git(tmp_path, "init", "-q")
+    git(tmp_path, "add", ".")
+    git(tmp_path, "commit", "-qm", "Begin")
+    return tmp_path, git(tmp_path, "rev-parse", "HEAD").strip()
 
 
 def commit(folder):
@@ -41,8 +40,19 @@ def test_a_clone_has_its_commit_and_uncommitted_changes_of_the_code_are_told_apa
     for strength in (2, 3):
         (folder / "cl_runner" / "method.py").write_text(f"STRENGTH = {strength}\n")
         found.append(commit(folder))
+    (folder / "cl_runner" / "new.py").write_text("untracked\n")
+    found.append(commit(folder))
+    (folder / "cl_runner" / "method.py").unlink()
+    found.append(commit(folder))
     assert all(each.startswith(f"{head}+") for each in found)
-    assert found[0] != found[1]
+    assert len(set(found)) == 4
+
+
+def test_a_commit_of_other_things_than_code_is_none_of_the_codes(clone):
+    folder, head = clone
+    (folder / "notes.txt").write_text("some\n")
+    git(folder, "commit", "-qam", "Note")
+    assert commit(folder) == head
 
 
 def test_an_installed_package_has_no_commit_even_within_a_clone(clone):

@@ -46,7 +46,7 @@ def test_a_run_does_not_go_on_where_its_images_have_become_others_and_says_so_wh
     with pytest.raises(Stopped):
         carry_out(at_step(make(), 1, partial(send, signal.SIGINT)))
     laid_out(9)
-    with pytest.raises(ConfigError, match=r"was begun with other images than are in .*marks now; rerun=true"):
+    with pytest.raises(ConfigError, match=r"was begun with other images than are in .*marks now; go back to those"):
         carry_out(make())
     laid_out(8)
     carry_out(make())
@@ -112,7 +112,7 @@ def test_a_run_does_not_go_on_with_other_code_of_a_plugin_than_it_was_saved_with
     mine.write_text(MINE + "MENDED = True\n")
     status, said = cl_runner(*WORDS)
     assert status == 2
-    assert "was saved with other code of my_own_methods than is there now; rerun=true runs it again" in said
+    assert "was saved with other code of my_own_methods than is there now; go back to those to resume it" in said
     mine.write_text(MINE)
     assert cl_runner(*WORDS)[0] == 0
     mine.write_text(MINE + "MENDED = True\n")

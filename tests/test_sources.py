@@ -75,3 +75,14 @@ def test_the_modules_of_nested_components_and_of_their_bases_count_and_no_others
         "cl_runner.strategies.er",
         "cl_runner.strategies.rehearsal",
     }
+
+
+def test_a_module_that_was_edited_after_it_was_loaded_counts_as_it_was(module):
+    file, name = module
+    importlib.import_module(name)
+    code = code_of({**config(), "plugins": [name]})
+    file.write_text(CODE.replace("2 * x", "3 * x"))
+    assert code_of({**config(), "plugins": [name]}) == code
+    assert changed(code) == [name]
+    file.unlink()
+    assert changed(code) == [name]

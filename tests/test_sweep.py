@@ -396,6 +396,8 @@ def test_hydra_runs_the_grid_that_was_checked(cl_runner, tmp_path, with_grid):
         (["hydra.searchpath=[file://conf]"], "hydra.searchpath: expected --config-dir DIR"),
         (["hydra.verbose=true"], "hydra.verbose: it cannot be set"),
         (["hydra/job_logging=default"], "hydra/job_logging: it cannot be set"),
+        (["+hydra.job_logging.version=1"], "hydra.job_logging.version: it cannot be set"),
+        (["hydra.output_subdir=null"], "hydra.output_subdir: it cannot be set"),
         (["hydra.job.chdir=true"], "hydra.job.chdir: it cannot be set"),
         (["-m", "trainer.epochs=interval(1,3)"], "trainer.epochs: expected values to take in turn"),
         (["-m", "hydra/launcher=nothing"], "hydra/launcher: expected one of basic, local"),

@@ -86,7 +86,7 @@ class Estimator(ABC):
     representation: Representation = "diagonal"
 
     needs_labels: ClassVar[bool] = False
-    representations: ClassVar[tuple[Representation, ...]] = get_args(Representation)  # that it can have
+    representations: ClassVar[tuple[Representation, ...]] = get_args(Representation)  # that this estimator can have
     precisions: ClassVar[tuple[Precision, ...]] = get_args(Precision)
 
     @property

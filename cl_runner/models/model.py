@@ -140,7 +140,7 @@ class Model(Classifier):
         return logits.masked_fill(~self.visible[task_ids], -torch.inf)
 
     def keep_in_eval(self, modules: Iterable[nn.Module]) -> None:
-        """Keep these modules in eval mode, too, whatever the model's own mode."""
+        """Keep these modules, beside those kept already, in eval mode, whatever the model's own."""
         self._eval_only = list(dict.fromkeys([*self._eval_only, *modules]))
         self.train(self.training)
 

@@ -13,7 +13,7 @@ from cl_runner.arguments import Parser
 from cl_runner.errors import ConfigError
 from cl_runner.folder import RunFolder, write_atomically
 from cl_runner.report.groups import group_runs, shown
-from cl_runner.report.runs import REPORT, Found, LeftOut, read
+from cl_runner.report.runs import REPORT, Found, LeftOut, Run, read
 from cl_runner.report.selection import Pick, select
 from cl_runner.report.table import (
     SPREADS,
@@ -114,13 +114,19 @@ def _warnings(table: Table, out: Sequence[LeftOut]) -> list[str]:
         warnings.append(f"{len(out)} {'run is' if len(out) == 1 else 'runs are'} not in the table: {said_states}")
     if table.groups.pooled:
         warnings.append(f"rows hold runs that also differ in {', '.join(table.groups.pooled)}")
-    if mixed := [group for group in table.groups if len({run.beside for run in group.runs} - {None}) > 1]:
+    if mixed := [group for group in table.groups if _differ(group.runs)]:
         whose = f"{len(mixed)} of {len(table.groups)} rows, {table.groups.label(mixed[0])} among them"
         warnings.append(f"the runs of {whose}, were made on different images, or with different code")
     if alone := [group for group in table.groups if table.baseline and group not in table.baselines]:
         agrees = f"no {table.baseline} agrees in all other keys with"
         warnings.append(f"{agrees} {len(alone)} of {len(table.groups)} rows, {table.groups.label(alone[0])} among them")
     return warnings
+
+
+def _differ(runs: Sequence[Run]) -> bool:
+    """Whether two runs were made on different images, or with different code of the same module."""
+    names = {name for run in runs for name in run.beside}
+    return any(len({run.beside[name] for run in runs if name in run.beside}) > 1 for name in names)
 
 
 def _named(out: Sequence[LeftOut]) -> list[str]:

@@ -3,6 +3,8 @@ const data = JSON.parse(document.getElementById("data").textContent);
 const { keys, metrics, groups } = data;
 const $ = (id) => document.getElementById(id);
 const esc = (text) => String(text).replace(/[&<>"']/g, (c) => `&#${c.charCodeAt(0)};`);
+// A folder may lie below others: its slashes stay.
+const link = (folder) => folder.split("/").map(encodeURIComponent).join("/");
 const MOST_LINES = 10; // told apart by colour; more share the colours of one key's values
 const MOST_KEYS = 5; // columns; more stand in one
 const narrow = window.matchMedia("(max-width: 1080px)");
@@ -212,7 +214,7 @@ function show(index) {
   const heads = metrics.slice(0, 3).map((metric) => `<th scope="col">${esc(metric.name.replace("average_", "").replaceAll("_", " "))}</th>`);
   const runs = group.runs.map(([folder, seed, values]) => {
     const numbers = metrics.slice(0, 3).map((metric, i) => `<td>${told(metric, values[i])}</td>`);
-    return `<tr><td><a href="../${encodeURIComponent(folder)}/" title="${esc(folder)}">seed ${seed}</a></td>${numbers.join("")}</tr>`;
+    return `<tr><td><a href="../${link(folder)}/" title="${esc(folder)}">seed ${seed}</a></td>${numbers.join("")}</tr>`;
   });
   const size = group.tasks;
   $("detail").innerHTML =
@@ -447,7 +449,7 @@ function drawFrame() {
   $("out").querySelector("h2").textContent = `${data.out.length} not in the table`;
   $("out").querySelector("ul").innerHTML = data.out
     .map(([folder, at, why, there]) => {
-      const name = there ? `<a href="../${encodeURIComponent(folder)}/">${esc(folder)}</a>` : esc(folder);
+      const name = there ? `<a href="../${link(folder)}/">${esc(folder)}</a>` : esc(folder);
       return `<li><span class="state">${esc(at)}</span>${name}${why ? ` <small>${esc(why)}</small>` : ""}</li>`;
     })
     .join("");

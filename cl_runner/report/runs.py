@@ -25,7 +25,7 @@ class Run:
     config: dict[str, Any]
     groups: tuple[str, ...]  # shared by runs that differ only in the seed; empty: its status does not say
     finished: float  # seconds since the epoch; 0 if unknown
-    beside: str | None  # digests of a folder's images and of the code, which no hash includes; None: unknown
+    beside: dict[str, Any]  # digests of a folder's images and of the code, which no hash includes; {}: unknown
     metrics: dict[str, float | None]  # by name, including seconds, seconds/<phase> and peak_memory/<phase>
     accuracy: np.ndarray  # float64 [T, T] of the run's own scenario, NaN where nothing was measured
     validation: np.ndarray | None  # the same on the validation splits; None if not measured
@@ -123,7 +123,7 @@ def _run(name: str, status: dict[str, Any], results: dict[str, Any]) -> Run:
             config={**config, "seed": int(config["seed"])},
             groups=tuple(status.get("groups") or ()),
             finished=status.get("finished") or 0.0,
-            beside=json.dumps([status.get("images"), status.get("code")], sort_keys=True) if "code" in status else None,
+            beside={"images": status.get("images"), **(status.get("code") or {})} if "code" in status else {},
             metrics=dict(_metrics(results)),
             accuracy=from_rows(results["accuracy"][scenario]),
             validation=_validation(results, scenario),

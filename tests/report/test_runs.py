@@ -56,7 +56,7 @@ def test_damaged_results_are_named_and_do_not_stop_the_others(tmp_path, content,
 def test_runs_in_folders_below_are_read_too_with_their_sweeps(tmp_path):
     top = write(tmp_path, config(seed=0))
     below = write(tmp_path / "pilot" / "second", config(seed=1))
-    elsewhere = write(tmp_path.with_name("elsewhere"), config(seed=2))
+    elsewhere = write(tmp_path / ".elsewhere", config(seed=2))
     (tmp_path / "pilot" / "linked").symlink_to(elsewhere)
     (tmp_path / "pilot" / "round").symlink_to(tmp_path)
     write(tmp_path / ".hidden", config(seed=3))
