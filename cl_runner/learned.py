@@ -80,7 +80,8 @@ def load(folder: str | Path, *, device: str = "auto", data_root: str | None = No
         method = f"{type(experiment.strategy).__name__} predicts by what is in the checkpoint alone"
         if experiment.config["trainer"]["keep_checkpoint"]:
             raise ConfigError("folder", f"expected the run's last checkpoint in {folder}, got none that fits: {method}")
-        raise ConfigError("trainer.keep_checkpoint", f"expected true in the run's configuration: {method}")
+        advice = "give it with rerun=true"  # a finished run is otherwise only shown
+        raise ConfigError("trainer.keep_checkpoint", f"expected true in the run's configuration ({advice}): {method}")
     outside = random_state(experiment.device)
     try:
         stream, model = assembled(experiment)

@@ -97,7 +97,7 @@ def test_a_folder_that_was_moved_is_loaded_where_it_is(tmp_path):
 )
 def test_of_a_method_that_keeps_more_the_checkpoint_is_asked_for(words, tmp_path):
     folder = finished(tmp_path, *words)
-    said = "keep_checkpoint: expected true .* predicts by what is in the checkpoint"
+    said = "keep_checkpoint: expected true .*rerun=true.* predicts by what is in the checkpoint"
     with pytest.raises(ConfigError, match=said):
         load(folder.path, device="cpu")
 

@@ -126,6 +126,8 @@ def group_runs(runs: Sequence[Run], by: Sequence[str] = ()) -> Groups:
 
 
 def _by_keys(runs: Sequence[Run], settings: list[Settings], by: Sequence[str]) -> Groups:
+    left_out: list[LeftOut] = []
+    runs, settings = _distinct(runs, settings, left_out)
     known, differing = _keys(settings), _differing(settings)
     chosen = list(dict.fromkeys(["strategy", *(resolve(key, known, "--by", differing) for key in by)]))
     for key in chosen:
@@ -144,14 +146,14 @@ def _by_keys(runs: Sequence[Run], settings: list[Settings], by: Sequence[str]) -
             raise ConfigError(
                 "--by",
                 f"expected keys that tell all runs of one seed apart, got {' '.join(chosen)}: {shown(values[0])} has "
-                f"seed {twice} {len(which)} times; add {' or '.join(apart) or 'nothing: their configurations are one'}",
+                f"seed {twice} {len(which)} times; add {' or '.join(apart)}",
             )
     lengths = {values[-1] for values in members}
     keys = [*chosen, TASKS] if len(lengths) > 1 else chosen
     groups = [
         Group(values[: len(keys)], sorted((runs[i] for i in own), key=_by_seed)) for values, own in members.items()
     ]
-    return Groups(keys, _others(settings, keys), _in_order(groups), [], sorted(pooled - set(chosen)))
+    return Groups(keys, _others(settings, keys), _in_order(groups), left_out, sorted(pooled - set(chosen)))
 
 
 def resolve(
@@ -235,9 +237,22 @@ def _one_a_seed(runs: list[Run], left_out: list[LeftOut]) -> list[Run]:
     kept: dict[int, Run] = {}
     for run in sorted(runs, key=lambda run: run.finished):
         if earlier := kept.get(run.seed):
-            left_out.append(LeftOut(earlier.folder, "twice", f"{run.folder} is the same work, finished later"))
+            later = ", finished later" if run.finished > earlier.finished else ""
+            left_out.append(LeftOut(earlier.folder, "twice", f"{run.folder} is the same work{later}"))
         kept[run.seed] = run
     return sorted(kept.values(), key=_by_seed)
+
+
+def _distinct(
+    runs: Sequence[Run], settings: list[Settings], left_out: list[LeftOut]
+) -> tuple[list[Run], list[Settings]]:
+    """The runs and their settings, of each piece of work only the last finished; the others join `left_out`."""
+    same: dict[tuple, list[Run]] = defaultdict(list)
+    for run, own in zip(runs, settings, strict=True):
+        same[*sorted(own.items(), key=lambda item: item[0]), run.num_tasks].append(run)
+    kept = {run.folder for several in same.values() for run in _one_a_seed(several, left_out)}
+    pairs = [(run, own) for run, own in zip(runs, settings, strict=True) if run.folder in kept]
+    return [run for run, _ in pairs], [own for _, own in pairs]
 
 
 def _differing(settings: Sequence[Settings]) -> list[str]:

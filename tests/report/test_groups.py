@@ -106,10 +106,11 @@ def test_runs_of_streams_of_different_length_are_never_one_group(tmp_path):
         assert labels(groups) == {"finetune tasks=3": [0], "finetune tasks=2": [1]}
 
 
-def test_of_two_runs_of_the_same_work_the_later_counts_and_the_other_is_named(tmp_path):
+@pytest.mark.parametrize("by", [[], ["strategy"]], ids=["all keys", "by strategy"])
+def test_of_two_runs_of_the_same_work_the_later_counts_and_the_other_is_named(by, tmp_path):
     write(tmp_path, config(), accuracy=0.1, status={"finished": 2.0}, name="old")
     write(tmp_path, config(), accuracy=0.9, status={"finished": 5.0}, name="new")
-    groups = grouped(tmp_path)
+    groups = grouped(tmp_path, *by)
     assert groups.groups[0].by_seed("average_accuracy") == {0: 0.9}
     assert [(run.folder, run.state) for run in groups.left_out] == [("old", "twice")]
 

@@ -59,6 +59,7 @@ def test_runs_in_folders_below_are_read_too_with_their_sweeps(tmp_path):
     elsewhere = write(tmp_path / ".elsewhere", config(seed=2))
     (tmp_path / "pilot" / "linked").symlink_to(elsewhere)
     (tmp_path / "pilot" / "round").symlink_to(tmp_path)
+    (tmp_path / "pilot" / "there_too").symlink_to(below)
     write(tmp_path / ".hidden", config(seed=3))
     Sweep(tmp_path / "pilot", "cl-runner -m", [Job(["seed=4"], "ewc-s4-abc", "4", error="no such data")]).write()
     found = read(tmp_path)
