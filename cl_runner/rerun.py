@@ -13,8 +13,6 @@ from cl_runner.lock import FolderInUseError
 from cl_runner.sources import changed
 from cl_runner.trackers.console import make_console, show_results
 
-GO_ON = "go back to those to resume it, or delete the folder to begin anew"
-
 
 def shown_if_done(experiment: Experiment) -> bool:
     """Show the run if it is done. Returns whether it is.
@@ -53,7 +51,8 @@ def refuse_halves(experiment: Experiment) -> None:
     if (folder.path / CHECKPOINTS).exists():
         halves += [f"saved with {code}" for code in other_code(folder)]
     if halves:
-        raise ConfigError(str(experiment.folder), f"was {', and '.join(halves)}; {GO_ON}")
+        way_out = "go back to those to resume it, or delete the folder to begin anew"
+        raise ConfigError(str(experiment.folder), f"was {', and '.join(halves)}; {way_out}")
 
 
 def other_images(experiment: Experiment) -> list[str]:

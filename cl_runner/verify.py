@@ -66,8 +66,8 @@ def main(argv: list[str]) -> int:
         console.print(f"nothing to add to {arguments.write}", highlight=False)
     if old:
         runs = f"{len(old)} run was" if len(old) == 1 else f"{len(old)} runs were"
-        says = f"{runs} made with other code than is there now: {old[0]}{', …' if len(old) > 1 else ''}"
-        console.print(says, style="yellow", highlight=False, soft_wrap=True)
+        line = f"{runs} made with other code than is there now: {old[0]}{', …' if len(old) > 1 else ''}"
+        console.print(line, style="yellow", highlight=False, soft_wrap=True)
     for line in failed:
         console.print(line, style="red", highlight=False, soft_wrap=True)
     return int(bool(failed) or (not changes and any(each.verdict == "miss" for each in measured)))

@@ -221,9 +221,13 @@ main()
 """
 
 
-@pytest.mark.parametrize("name", ["hydra", "torch"])
-def test_ctrl_c_while_a_library_is_imported_ends_at_once(name, tmp_path):
-    command = [sys.executable, "-c", INTERRUPTED.format(name), "stream=split_digits", "tracker=local"]
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("hydra", []), ("torch", ["stream=split_digits", "tracker=local"]), ("numpy", ["report", "outputs"])],
+    ids=["hydra", "torch", "a subcommand's"],
+)
+def test_ctrl_c_while_a_library_is_imported_ends_at_once(name, words, tmp_path):
+    command = [sys.executable, "-c", INTERRUPTED.format(name), *words]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "cl-runner: stopped\n")
 

@@ -19,11 +19,23 @@ log = logging.getLogger("cl_runner")
 SINGLE = {"training_data": "training data", "task_loss": "loss on the labels", "predict": "predictions"}
 
 
+def _of_any(trait: str) -> Any:
+    """A property: whether any part has the trait."""
+    return property(lambda combined: any(getattr(part, trait) for part in combined.parts.values()))
+
+
 class Combined(Strategy):
     """Do what each of the parts does, in their order: penalties add up, edits of gradients follow one another.
 
     Replayed rows join a batch last, and the loss is that of the part with the memory: only it knows their weights.
     """
+
+    # What the runner must know of a method holds if it does of a part.
+    for_pretrained = _of_any("for_pretrained")
+    extends_backbone = _of_any("extends_backbone")
+    caches_features = _of_any("caches_features")
+    restarts = _of_any("restarts")
+    redraws = _of_any("redraws")
 
     def __init__(self, *, parts: dict[str, Strategy]) -> None:
         """`parts`: name -> method. Training data, the loss on the labels and predictions come from the first part that
@@ -74,26 +86,6 @@ class Combined(Strategy):
         replaying = [*with_memory, *self._those(lambda part: part.keeps_all_data)]
         if replaying and (excluding := self._those(lambda part: part.excludes_replay)):
             raise ConfigError("strategy.parts", f"expected no replay beside {excluding[0]}, got {replaying[0]}")
-
-    @property
-    def for_pretrained(self) -> bool:
-        return any(part.for_pretrained for part in self.parts.values())
-
-    @property
-    def extends_backbone(self) -> bool:
-        return any(part.extends_backbone for part in self.parts.values())
-
-    @property
-    def caches_features(self) -> bool:
-        return any(part.caches_features for part in self.parts.values())
-
-    @property
-    def restarts(self) -> bool:
-        return any(part.restarts for part in self.parts.values())
-
-    @property
-    def redraws(self) -> bool:
-        return any(part.redraws for part in self.parts.values())
 
     @property
     def predicts_by_weights(self) -> bool:
