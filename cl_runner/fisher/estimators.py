@@ -27,6 +27,7 @@ from cl_runner.gradients.kernels import Precision
 from cl_runner.gradients.layers import BatchStatisticsError
 from cl_runner.gradients.passes import SlicedVectors
 from cl_runner.models.model import Classifier, PretrainedView
+from cl_runner.randomness import derive_seed
 from cl_runner.ranges import Count, Seed
 from cl_runner.streams.base import Examples
 
@@ -181,18 +182,20 @@ class Estimator(ABC):
 
     def seed_for(self, examples: Examples) -> int:
         """A different seed for each task: with the same draws, the errors of their Fishers would add up in their sum.
-        Seeds are a prime apart that no other component uses."""
+        A prime apart, as neither the seeds of a sweep are nor a task's own (randomness.task_seed)."""
         return self.seed + 15_485_863 * int(examples.task_ids.max()) if len(examples) else self.seed
 
     @contextmanager
     def _begun(self, model: Classifier, examples: Examples) -> Iterator[tuple[Examples, torch.Generator]]:
-        generator = torch.Generator().manual_seed(self.seed_for(examples))
+        seed = self.seed_for(examples)
         if self.num_samples is not None and self.num_samples < len(examples):
-            examples = examples[torch.randperm(len(examples), generator=generator)[: self.num_samples]]
+            # With `seed` itself, task 0 of a run of seed 0 would give the samples that its first epoch began with.
+            chosen = torch.Generator().manual_seed(derive_seed(seed, "samples of the Fisher"))
+            examples = examples[torch.randperm(len(examples), generator=chosen)[: self.num_samples]]
         if len(examples) == 0:
             raise ValueError("expected at least one example to take the mean over, got none")
         with self._undisturbed(model):
-            yield self.prepared(model, examples), generator
+            yield self.prepared(model, examples), torch.Generator().manual_seed(seed)
 
     @contextmanager
     def _undisturbed(self, model: Classifier) -> Iterator[None]:

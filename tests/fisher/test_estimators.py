@@ -31,6 +31,7 @@ from cl_runner.fisher.representations import Representation
 from cl_runner.gradients import fallbacks
 from cl_runner.gradients.kernels import Precision
 from cl_runner.models.model import Classifier, Model, Network, PretrainedView
+from cl_runner.randomness import task_seed
 from cl_runner.streams.base import Examples, Scenario
 
 from .cases import BACKBONES, CHANNELS, FEATURES, OUTPUTS, SIDE, UNCOVERED, distance, examples, model
@@ -265,6 +266,13 @@ def test_samples_are_drawn_without_replacement() -> None:
     tens = Exact(num_samples=10)(subject, data)
     left_out = [everything.scaled(11).plus(Exact()(subject, data[i : i + 1]), -1).scaled(0.1) for i in range(11)]
     assert min(distance(tens, candidate) for candidate in left_out) < 1e-10
+
+
+def test_its_samples_are_not_those_that_training_began_with() -> None:
+    subject, data = model(), examples()
+    first_epoch = torch.randperm(len(data), generator=torch.Generator().manual_seed(task_seed(0, 0)))
+    began_with = Exact()(subject, data[first_epoch[:6]])
+    assert distance(Exact(num_samples=6, seed=0)(subject, data), began_with) > 1e-3
 
 
 def test_an_estimator_is_the_same_after_a_call() -> None:
