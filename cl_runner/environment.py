@@ -3,6 +3,7 @@
 import hashlib
 import platform
 import subprocess
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -19,7 +20,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     return {
         "cl_runner": version("cl_runner"),
         "commit": _commit(Path(__file__).parents[1]),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "torchvision": version("torchvision"),
         "timm": version("timm"),
         "python": platform.python_version(),
@@ -28,6 +29,16 @@ def environment(device: torch.device) -> dict[str, Any]:
         "device_name": name,
         "threads": torch.get_num_threads(),
     }
+
+
+def differences(earlier: Sequence[Mapping[str, Any]], now: Mapping[str, Any]) -> list[str]:
+    """Phrases for the code and the libraries of earlier environments that are others now."""
+    return [
+        f"{name} {then[name]} (now {now[name]})"
+        for name in ("cl_runner", "commit", "torch")
+        for then in earlier
+        if then.get(name) and now[name] and then[name] != now[name]
+    ]
 
 
 @cache

@@ -6,7 +6,7 @@ from typing import Any
 
 from cl_runner.checkpoint import FOLDER as CHECKPOINTS
 from cl_runner.config import Experiment
-from cl_runner.environment import environment
+from cl_runner.environment import differences, environment
 from cl_runner.errors import ConfigError
 from cl_runner.folder import RunFolder
 from cl_runner.lock import FolderInUseError
@@ -107,14 +107,12 @@ def show(experiment: Experiment) -> None:
     """Show a finished run as it was shown when it ended, with warnings of what has changed since."""
     folder, now = RunFolder(experiment.folder), environment(experiment.device)
     results: dict[str, Any] = folder.results
-    then = results["environment"]
     console = make_console()
     console.print("This run is done (rerun=true runs it again).")
     show_results(results, folder.path, console)
     for what in (*other_images(experiment), *other_code(folder)):
         console.print(f"warning: it was made with {what}")
-    for package in ("cl_runner", "torch"):
-        if then.get(package) != now[package]:
-            console.print(f"warning: it was made with {package} {then.get(package)}; {now[package]} is installed now")
-    if then.get("commit") and now["commit"] and then["commit"] != now["commit"]:
-        console.print(f"warning: it was made at commit {then['commit']}; the code is at {now['commit']} now")
+    for what in differences([results["environment"]], now):
+        console.print(f"warning: it was made with {what}")
+    for what in differences(results.get("earlier_environments", []), now):
+        console.print(f"warning: part of it was made with {what}")

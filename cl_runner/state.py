@@ -11,7 +11,7 @@ import numpy as np
 from cl_runner import checkpoint, metrics
 from cl_runner.clock import Clock
 from cl_runner.config import Experiment
-from cl_runner.environment import environment
+from cl_runner.environment import differences, environment
 from cl_runner.evaluate import Drift, accuracies, measured_scenarios
 from cl_runner.folder import RESULTS_SCHEMA, RunFolder
 from cl_runner.interrupt import Interrupt
@@ -51,6 +51,7 @@ class State:
         self.drift = Drift(self.model, stream, samples, self.trainer.eval_batch_size) if samples else None
         self.drift_metrics: dict[str, float] = {}
         self.zero_shot: dict[Scenario, list[float]] = {}
+        self.environments = [environment(experiment.device)]  # that the run was made in; the last is this process's
         self.random: dict[str, Any] | None = None  # generators at the phase's start; None: it seeds them itself
 
     def measure(self, task: Task) -> None:
@@ -105,7 +106,8 @@ class State:
         return {
             "schema": RESULTS_SCHEMA,
             "config": self.experiment.config,
-            "environment": environment(self.experiment.device),
+            "environment": self.environments[-1],
+            "earlier_environments": self.environments[:-1],
             "metrics": {**self.metrics(), **self._validation_accuracy()},
             "accuracy": {name: metrics.to_rows(matrix) for name, matrix in self.matrices().items()},
             "validation": {name: metrics.to_rows(matrix) for name, matrix in self.matrices(self.validation).items()},
@@ -155,6 +157,7 @@ class State:
     def state_dict(self) -> dict[str, Any]:
         return {
             "position": vars(self.position),
+            "environments": self.environments,
             "random": self.random,
             "model": checkpoint.model_state(self.model),
             "strategy": self.strategy.state_dict(),
@@ -174,6 +177,8 @@ class State:
         if state is None:
             return False
         vars(self.position).update(state["position"])
+        earlier, now = state.get("environments", []), self.environments[-1]
+        self.environments = [*(each for each in earlier if each != now), now]
         self.random = state["random"]
         checkpoint.restore_model(self.model, state["model"])
         self.strategy.load_state_dict(state["strategy"])
@@ -187,6 +192,8 @@ class State:
         self.pace.saved(self.position.steps)
         self.interrupt.place = f"goes on at {self.place}"
         log.info("going on at %s", self.place)
+        for what in differences(self.environments[:-1], now):
+            log.warning("part of it was made with %s", what)
         return True
 
     @property

@@ -75,7 +75,7 @@ def test_a_run_says_where_it_is_shown_that_its_method_or_the_commit_has_changed_
     carry_out(wanted)
     said = " ".join(capsys.readouterr().out.split())
     assert "warning: it was made with other code of cl_runner.strategies.finetune than is there now" in said
-    assert "warning: it was made at commit abc; the code is at" in said
+    assert "warning: it was made with commit abc (now " in said
 
 
 MINE = """

@@ -1,4 +1,5 @@
 import json
+from contextlib import nullcontext
 from functools import cache, partial
 
 import pytest
@@ -8,9 +9,11 @@ from safetensors.torch import load_file
 
 from cl_runner.compose import compose_jobs
 from cl_runner.config import check
+from cl_runner.environment import environment
 from cl_runner.folder import RunFolder
 from cl_runner.learned import load
 from cl_runner.listing import choices
+from cl_runner.rerun import show
 from cl_runner.run import run
 
 pytestmark = pytest.mark.usefixtures("no_picture")
@@ -136,6 +139,21 @@ def test_a_run_that_is_stopped_again_and_again_equals_an_uninterrupted_one(strat
         with pytest.raises(PowerCutError):
             carry_out(cut(make(), **each), "stopped")
     assert_equal_runs(whole, carry_out(make(), "stopped"))
+
+
+def test_a_run_that_goes_on_at_another_commit_names_both(tmp_path, monkeypatch, caplog, capsys):
+    at = environment(torch.device("cpu"))
+    for task, commit in enumerate(["a", "a", "b", None]):
+        monkeypatch.setattr("cl_runner.state.environment", lambda _, commit=commit: {**at, "commit": commit or "a"})
+        wanted = experiment(tmp_path, "strategy=finetune")
+        with nullcontext() if commit is None else pytest.raises(PowerCutError):
+            ended = carry_out(wanted if commit is None else cut(wanted, task=task), wanted.folder.name)
+        assert ("part of it was made with commit b (now a)" in caplog.text) == (commit is None)
+    assert ended[0]["environment"]["commit"] == "a"
+    assert [each["commit"] for each in ended[0]["earlier_environments"]] == ["b"]
+    monkeypatch.setattr("cl_runner.rerun.environment", lambda _: {**at, "commit": "a"})
+    show(wanted)
+    assert "warning: part of it was made with commit b (now a)" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize(
