@@ -37,8 +37,13 @@ class Learned:
         """The labels [N] that the run predicts for `images` [N, C, H, W], uint8, 0 to 255.
 
         `task`: of the images, from 0. In the task scenario the prediction is among its classes; in the others it
-        changes nothing. Raises ValueError where it is missing or does not exist.
+        changes nothing. Raises ValueError where it is missing or does not exist, or if the images are not of the
+        stream's shape.
         """
+        shape = tuple(self.stream.image_shape)
+        if not isinstance(images, Tensor) or images.dtype != torch.uint8 or images.shape[1:] != shape:
+            got = f"{getattr(images, 'dtype', type(images).__name__)} {list(getattr(images, 'shape', []))}"
+            raise ValueError(f"expected a tensor of images, torch.uint8 {['N', *shape]}, got {got}")
         if task is None and (self.stream.scenario is Scenario.TASK or self.strategy.needs_task_id):
             raise ValueError("expected the task of the images, since the run was told it too")
         if task is not None and not 0 <= task < len(self.stream):

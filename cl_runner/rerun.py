@@ -110,6 +110,8 @@ def show(experiment: Experiment) -> None:
     console = make_console()
     console.print("This run is done (rerun=true runs it again).")
     show_results(results, folder.path, console)
+    if experiment.config["trainer"]["keep_checkpoint"] and not (folder.path / CHECKPOINTS).exists():
+        console.print("warning: its checkpoint was not kept")
     for what in (*other_images(experiment), *other_code(folder)):
         console.print(f"warning: it was made with {what}")
     for what in differences([results["environment"]], now):

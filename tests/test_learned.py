@@ -117,6 +117,15 @@ def test_in_the_task_scenario_a_prediction_needs_a_task_and_is_among_its_classes
             learned.predict(images, task)
 
 
+def test_images_of_another_form_than_the_streams_are_refused(tmp_path):
+    learned = load(finished(tmp_path, "strategy=finetune", "stream.scenario=class").path, device="cpu")
+    images = learned.stream.tasks[0].test.images
+    _, channels, height, width = images.shape
+    for wrong in (images.float(), images[0], images[..., 1:], images.numpy()):
+        with pytest.raises(ValueError, match=rf"torch\.uint8 \['N', {channels}, {height}, {width}\], got "):
+            learned.predict(wrong)
+
+
 def test_in_the_class_scenario_the_task_changes_nothing(tmp_path):
     learned = load(finished(tmp_path, "strategy=er", "stream.scenario=class").path, device="cpu")
     images = torch.cat([task.test.images for task in learned.stream.tasks])

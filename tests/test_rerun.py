@@ -60,6 +60,15 @@ def test_a_run_does_not_go_on_where_its_images_have_become_others_and_says_so_wh
     carry_out(make())  # nothing there to compare with: what was measured is shown
 
 
+def test_a_finished_run_says_that_the_checkpoint_asked_for_was_not_kept(tmp_path, capsys):
+    words = ("strategy=finetune", "stream.max_tasks=1")
+    carry_out(experiment(tmp_path, *words))
+    carry_out(experiment(tmp_path, *words))
+    assert "was not kept" not in capsys.readouterr().out
+    carry_out(experiment(tmp_path, *words, "trainer.keep_checkpoint=true"))
+    assert "warning: its checkpoint was not kept" in capsys.readouterr().out
+
+
 def test_a_run_says_where_it_is_shown_that_its_method_or_the_commit_has_changed_since(tmp_path, capsys):
     wanted = experiment(tmp_path, "strategy=finetune", "stream.max_tasks=1")
     carry_out(wanted)
@@ -117,7 +126,7 @@ def test_a_run_does_not_go_on_with_other_code_of_a_plugin_than_it_was_saved_with
     assert cl_runner(*WORDS)[0] == 0
     mine.write_text(MINE + "MENDED = True\n")
     assert "warning: it was made with other code of my_own_methods" in cl_runner(*WORDS)[1]
-    assert "1 of 1 jobs were done with other images or code" in cl_runner("-m", *WORDS)[1]
+    assert "1 of 1 jobs were done with other images or code than are there now: mine-" in cl_runner("-m", *WORDS)[1]
 
 
 @pytest.mark.parametrize("sweep", [[], ["-m"]], ids=["alone", "in a sweep"])

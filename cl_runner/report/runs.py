@@ -38,6 +38,10 @@ class Run:
     def num_tasks(self) -> int:
         return len(self.accuracy)
 
+    @property
+    def is_validated(self) -> bool:
+        return self.validation is not None or self.metrics.get("validation_accuracy") is not None
+
 
 @dataclass(frozen=True)
 class LeftOut:

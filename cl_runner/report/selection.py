@@ -28,8 +28,10 @@ def select(groups: Groups, tasks: int | None, within: Sequence[str]) -> tuple[li
     """A pick for each strategy (or each value of `within`), and warnings. Test accuracy is never used.
 
     tasks: use the validation splits of only the first `tasks` tasks, after the last of these was learned; None: all.
-    Raises ConfigError if a run has no validation split, or fewer tasks.
+    Raises ConfigError if no run has a validation split, or one has fewer tasks.
     """
+    if not any(run.is_validated for group in groups for run in group.runs):
+        raise ConfigError("--select", "expected runs with a validation split (stream.validation=0.1, say), got none")
     keys = [groups.key(key, "--within") for key in within] or [key for key in groups.keys if _given(key)]
     rivals: dict[tuple[Value, ...], list[Group]] = defaultdict(list)
     for group in groups:
@@ -38,7 +40,8 @@ def select(groups: Groups, tasks: int | None, within: Sequence[str]) -> tuple[li
     for values, own in rivals.items():
         scores = {group: _score(group, tasks) for group in own}
         for group in [group for group, score in scores.items() if not score.n]:
-            warnings.append(f"{groups.label(group)} was not looked at after task {tasks}: it cannot be chosen")
+            when = f"task {tasks}" if tasks else "the last task"
+            warnings.append(f"{groups.label(group)} has no validation accuracy after {when}: it cannot be chosen")
             del scores[group]
         if not scores:
             continue
@@ -63,7 +66,7 @@ def validation_accuracy(run: Run, tasks: int | None) -> float | None:
     """Mean over the first `tasks` tasks' validation splits, after the last of these was learned.
 
     None if it was not measured then: joint training, say, is measured only after the last task.
-    Raises ConfigError.
+    Raises ConfigError if the run has fewer tasks.
     """
     last = tasks or run.num_tasks
     if last > run.num_tasks:
@@ -71,14 +74,7 @@ def validation_accuracy(run: Run, tasks: int | None) -> float | None:
     if run.validation is not None:
         value = float(run.validation[last - 1, :last].mean())
         return value if math.isfinite(value) else None
-    overall = run.metrics.get("validation_accuracy")
-    if overall is not None and last == run.num_tasks:
-        return overall
-    lack = "its accuracy after every task" if overall is not None else "one"
-    raise ConfigError(
-        "--select",
-        f"expected runs with a validation split (stream.validation=0.1, say), got {run.folder} without {lack}",
-    )
+    return run.metrics.get("validation_accuracy") if last == run.num_tasks else None
 
 
 def _given(key: str) -> bool:
