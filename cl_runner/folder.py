@@ -142,9 +142,19 @@ class RunFolder:
 def folders_below(root: Path) -> Iterator[tuple[Path, list[str]]]:
     """`root` and the folders below it, with the names in each, in order of their paths.
 
-    Runs' own folders, hidden ones and symbolic links are not searched; a link to a run counts as that run. Runs that
-    were moved aside are left out.
+    Runs' own folders, hidden ones and symbolic links are not searched; a link to a run counts as that run, which is
+    given once. Runs that were moved aside are left out.
     """
+    runs: set[Path] = set()
+    for path, names in _below(root):
+        if SIGNS.isdisjoint(names):
+            yield path, names
+        elif (real := path.resolve()) not in runs:
+            runs.add(real)
+            yield path, names
+
+
+def _below(root: Path) -> Iterator[tuple[Path, list[str]]]:
     names = _names_in(root)
     yield root, names
     if not SIGNS.isdisjoint(names):
@@ -152,7 +162,7 @@ def folders_below(root: Path) -> Iterator[tuple[Path, list[str]]]:
     for path in [root / name for name in names if not name.startswith(".")]:
         is_run = path.is_dir() and not SIGNS.isdisjoint(_names_in(path))
         if path.is_dir() and not (moved_aside(path) if is_run else path.is_symlink()):
-            yield from folders_below(path)
+            yield from _below(path)
 
 
 def _names_in(folder: Path) -> list[str]:

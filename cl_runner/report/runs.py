@@ -73,13 +73,9 @@ def read(folder: Path) -> Found:
     read_ones: dict[Path, Run | LeftOut] = {}
     errors: dict[Path, str | None] = {}  # job's folder -> what went wrong outside of the run, for all sweeps
     damaged: list[LeftOut] = []
-    real: set[Path] = set()
     for path, names in folders_below(folder):
         name = str(path.relative_to(folder))
         if path != folder and not SIGNS.isdisjoint(names):
-            if path.resolve() in real:  # a link to a run that is in the folder, too
-                continue
-            real.add(path.resolve())
             read_ones[path] = _read(path, name, errors.get(path))
         elif SWEEPS in names:  # comes before its jobs' folders
             try:

@@ -4,6 +4,7 @@ import json
 import shlex
 import time
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,8 @@ URGENCY = ("running", "failed", "killed", "pending", "done")  # what is shown fi
 class Row:
     """A row of the table: one run.
 
-    accuracy: on the tasks learned so far. heartbeat: seconds since the epoch. words: of its command.
-    differs: those words that not all jobs of its sweep share, or without a sweep not all runs beside it.
+    accuracy: on the tasks learned so far. heartbeat: seconds since the epoch. words: of its command, if it was made
+    alone. differs: those words, or the overrides of its sweep's job, that not all runs beside it share.
     """
 
     name: str
@@ -104,23 +105,21 @@ class Board:
         """Every run, and every job of a sweep without a folder, folder by folder: first the sweeps' jobs in their own
         order, then other runs by name."""
         runs: list[Path] = []
-        differs: dict[Path, str] = {}
+        words: dict[Path, Sequence[str]] = {}  # of the sweeps' jobs
         errors: dict[Path, str | None] = {}
         for path, names in folders_below(self.root):
             if not SIGNS.isdisjoint(names):
                 runs.append(path)
             if FILE in names:
                 for sweep in sweeps(path):
-                    own = sweep.differing()
                     for job in sweep.jobs:
                         folder = path / job.folder
-                        # The sweep that made a run names it, not a later one.
-                        differs[folder] = differs.get(folder) or own[job.folder]
+                        words.setdefault(folder, job.overrides)  # the sweep that made a run names it, not a later one
                         errors[folder] = job.error
-        number = {path: place for place, path in enumerate(differs)}
-        order = sorted({*runs, *differs}, key=lambda path: (path.parent, number.get(path, len(number)), path.name))
+        number = {path: place for place, path in enumerate(words)}
+        order = sorted({*runs, *words}, key=lambda path: (path.parent, number.get(path, len(number)), path.name))
         rows = {path: self._row(path, errors.get(path)) for path in order if not moved_aside(path)}
-        differs |= _apart({path: row.words for path, row in rows.items() if path not in differs})
+        differs = _apart({path: words.get(path, row.words) for path, row in rows.items()})
         return [replace(row, differs=differs[path]) for path, row in rows.items()]
 
     def _row(self, path: Path, error: str | None) -> Row:
@@ -149,15 +148,15 @@ class Board:
             _accuracy(run, state),
             status.get("heartbeat") if state in ("running", "killed") else None,
             "" if state == "running" else why,
-            tuple(shlex.split(status.get("command", ""))),
+            tuple(shlex.split(status.get("command", ""))[1:]),
         )
 
     def _name(self, path: Path) -> str:
         return str(path.relative_to(self.root)) if path != self.root else path.name
 
 
-def _apart(words: dict[Path, tuple[str, ...]]) -> dict[Path, str]:
-    """The words of each run's command, without those that all runs beside it share."""
+def _apart(words: Mapping[Path, Sequence[str]]) -> dict[Path, str]:
+    """The words of each run, without those that all runs beside it share."""
     apart: dict[Path, str] = {}
     for parent in {path.parent for path in words}:
         beside = [path for path in words if path.parent == parent]

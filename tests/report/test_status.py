@@ -88,6 +88,21 @@ def test_jobs_of_a_sweep_that_have_no_folder_yet_are_shown(run, said, tmp_path):
     ]
 
 
+def test_runs_of_several_commands_differ_by_what_not_all_of_them_share(run, said, tmp_path):
+    for name in "abcd":
+        run(name, state="failed", command="cl-runner x=1 y=3" if name == "d" else "cl-runner -m x=1 y=1,2")
+    first = [Job(["x=1", "y=1"], "a", "0"), Job(["x=1", "y=2"], "b", "0")]
+    Sweep(tmp_path, "cl-runner -m x=1 y=1,2", first).write()
+    Sweep(tmp_path, "cl-runner -m x=1 z=1,2", [Job(["x=1", "z=1"], "a", "0"), Job(["x=1", "z=2"], "c", "0")]).write()
+    found = [line.removesuffix(" failed") for line in said()[1] if line.endswith(" failed")]
+    assert found[:4] == ["a y=1", "b y=2", "c z=2", "d y=3"]
+
+
+def test_a_run_that_is_linked_to_counts_once(run, said, tmp_path):
+    (tmp_path / "linked").symlink_to(run("there", state="failed"))
+    assert said()[1][-1] == "1 run: 1 failed"
+
+
 def test_a_watched_board_ends_where_all_that_is_left_never_came_as_far_as_a_folder(tmp_path, monkeypatch):
     monkeypatch.setattr("time.sleep", lambda _: pytest.fail("it looks again"))
     Sweep(tmp_path, "cl-runner -m", [Job(["seed=0"], "a", "0", error="conf: changed")]).write()
