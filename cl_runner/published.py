@@ -87,7 +87,8 @@ class Row:
         return None if self.sd is None else self.sd / math.sqrt(self.n)
 
     def allowed(self, runs: int) -> float:
-        """How far off a mean of `runs` runs may be: two standard errors of the difference, or the row's tolerance."""
+        """How far off a mean of `runs` runs may be: two standard errors of the difference if they spread as the
+        published ones do, or the row's tolerance."""
         if self.tolerance is not None:
             return self.tolerance
         assert self.sd is not None

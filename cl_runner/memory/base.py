@@ -16,6 +16,7 @@ log = logging.getLogger("cl_runner")
 Features = Callable[[Tensor], Tensor]  # images [B, C, H, W] uint8 -> [B, D], by the model as it is when called
 Share = Literal["class", "task", "task_class"]  # task_class: each class within each task
 Per = Literal["all", "class", "task", "task_class"]
+GROUPS = {"class": "classes", "task": "tasks", "task_class": "classes of tasks"}  # for people
 
 
 class Memory(ABC):
@@ -52,13 +53,21 @@ class Memory(ABC):
             raise LookupError("the memory is empty: ask for its length first")
         return self._rows[: len(self)]
 
-    def warn_of_lack(self, stream: Stream) -> None:
-        """Warn if some class will have no row here, for methods that rely on rows of each class."""
-        groups = [task.classes for task in stream.tasks]
-        wanted = {"all": len(set().union(*groups)), "task": max(len(group) for group in groups)}.get(self.per, 1)
-        if self.size < wanted:
-            each = " for each task" if self.per == "task" else ""
-            log.warning("memory.size: %d rows%s for %d classes: some are never kept", self.size, each, wanted)
+    def warn_of_lack(self, stream: Stream, each_class: bool = False) -> None:
+        """Warn if some of the groups that share the memory will have no row in it; `each_class`: or some class, for
+        methods that rely on rows of each."""
+        sizes = [len(task.classes) for task in stream.tasks]
+        classes = len(set().union(*(task.classes for task in stream.tasks)))
+        wanted = {}
+        if self.per == "all" and self._group_by is not None:
+            numbers = {"class": classes, "task": len(sizes), "task_class": sum(sizes)}
+            wanted[GROUPS[self._group_by]] = numbers[self._group_by]
+        if each_class:
+            wanted[GROUPS["class"]] = {"all": classes, "task": max(sizes)}.get(self.per, 1)
+        each = " for each task" if self.per == "task" else ""
+        for what, number in wanted.items():
+            if self.size < number:
+                log.warning("memory.size: %d rows%s for %d %s: some are never kept", self.size, each, number, what)
 
     def sample(self, count: int) -> Examples:
         """`count` rows drawn without replacement, or all of them in random order if there are fewer.

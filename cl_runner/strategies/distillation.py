@@ -77,7 +77,7 @@ class Exemplars(Distillation):
 
     def setup(self, model: Model, stream: Stream) -> None:
         super().setup(model, stream)
-        self.memory.warn_of_lack(stream)
+        self.memory.warn_of_lack(stream, each_class=True)
 
     def training_data(self, task: Task) -> Examples:
         fresh = task.train

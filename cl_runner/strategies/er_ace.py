@@ -16,8 +16,9 @@ from cl_runner.streams.recipe import Recipe
 class ERACE(Rehearsal):
     """Restrict the loss of fresh rows to the classes in their batch, so that they do not push old classes away.
 
-    Replayed rows compete among all classes. The two mean losses are added. Deviation: fresh rows do not compete with
-    classes yet to come either, which the authors' code leaves in; so a task of a single class would teach nothing.
+    Replayed rows compete among all classes. The two mean losses are added. Deviations: fresh rows do not compete with
+    classes yet to come either, which the authors' code leaves in, so that a task of a single class would teach nothing;
+    and the first task is learned like the others, where that code restricts and replays nothing.
     """
 
     def check(self, stream: Recipe, model: Architecture) -> None:

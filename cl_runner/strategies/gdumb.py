@@ -23,7 +23,7 @@ class GDumb(Strategy):
 
     def setup(self, model: Model, stream: Stream) -> None:
         super().setup(model, stream)
-        self.memory.warn_of_lack(stream)
+        self.memory.warn_of_lack(stream, each_class=True)
         self.initial_state = {name: value.clone() for name, value in model.backbone.state_dict().items()}
 
     def before_task(self, task: Task) -> None:

@@ -21,9 +21,10 @@ class LUCIR(Exemplars):
     Deviations: features are the backbone's own, where the paper removes the last ReLU (model.last_relu=false does so
     for resnet18); new embeddings start at random; there is no final fine-tuning on balanced data. The authors' code
     starts the scale of the cosines at 1 and averages the ranking term over the negatives, which the paper and we sum:
-    at the same `margin_strength` its term is smaller by their number. The paper's memory is herding. A finished run's
-    file of weights holds the classifier as a linear layer, which predicts the same classes but is more confident of
-    longer features.
+    at the same `margin_strength` its term is smaller by their number. The features' term grows with the ratio of old to
+    new classes, as in that code; the paper prints its inverse. The paper's memory is herding. A finished run's file of
+    weights holds the classifier as a linear layer, which predicts the same classes but is more confident of longer
+    features.
     """
 
     saved = (*Exemplars.saved, "balance")

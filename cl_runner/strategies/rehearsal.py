@@ -12,11 +12,11 @@ from torch import Tensor
 
 from cl_runner.errors import ConfigError
 from cl_runner.memory.base import Memory
-from cl_runner.models.model import Output, trainable
+from cl_runner.models.model import Model, Output, trainable
 from cl_runner.ranges import Count
 from cl_runner.strategies.base import Strategy
 from cl_runner.strategies.inference import evaluating, features_of
-from cl_runner.streams.base import Examples, Task, concatenate
+from cl_runner.streams.base import Examples, Stream, Task, concatenate
 
 Store = Literal["step", "task"]
 
@@ -34,6 +34,10 @@ class Rehearsal(Strategy):
             raise ConfigError("strategy.memory", f"expected one that takes single batches (store=step), got {kind}")
         self.memory, self.replay_batch_size = memory, replay_batch_size
         self.store: Store = store
+
+    def setup(self, model: Model, stream: Stream) -> None:
+        super().setup(model, stream)
+        self.memory.warn_of_lack(stream)
 
     def before_batch(self, batch: Examples) -> Examples:
         self.fresh = len(batch)

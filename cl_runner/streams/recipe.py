@@ -185,7 +185,7 @@ class Recipe(ABC):
             raise ConfigError("stream", f"expected at least one class in each task, got none in task {sizes.index(0)}")
 
     def _statistics(self, images: Tensor) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
-        """Mean and standard deviation per channel, of images in [0, 1]."""
+        """Mean and standard deviation per channel, of images in [0, 1]; those set aside for validation count too."""
         if not self.normalize:
             return None, None
         if self.mean is not None and self.std is not None:

@@ -1,4 +1,7 @@
-"""One data set, rotated by a different angle in every task (Lopez-Paz & Ranzato, 2017, https://arxiv.org/abs/1706.08840)."""
+"""One data set, rotated by a different angle in every task (Buzzega et al., 2020, arXiv 2004.07211).
+
+Lopez-Paz & Ranzato (2017, arXiv 1706.08840) draw ascending angles instead, from one equal interval after the other.
+"""
 
 from dataclasses import dataclass
 

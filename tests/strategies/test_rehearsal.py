@@ -230,6 +230,25 @@ def test_a_memory_without_a_row_for_each_class_is_warned_of_where_nothing_else_i
     assert [record.message for record in caplog.records] == ([said] if said else [])
 
 
+@pytest.mark.parametrize("make", [lambda memory: GEM(memory=memory), ER], ids=["gem", "er"])
+@pytest.mark.parametrize(
+    ("memory", "said"),
+    [
+        (ClassBalanced(size=5), "memory.size: 5 rows for 6 classes: some are never kept"),
+        (ClassBalanced(size=2, share="task"), "memory.size: 2 rows for 3 tasks: some are never kept"),
+        (ClassBalanced(size=3, share="task"), None),
+        (ClassBalanced(size=5, share="task_class"), "memory.size: 5 rows for 6 classes of tasks: some are never kept"),
+        (ClassBalanced(size=1, per="task"), None),
+        (Reservoir(size=1), None),
+    ],
+)
+def test_a_memory_without_a_row_for_each_of_its_groups_is_warned_of(make, memory, said, caplog):
+    stream = toy_stream("class")
+    with caplog.at_level("WARNING", logger="cl_runner"):
+        make(memory=memory).setup(toy_model(stream), stream)
+    assert [record.message for record in caplog.records] == ([said] if said else [])
+
+
 @pytest.mark.parametrize("make", [lambda memory: AGEM(memory=memory), lambda memory: GEM(memory=memory)])
 def test_a_single_remembered_row_has_a_gradient_beside_a_normalisation_layer(make):
     stream = toy_stream("class")
