@@ -169,11 +169,12 @@ class Model(Classifier):
 
 
 def trainable(model: nn.Module, *, head: bool = True) -> Parameters:
-    """The parameters that learn, by name (live, not copied); without `head`, the backbone's alone."""
+    """The parameters that learn, by name (live, not copied); without `head`, those of the backbone and of what a method
+    has added to it."""
     return {
         name: parameter
         for name, parameter in model.named_parameters()
-        if parameter.requires_grad and (head or name.startswith("backbone."))
+        if parameter.requires_grad and (head or not name.startswith("head."))
     }
 
 

@@ -48,6 +48,12 @@ class Anchor:
         weights = {name: value.detach().clone() for name, value in trainable(model, head=head).items()}
         return cls(weights, model.revealed)
 
+    @classmethod
+    def at_pretrained(cls, model: Model) -> "Anchor":
+        """The backbone's weights alone, to be taken before the first task, when they are the pretrained ones."""
+        live = trainable(model.backbone)
+        return cls({f"backbone.{name}": value.detach().clone() for name, value in live.items()}, model.revealed)
+
     def distance(self, live: Parameters) -> Parameters:
         """live - anchored, by name; zero for head rows that the anchor does not cover."""
         delta = {name: live[name] - value for name, value in self.weights.items()}

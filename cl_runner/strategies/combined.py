@@ -18,6 +18,17 @@ log = logging.getLogger("cl_runner")
 # Hooks of which only one part's is used: the first that differs from plain fine-tuning.
 SINGLE = {"training_data": "training data", "task_loss": "loss on the labels", "predict": "predictions"}
 
+# hook -> the traits of the parts whose turn comes first, and of those whose turn comes last, in order.
+TURNS: dict[str, tuple[list[str], list[str]]] = {
+    "setup": (["rewires"], ["has_teacher"]),  # a teacher copies the model as the others have changed it
+    # The head to continue from is restored; teachers copy the model, before it starts afresh or its branches do; and
+    # the others see the weights that the task begins with.
+    "before_task": (["realigns_head", "has_teacher", "restarts"], []),
+    "after_backward": (["measures_steps"], []),  # they want the gradient of the loss, before others edit it
+    "after_step": ([], ["measures_steps"]),  # others may shorten the step, or undo some of it
+    "after_task": ([], ["realigns_head"]),  # the others must see the head that the next task continues from
+}
+
 
 def _of_any(trait: str) -> Any:
     """A property: whether any part has the trait."""
@@ -25,7 +36,8 @@ def _of_any(trait: str) -> Any:
 
 
 class Combined(Strategy):
-    """Do what each of the parts does, in their order: penalties add up, edits of gradients follow one another.
+    """Do what each of the parts does, in their order or in that of TURNS: penalties add up, edits of gradients follow
+    one another.
 
     Replayed rows join a batch last, and the loss is that of the part with the memory: only it knows their weights.
     """
@@ -105,13 +117,11 @@ class Combined(Strategy):
             names = [name for name, part in self._by_memory if _own(part, hook)]
             if len(names) > 1:
                 log.warning("combined: %s taken from %s alone, not from %s", what, names[0], ", ".join(names[1:]))
-        for part in sorted(self.parts.values(), key=lambda part: (not part.rewires, part.has_teacher)):
-            part.setup(model, stream)  # a teacher copies the model as the others have changed it
+        for part in self._in_turn("setup"):
+            part.setup(model, stream)
 
     def before_task(self, task: Task) -> None:
-        # Teachers first: they copy the model before others change it, by resetting their branches, for example. Then
-        # the part that restores the head to continue from, before others take it as their anchor.
-        for part in sorted(self.parts.values(), key=lambda part: (not part.has_teacher, not part.realigns_head)):
+        for part in self._in_turn("before_task"):
             part.before_task(task)
 
     def training_data(self, task: Task) -> Examples:
@@ -129,17 +139,15 @@ class Combined(Strategy):
         return self._merged({name: part.penalties(batch, output) for name, part in self.parts.items()})
 
     def after_backward(self) -> None:
-        for part in self.parts.values():
+        for part in self._in_turn("after_backward"):
             part.after_backward()
 
     def after_step(self, batch: Examples, output: Output) -> None:
-        # Measured last: others may shorten the step, or undo some of it.
-        for part in sorted(self.parts.values(), key=lambda part: part.measures_steps):
+        for part in self._in_turn("after_step"):
             part.after_step(batch, output)
 
     def after_task(self, task: Task) -> None:
-        # The head is realigned last: the others must see the one that the next task continues from.
-        for part in sorted(self.parts.values(), key=lambda part: part.realigns_head):
+        for part in self._in_turn("after_task"):
             part.after_task(task)
 
     def state_dict(self) -> dict[str, Any]:
@@ -158,6 +166,14 @@ class Combined(Strategy):
     def _those(self, holds: Callable[[Strategy], bool]) -> list[str]:
         """The parts for which something holds, as messages call them."""
         return [f"{name} ({type(part).__name__})" for name, part in self.parts.items() if holds(part)]
+
+    def _in_turn(self, hook: str) -> list[Strategy]:
+        first, last = TURNS[hook]
+
+        def turn(part: Strategy) -> list[bool]:
+            return [*(not getattr(part, trait) for trait in first), *(getattr(part, trait) for trait in last)]
+
+        return sorted(self.parts.values(), key=turn)
 
     def _first(self, hook: str) -> Strategy:
         parts = [part for _, part in self._by_memory]

@@ -77,7 +77,7 @@ class EWC(Strategy):
     def before_task(self, task: Task) -> None:
         if task.index > 0 or not wants_pretrained(self.anchor, self.model):
             return
-        anchor = Anchor.at(self.model, head=False)
+        anchor = Anchor.at_pretrained(self.model)
         if not anchor.weights:
             return
         view, fisher, examples = PretrainedView(self.model), self.fisher.for_pretrained(), task.train

@@ -22,7 +22,7 @@ class NormPenalty(Strategy):
     Pretrained weights are the backbone's alone.
     """
 
-    saved = ("anchors",)
+    saved = ("anchor",)
 
     def __init__(self, strength: float, towards: Towards) -> None:
         self.strength, self.towards = strength, towards
@@ -40,18 +40,19 @@ class NormPenalty(Strategy):
 
     def setup(self, model: Model, stream: Stream) -> None:
         super().setup(model, stream)
-        self.anchors = [Anchor.at(model, head=False)] if self.towards == "pretrained" else []
+        self.anchor: Anchor | None = None
 
     def before_task(self, task: Task) -> None:
         if self.towards == "zero":
             zeros = {name: torch.zeros_like(value) for name, value in trainable(self.model).items()}
-            self.anchors = [Anchor(zeros, self.model.revealed)]
+            self.anchor = Anchor(zeros, self.model.revealed)
+        elif self.towards == "pretrained" and task.index == 0:
+            self.anchor = Anchor.at_pretrained(self.model)
 
     def after_task(self, task: Task) -> None:
         if self.towards == "previous":
-            self.anchors = [Anchor.at(self.model)]
+            self.anchor = Anchor.at(self.model)
 
     def distances(self) -> list[Tensor]:
         """weights - anchor, one tensor per parameter; empty if nothing is anchored yet."""
-        live = trainable(self.model)
-        return [delta for anchor in self.anchors for delta in anchor.distance(live).values()]
+        return list(self.anchor.distance(trainable(self.model)).values()) if self.anchor else []

@@ -20,12 +20,12 @@ class SLCA(Strategy):
     classes.
 
     The features are sampled from a Gaussian per class, with the mean and covariance of its features when its task was
-    learned. Predictions are the aligned head's; the next task continues from the head before alignment. The backbone's
-    steps are scaled by `backbone_rate`, which equals a lower learning rate for every optimizer whose step is
-    proportional to its rate. A task's loss sees only its own outputs. Unlike in the authors' code, logits are
-    normalised to length one over all classes, not by the mean length over T tasks, so that ours are softer by about the
-    square root of T (`temperature` = 0.1 / sqrt(T) comes near theirs); old classes' means are not shrunk when sampled
-    from; and the alignment has no weight decay.
+    learned. Predictions are the aligned head's; the next task continues from the head before alignment. The steps of
+    the backbone, and of branches or prompts in it, are scaled by `backbone_rate`, which equals a lower learning rate
+    for every optimizer whose step is proportional to its rate. A task's loss sees only its own outputs. Unlike in the
+    authors' code, logits are normalised to length one over all classes, not by the mean length over T tasks, so that
+    ours are softer by about the square root of T (`temperature` = 0.1 / sqrt(T) comes near theirs); old classes' means
+    are not shrunk when sampled from; and the alignment has no weight decay.
     """
 
     saved = ("moments", "unaligned")
@@ -65,7 +65,8 @@ class SLCA(Strategy):
 
     @torch.no_grad()
     def after_backward(self) -> None:
-        moving = [parameter for parameter in self.model.backbone.parameters() if parameter.grad is not None]
+        slow = trainable(self.model, head=False).values()
+        moving = [parameter for parameter in slow if parameter.grad is not None]
         self._before = [(parameter, parameter.clone()) for parameter in moving]
 
     @torch.no_grad()

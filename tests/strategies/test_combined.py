@@ -12,6 +12,7 @@ from cl_runner.models.mlp import MLP
 from cl_runner.models.model import PretrainedView
 from cl_runner.models.timm import Timm
 from cl_runner.strategies import (
+    AGEM,
     DER,
     EASE,
     ER,
@@ -42,7 +43,7 @@ from cl_runner.strategies.distillation import Distillation
 from cl_runner.streams.split import Split
 from tests.strategies import midway
 from tests.strategies.midway import assert_resumes
-from tests.toys import learn, toy_model, toy_stream
+from tests.toys import learn, toy_model, toy_stream, toy_training
 from tests.vits import SIZE, toy_vit_model
 
 PROMPTS = {
@@ -179,7 +180,17 @@ def test_which_outputs_are_active_is_said_by_the_part_that_replays_if_there_is_o
 @pytest.mark.parametrize(
     "path", [lambda: SI(strength=1.0), lambda: RWalk(fisher=Probe(), strength=1.0, interval=2)], ids=["si", "rwalk"]
 )
-@pytest.mark.parametrize("other", [SLCA, LFL, lambda: LUCIR(memory=Herding(size=12))], ids=["slca", "lfl", "lucir"])
+@pytest.mark.parametrize(
+    "other",
+    [
+        SLCA,
+        LFL,
+        lambda: LUCIR(memory=Herding(size=12)),
+        lambda: AGEM(memory=ClassBalanced(size=12)),
+        lambda: GDumb(memory=ClassBalanced(size=12)),
+    ],
+    ids=["slca", "lfl", "lucir", "agem", "gdumb"],
+)
 def test_a_path_is_that_of_the_steps_as_they_are_made_whichever_part_comes_first(path, other):
     found = []
     for names in (("path", "other"), ("other", "path")):
@@ -203,6 +214,45 @@ def test_what_holds_earlier_weights_holds_the_head_that_slca_goes_on_from_whiche
         pull = torch.stack(list(strategy.penalties(batch, model(batch.images)).values())).sum()
         found.append({**model.state_dict(), "pull": pull.detach()})
     assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
+
+
+@pytest.mark.parametrize("names", [*permutations(["slca", "holding"])], ids="+".join)
+@pytest.mark.parametrize("holding", [LFL, lambda: LUCIR(memory=Herding(size=12))], ids=["lfl", "lucir"])
+def test_old_rows_are_held_where_slca_goes_on_from_whichever_comes_first(holding, names):
+    stream, made = toy_stream("class"), {"slca": SLCA(), "holding": holding()}
+    model, strategy = toy_model(stream), Combined(parts={name: made[name] for name in names})
+    learn(strategy, stream, model, tasks=2)
+    strategy.before_task(stream.tasks[2])
+    old = stream.classes_before(2)
+    batch = stream.tasks[2].train[:8]
+    strategy.after_step(batch, model(batch.images))
+    assert torch.equal(model.head.weight[old], made["slca"].unaligned["weight"][old])
+
+
+@pytest.mark.parametrize("names", [*permutations(["l2", "frozen"])], ids="+".join)
+def test_the_pretrained_weights_are_held_beside_a_frozen_backbone_whichever_comes_first(names):
+    made, stream = {"l2": L2(towards="pretrained"), "frozen": Frozen()}, toy_stream("class")
+    learn(Combined(parts={name: made[name] for name in names}), stream, toy_model(stream), tasks=2)
+
+
+def test_slca_slows_down_branches_too():
+    stream = toy_stream("class")
+    model, strategy = toy_model(stream), Combined(parts={"lora": LoRA(), "slca": SLCA(backbone_rate=0.0)})
+    training, _ = toy_training(strategy, stream, model)
+    task = stream.tasks[0]
+    model.reveal(task)
+    strategy.before_task(task)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    training.learn(task, task.train)
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == {"head.weight", "head.bias"}
+
+
+def test_without_the_head_prompts_are_held_all_the_same():
+    stream = toy_stream("class")
+    made = {"si": SI(head=False), "prompts": PROMPTS["l2p"]()}
+    learn(Combined(parts=made), stream, toy_vit_model(stream), tasks=1)
+    assert {name.partition(".")[0] for name in made["si"].importance.values} == {"prompts"}
 
 
 @pytest.mark.parametrize("inside", [*PROMPTS, "ease"])
@@ -343,7 +393,8 @@ def test_a_method_of_ones_own_is_held_to_what_it_declares(declared, other, reaso
         ("rewires", ["setup"], []),
         ("has_teacher", ["before_task"], ["setup"]),
         ("realigns_head", ["before_task"], ["after_task"]),
-        ("measures_steps", [], ["after_step"]),
+        ("restarts", ["before_task"], []),
+        ("measures_steps", ["after_backward"], ["after_step"]),
     ],
 )
 def test_a_method_of_ones_own_comes_when_what_it_declares_wants_it_to(declared, first, last):
@@ -356,6 +407,9 @@ def test_a_method_of_ones_own_comes_when_what_it_declares_wants_it_to(declared, 
 
         def before_task(self, task):
             calls.append(("before_task", type(self)))
+
+        def after_backward(self):
+            calls.append(("after_backward", type(self)))
 
         def after_step(self, batch, output):
             calls.append(("after_step", type(self)))
