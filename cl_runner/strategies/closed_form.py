@@ -54,6 +54,8 @@ class ClosedForm(Strategy):
         self.classifier = None
 
     def predict(self, images: Tensor, task_ids: Tensor) -> Tensor:
+        if not self.counts.any():  # nothing to fit yet, which may take long for nothing
+            return torch.full((len(images), len(self.counts)), -torch.inf, device=images.device)
         self.classifier = self.classifier or self.fit()
         scores = self.classifier(self.cached_features(images).to(self.float64_device).double())
         return scores.masked_fill(self.counts == 0, -torch.inf).to(images.device, torch.float32)

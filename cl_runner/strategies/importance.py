@@ -94,11 +94,11 @@ class PathIntegral(Importance):
         if not self._slopes:
             return
         live = trainable(self.model)
-        paths, slopes, steps, now = (
+        paths, slopes, before, now = (
             [of[name] for name in self._slopes] for of in (self.path, self._slopes, self._before, live)
         )
-        torch.ops.aten._foreach_sub_.List(steps, now)  # minus the step
-        torch.ops.aten._foreach_addcmul_.Scalar(paths, slopes, steps)
+        torch.ops.aten._foreach_sub_.List(before, now)  # in place: from here on minus the step
+        torch.ops.aten._foreach_addcmul_.Scalar(paths, slopes, before)
 
 
 def _copied(values: Parameters, tensors: Parameters) -> Parameters:

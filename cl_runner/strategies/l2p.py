@@ -18,10 +18,11 @@ class L2P(Prompting):
 
     They are prepended as tokens to the input of a frozen vision transformer, and the mean of their outputs is the
     feature. To the loss is added strength * sum over the chosen keys of their cosine distance to the query (eq. 5).
-    Prompts are chosen image by image, in training too, without the paper's optional penalty on frequent ones. The loss
-    sees only the task's own outputs. Prompts and keys are initialised normally with a standard deviation of 0.02 (in
-    the authors' code uniformly from 0 to 0.01). The defaults are the paper's; the authors' configuration for CIFAR-100
-    has length=10, top=4 and strength=1.
+    Prompts are chosen image by image, in training too, without the paper's optional penalty on frequent ones: unlike in
+    the authors' configuration for CIFAR-100, an image does not get the prompts chosen by most of its batch, which would
+    nearly give a batch's task away. The loss sees only the task's own outputs. Prompts and keys are initialised
+    normally with a standard deviation of 0.02 (in the authors' code uniformly from 0 to 0.01). The defaults are the
+    paper's; the authors' configuration for CIFAR-100 has length=10, top=4 and strength=1.
     """
 
     def __init__(

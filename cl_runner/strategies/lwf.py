@@ -43,9 +43,10 @@ class LwF(Distillation):
         the paper); `softmax`: one over each earlier task's outputs, their losses averaged (task), one over all earlier
         outputs (joint), or one over the whole head, if future outputs are active from the start (all); null: joint
         where tasks' classes have to be told apart (the class scenario), else task, as in the paper; `weighting`: of
-        the task's loss and of the distillation in task k = 1, 2, …: constant (1, 1), tasks (1, k-1), so that each
-        earlier task counts once (the paper), or average (1/k, 1-1/k), the latter times `strength`;
-        `pretrained_strength`: null for the same as `strength`."""
+        the task's loss and of the distillation from the previous model in task k = 1, 2, …: constant (1, 1), tasks
+        (1, k-1), so that each earlier task counts once (with softmax=task the paper's sum over them), or average
+        (1/k, 1-1/k), the latter times `strength`; `pretrained_strength`: of the distillation from the pretrained model,
+        the same in each task; null for the same as `strength`."""
         self.strength = strength
         self.source: Source = teacher
         self.pretrained_strength = strength if pretrained_strength is None else pretrained_strength

@@ -42,8 +42,9 @@ class RanPAC(ClosedForm):
         super().setup(model, stream)
         features = model.head.in_features
         size = self.size or features
-        with seeded(model.seed):  # on the CPU: the same on every device, and after a resume
-            self.projection = torch.randn(features, size).to(self.float64_device).double()
+        if self.size is not None:
+            with seeded(model.seed):  # on the CPU: the same on every device, and after a resume
+                self.projection = torch.randn(features, size).to(self.float64_device).double()
         self.gram, self.sums = self.zeros(size, size), self.zeros(size, stream.num_classes)
         self.ridge = self.fixed_ridge or 1.0
 
