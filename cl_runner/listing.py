@@ -1,4 +1,6 @@
-"""`cl-runner list`: list every choice."""
+"""`cl-runner list`: list every choice, or one choice's keys with what they mean."""
+
+from pathlib import Path
 
 from cl_runner import CONF
 from cl_runner.arguments import Parser
@@ -7,27 +9,36 @@ from cl_runner.errors import ConfigError, hint
 
 
 def main(argv: list[str]) -> int:
-    """Print every choice of every group, or of those named, one per line. Returns the exit status.
+    """Print every choice of every group, or of those named, one per line, or the YAML of the choices named. Returns the
+    exit status.
 
-    Raises ConfigError for an unknown group or a --config-dir that is not a folder.
+    Raises ConfigError for an unknown group or choice, or a --config-dir that is not a folder.
     """
     asked = parser().parse_args(argv)
+    files = _files(asked.config_dir)
     found = choices(asked.config_dir)
-    for group in asked.groups:
+    named = [name.partition("=") for name in asked.names]
+    for group, equals, choice in named:
         if group not in found:
             raise ConfigError("list", f"expected a group, got {group!r}; {hint(group, found)}")
-    groups = asked.groups or list(found)
-    longest = max(len(choice) for group in groups for choice in found[group])
+        if equals and choice not in files[group]:
+            raise ConfigError("list", f"expected a choice of {group}, got {choice!r}; {hint(choice, files[group])}")
+    groups = [group for group, equals, _ in named if not equals] or ([] if named else list(found))
+    longest = max((len(choice) for group in groups for choice in found[group]), default=0)
     for group in groups:
         print(f"{group}=")
         for choice, says in found[group].items():
             print(f"  {choice:<{longest}}  {says}")
+    for group, equals, choice in named:
+        if equals:
+            print(f"{group}={choice}\n{files[group][choice].read_text().strip()}")
     return 0
 
 
 def parser() -> Parser:
-    parser = Parser(prog="cl-runner list", description="List every choice, one per line.")
-    parser.add_argument("groups", nargs="*", metavar="GROUP", help="e.g. strategy fisher; none: all")
+    parser = Parser(prog="cl-runner list", description="List every choice, one per line, or show one with its keys.")
+    says = "e.g. strategy fisher: their choices; strategy=ewc: its keys, with what they mean; none: all choices"
+    parser.add_argument("names", nargs="*", metavar="GROUP[=CHOICE]", help=says)
     parser.add_argument("--config-dir", "-cd", metavar="DIR", help="your own folder that adds to conf/")
     return parser
 
@@ -37,12 +48,21 @@ def choices(config_dir: str | None = None) -> dict[str, dict[str, str]]:
 
     Raises ConfigError if that is not a folder.
     """
-    found: dict[str, dict[str, str]] = {}
-    for root in (CONF, *([added_folder(config_dir)] if config_dir else [])):
-        for file in sorted([*root.glob("[a-z]*/*.yaml"), *root.glob("hydra/*/*.yaml")]):
-            lines = file.read_text().splitlines()
-            first = next((line for line in lines if line.startswith("# ") and "@" not in line), "")
-            group = found.setdefault(str(file.parent.relative_to(root)), {})
-            group.setdefault(file.stem, first.removeprefix("# "))  # where names clash, Hydra takes the one in conf/
+    found = {group: {name: _says(file) for name, file in own.items()} for group, own in _files(config_dir).items()}
     found["hydra/launcher"]["basic"] = "One job after another, in this process: the default, of Hydra itself"
     return found
+
+
+def _files(config_dir: str | None) -> dict[str, dict[str, Path]]:
+    """group -> choice -> its YAML. Raises as `choices`."""
+    files: dict[str, dict[str, Path]] = {}
+    for root in (CONF, *([added_folder(config_dir)] if config_dir else [])):
+        for file in sorted([*root.glob("[a-z]*/*.yaml"), *root.glob("hydra/*/*.yaml")]):
+            group = files.setdefault(str(file.parent.relative_to(root)), {})
+            group.setdefault(file.stem, file)  # where names clash, Hydra takes the one in conf/
+    return files
+
+
+def _says(file: Path) -> str:
+    lines = file.read_text().splitlines()
+    return next((line for line in lines if line.startswith("# ") and "@" not in line), "").removeprefix("# ")

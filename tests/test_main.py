@@ -248,6 +248,15 @@ def test_list_names_every_choice(cl_runner):
         assert word in said
 
 
+def test_list_shows_one_choice_with_what_its_keys_mean(cl_runner):
+    status, said = cl_runner("list", "strategy=ewc", "memory", small=False)
+    assert status == 0
+    assert "strategy=ewc\n# Elastic" in said
+    assert re.search("strength: .*# ", said)
+    assert "reservoir" in said
+    assert "lwf" not in said
+
+
 def test_list_names_the_choices_of_a_folder_of_ones_own_too(cl_runner, tmp_path):
     (tmp_path / "mine" / "strategy").mkdir(parents=True)
     (tmp_path / "mine" / "strategy" / "coma.yaml").write_text("# Averages of weights\n_target_: coma.CoMA\n")
@@ -387,6 +396,7 @@ def test_what_a_command_cannot_do_is_one_line_and_status_2(cl_runner):
         (["seed=range(0,5"], "no viable alternative at input 'range(0,5'"),
         (["experiment=mine/foo"], "experiment/mine: expected one of buzzega_rotated_mnist, "),
         (["list", "colours"], "list: expected a group, got 'colours'; known: "),
+        (["list", "strategy=ewcc"], "list: expected a choice of strategy, got 'ewcc'; did you mean "),
     ],
 )
 def test_what_is_mistyped_is_one_line_that_names_what_may_be_meant(words, says, cl_runner):

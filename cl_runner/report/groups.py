@@ -256,20 +256,21 @@ def _distinct(
 
 
 def _differing(settings: Sequence[Settings]) -> list[str]:
-    """Keys that differ among runs with the same components above the key.
+    """Keys that differ among runs in which the key's own component is the same: memories of one kind, for whatever
+    strategy.
 
     A key that comes with the choice of a component (finetune has no strength) does not count as a difference.
     """
 
-    def context(own: Settings, key: str) -> tuple:
-        return tuple(own.get(part) for part in _above(key))
+    def component(own: Settings, key: str) -> Value:
+        return next((own[part] for part in reversed(_above(key)) if part in own), None)
 
     differing = []
     for key in _keys(settings):
-        met: dict[tuple, Value] = {}
+        met: dict[Value, Value] = {}
         for own in settings:
             value = own.get(key, ABSENT)
-            if met.setdefault(context(own, key), value) != value:
+            if met.setdefault(component(own, key), value) != value:
                 differing.append(key)
                 break
     return differing

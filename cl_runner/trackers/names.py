@@ -41,13 +41,14 @@ def overrides_of(run: Path) -> list[str]:
 
 
 def command_of(run: Path, command: str) -> str:
-    """The command that makes this run alone, given the one that asked for it: for a sweep, that of the run's own job.
+    """The command that makes or resumes this run alone, given the one that asked for it: for a sweep, that of the run's
+    own job. Without `rerun=true`, which would start over.
 
     Empty if none did.
     """
     if not command:
         return ""
-    words = shlex.split(command)[1:]
+    words = [word for word in shlex.split(command)[1:] if word.lstrip("+").lower() != "rerun=true"]
     if "--multirun" in words:
         place = words.index("--config-dir") if "--config-dir" in words else len(words)
         words = [*words[place : place + 2], *overrides_of(run)]

@@ -44,6 +44,14 @@ def test_what_only_the_choice_of_a_component_brings_is_no_column(tmp_path):
     assert grouped(tmp_path).keys == ["strategy"]
 
 
+def test_the_same_component_of_several_strategies_may_differ(tmp_path):
+    for strategy, kind, size in (("ER", "Reservoir", 20), ("DER", "Reservoir", 200), ("GEM", "ClassBalanced", 50)):
+        write(tmp_path, config(strategy, memory={"_target_": f"cl_runner.memory.{kind}", "size": size}))
+    groups = grouped(tmp_path)
+    assert groups.keys == ["strategy", "strategy.memory.size"]
+    assert {"er size=20", "der size=200"} <= labels(groups).keys()
+
+
 def test_what_changes_no_number_makes_no_group(tmp_path):
     here, there = config(seed=0), config(seed=1)
     there |= {"device": "cuda", "data_root": "/elsewhere", "output_root": "other"}

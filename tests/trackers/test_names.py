@@ -87,6 +87,7 @@ def test_a_run_that_nothing_was_set_for_has_no_overrides(tmp_path: Path, content
     ("words", "command"),
     [
         (["strategy=ewc", "seed=1"], "cl-runner strategy=ewc seed=1"),
+        (["strategy=ewc", "rerun=true", "seed=1"], "cl-runner strategy=ewc seed=1"),
         (["--multirun", "strategy=ewc,lwf", "seed=1,2"], "cl-runner strategy=lwf seed=2"),
         (["--multirun", "--config-dir", "my conf", "seed=1,2"], "cl-runner --config-dir 'my conf' strategy=lwf seed=2"),
     ],
