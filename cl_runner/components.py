@@ -143,11 +143,13 @@ def _checked_nodes(path: str, nodes: Any, allowed: Iterable[str], kind: str) -> 
     if not isinstance(nodes, dict):
         raise ConfigError(path, f"expected components by name, got {nodes!r}")
     for name, node in nodes.items():
+        choosing = f"{path.partition('.')[0]}@{path}.{name}"
         if not isinstance(node, dict):
-            raise ConfigError(f"{path}.{name}", f"expected a component (a mapping with a _target_), got {node!r}")
+            says = f"expected a component, got {node!r}; {choosing}={node} chooses one, with a + in front if it is new"
+            raise ConfigError(f"{path}.{name}", says)
         if "_target_" not in node:
             there = [other for other, its in nodes.items() if isinstance(its, dict) and "_target_" in its]
-            near = did_you_mean(name, there) or f"+{path.partition('.')[0]}@{path}.{name}=CHOICE adds one"
+            near = did_you_mean(name, there) or f"+{choosing}=CHOICE adds one"
             raise ConfigError(f"{path}.{name}", f"there is no such part; {near}")
     return {name: checked_node(f"{path}.{name}", node, allowed, set(), kind) for name, node in nodes.items()}
 

@@ -366,6 +366,7 @@ def test_what_a_command_cannot_do_is_one_line_and_status_2(cl_runner):
         (["lr=0.1"], "lr: unknown key; did you mean optimizer.lr?"),
         (["strategy=combined", "strategy.strength=1"], "unknown key; did you mean strategy.parts.ewc.strength?"),
         (["strategy=combined", "strategy.parts.si.strength=1"], "+strategy@strategy.parts.si=CHOICE adds one"),
+        (["strategy=combined", "strategy.parts.er=der"], "got 'der'; strategy@strategy.parts.er=der chooses one"),
         (
             ["strategy=combined", "strategy.parts.ew.strength=1"],
             "strategy.parts.ew: there is no such part; did you mean ewc?",
