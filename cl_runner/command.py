@@ -184,8 +184,8 @@ def _planned(request: Request, experiments: list[Experiment]) -> "Sweep":
             sweep.jobs.append(Job(words, folder.name, experiment.hash))
         done = [each for _, each in once.values() if RunFolder(each.folder).done]
         if old := [each for each in done if other_images(each) or other_code(RunFolder(each.folder))]:
-            one = f"{old[0].folder.name} among them; its own command says which"
-            print(f"{len(old)} of {len(sweep.jobs)} jobs were done with other images or code than are there now: {one}")
+            one = f"such as {old[0].folder.name}, whose own command says more"
+            print(f"{len(old)} of {len(sweep.jobs)} jobs were done with other images or code than are there now, {one}")
         if same := len(request.jobs) - len(sweep.jobs):
             print(f"{same} of {len(request.jobs)} jobs compute what another one computes: they are run once")
     for experiment in experiments:  # also those that compute what another one computes

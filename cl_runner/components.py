@@ -145,8 +145,9 @@ def _checked_nodes(path: str, nodes: Any, allowed: Iterable[str], kind: str) -> 
     for name, node in nodes.items():
         choosing = f"{path.partition('.')[0]}@{path}.{name}"
         if not isinstance(node, dict):
-            says = f"expected a component, got {node!r}; {choosing}={node} chooses one, with a + in front if it is new"
-            raise ConfigError(f"{path}.{name}", says)
+            word = node if isinstance(node, str) else "CHOICE"
+            way = f"{choosing}={word} chooses one (a new one: +{choosing})" if node else f"~{choosing} removes it"
+            raise ConfigError(f"{path}.{name}", f"expected a component, got {node!r}; {way}")
         if "_target_" not in node:
             there = [other for other, its in nodes.items() if isinstance(its, dict) and "_target_" in its]
             near = did_you_mean(name, there) or f"+{choosing}=CHOICE adds one"

@@ -32,13 +32,14 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def differences(earlier: Sequence[Mapping[str, Any]], now: Mapping[str, Any]) -> list[str]:
-    """Phrases for the code and the libraries of earlier environments that are others now."""
-    return [
+    """Phrases for the code and the libraries of earlier environments that are others now, each once."""
+    found = [
         f"{name} {then[name]} (now {now[name]})"
         for name in ("cl_runner", "commit", "torch")
         for then in earlier
         if then.get(name) and now[name] and then[name] != now[name]
     ]
+    return list(dict.fromkeys(found))
 
 
 @cache

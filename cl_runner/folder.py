@@ -143,14 +143,14 @@ def folders_below(root: Path) -> Iterator[tuple[Path, list[str]]]:
     """`root` and the folders below it, with the names in each, in order of their paths.
 
     Runs' own folders, hidden ones and symbolic links are not searched; a link to a run counts as that run, which is
-    given once. Runs that were moved aside are left out.
+    given once, as itself if it is here too. Runs that were moved aside are left out.
     """
-    runs: set[Path] = set()
-    for path, names in _below(root):
-        if SIGNS.isdisjoint(names):
-            yield path, names
-        elif (real := path.resolve()) not in runs:
-            runs.add(real)
+    found = list(_below(root))
+    linked = {path for path, names in found if path != root and path.is_symlink() and not SIGNS.isdisjoint(names)}
+    given = {path.resolve() for path, names in found if path not in linked and not SIGNS.isdisjoint(names)}
+    for path, names in found:
+        if path not in linked or path.resolve() not in given:
+            given.add(path.resolve())
             yield path, names
 
 

@@ -45,7 +45,7 @@ class Learned:
             got = f"{getattr(images, 'dtype', type(images).__name__)} {list(getattr(images, 'shape', []))}"
             raise ValueError(f"expected a tensor of images, torch.uint8 {['N', *shape]}, got {got}")
         if task is None and (self.stream.scenario is Scenario.TASK or self.strategy.needs_task_id):
-            raise ValueError("expected `task`, that of the images, since the run was told it too")
+            raise ValueError("expected `task`, the images' task: the run was told it too")
         if task is not None and not 0 <= task < len(self.stream):
             raise ValueError(f"expected a task from 0 to {len(self.stream) - 1}, got {task}")
         task, device = task or 0, self.model.device

@@ -21,8 +21,8 @@ def main(argv: list[str]) -> int:
     for group, equals, choice in named:
         if group not in found:
             raise ConfigError("list", f"expected a group, got {group!r}; {hint(group, found)}")
-        if equals and choice not in files[group]:
-            raise ConfigError("list", f"expected a choice of {group}, got {choice!r}; {hint(choice, files[group])}")
+        if equals and choice not in found[group]:
+            raise ConfigError("list", f"expected a choice of {group}, got {choice!r}; {hint(choice, found[group])}")
     groups = [group for group, equals, _ in named if not equals] or ([] if named else list(found))
     longest = max((len(choice) for group in groups for choice in found[group]), default=0)
     for group in groups:
@@ -31,7 +31,8 @@ def main(argv: list[str]) -> int:
             print(f"  {choice:<{longest}}  {says}")
     for group, equals, choice in named:
         if equals:
-            print(f"{group}={choice}\n{files[group][choice].read_text().strip()}")
+            file = files[group].get(choice)  # Hydra's own have none here
+            print(f"{group}={choice}\n{file.read_text().strip() if file else f'# {found[group][choice]}'}")
     return 0
 
 

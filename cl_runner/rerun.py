@@ -114,7 +114,9 @@ def show(experiment: Experiment) -> None:
         console.print("warning: its checkpoint was not kept")
     for what in (*other_images(experiment), *other_code(folder)):
         console.print(f"warning: it was made with {what}")
-    for what in differences([results["environment"]], now):
+    last = differences([results["environment"]], now)
+    for what in last:
         console.print(f"warning: it was made with {what}")
     for what in differences(results.get("earlier_environments", []), now):
-        console.print(f"warning: part of it was made with {what}")
+        if what not in last:
+            console.print(f"warning: part of it was made with {what}")

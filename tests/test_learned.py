@@ -112,7 +112,7 @@ def test_in_the_task_scenario_a_prediction_needs_a_task_and_is_among_its_classes
     images = learned.stream.tasks[0].test.images
     assert set(learned.predict(images, task=3).tolist()) <= set(learned.stream.tasks[3].classes)
     assert learned.predict(images[:0], task=3).tolist() == []
-    for task, says in ((None, "expected `task`, that of"), (5, "from 0 to 4"), (-1, "from 0 to 4")):
+    for task, says in ((None, "expected `task`, the images' task"), (5, "from 0 to 4"), (-1, "from 0 to 4")):
         with pytest.raises(ValueError, match=says):
             learned.predict(images, task)
 

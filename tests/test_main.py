@@ -255,6 +255,9 @@ def test_list_shows_one_choice_with_what_its_keys_mean(cl_runner):
     assert re.search("strength: .*# ", said)
     assert "reservoir" in said
     assert "lwf" not in said
+    status, said = cl_runner("list", "hydra/launcher=basic", small=False)
+    assert (status, said.count("\n")) == (0, 2)
+    assert "One job after another" in said
 
 
 def test_list_names_the_choices_of_a_folder_of_ones_own_too(cl_runner, tmp_path):
@@ -367,6 +370,7 @@ def test_what_a_command_cannot_do_is_one_line_and_status_2(cl_runner):
         (["strategy=combined", "strategy.strength=1"], "unknown key; did you mean strategy.parts.ewc.strength?"),
         (["strategy=combined", "strategy.parts.si.strength=1"], "+strategy@strategy.parts.si=CHOICE adds one"),
         (["strategy=combined", "strategy.parts.er=der"], "got 'der'; strategy@strategy.parts.er=der chooses one"),
+        (["strategy=combined", "strategy.parts.er=null"], "got None; ~strategy@strategy.parts.er removes it"),
         (
             ["strategy=combined", "strategy.parts.ew.strength=1"],
             "strategy.parts.ew: there is no such part; did you mean ewc?",

@@ -16,7 +16,7 @@ log = logging.getLogger("cl_runner")
 Features = Callable[[Tensor], Tensor]  # images [B, C, H, W] uint8 -> [B, D], by the model as it is when called
 Share = Literal["class", "task", "task_class"]  # task_class: each class within each task
 Per = Literal["all", "class", "task", "task_class"]
-GROUPS = {"class": "classes", "task": "tasks", "task_class": "classes of tasks"}  # for people
+GROUPS = {"class": "classes", "task": "tasks", "task_class": "classes, counted in each task"}  # for people
 
 
 class Memory(ABC):
@@ -67,7 +67,7 @@ class Memory(ABC):
         each = " for each task" if self.per == "task" else ""
         for what, number in wanted.items():
             if self.size < number:
-                log.warning("memory.size: %d rows%s for %d %s: some are never kept", self.size, each, number, what)
+                log.warning("memory.size: %d rows%s for %d %s: not all will have one", self.size, each, number, what)
 
     def sample(self, count: int) -> Examples:
         """`count` rows drawn without replacement, or all of them in random order if there are fewer.

@@ -65,7 +65,8 @@ def select(groups: Groups, tasks: int | None, within: Sequence[str]) -> tuple[li
 def validation_accuracy(run: Run, tasks: int | None) -> float | None:
     """Mean over the first `tasks` tasks' validation splits, after the last of these was learned.
 
-    None if it was not measured then: joint training, say, is measured only after the last task.
+    None if no images were set aside, or if it was not measured then: joint training, say, is measured only after the
+    last task.
     Raises ConfigError if the run has fewer tasks.
     """
     last = tasks or run.num_tasks

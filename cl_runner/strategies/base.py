@@ -36,7 +36,7 @@ class Strategy:
     closed_form: ClassVar[bool] = False  # trains nothing: predicts from statistics of the features
     extends_backbone: ClassVar[bool] = False  # adds prompts or branches to the backbone
     redraws: ClassVar[bool] = False  # reinitialises some of its prompts or branches for each task
-    restarts: ClassVar[bool] = False  # resets the backbone to its initial weights before each task
+    restarts: ClassVar[bool] = False  # resets the backbone to its initial weights in `before_task`
     caches_features: ClassVar[bool] = False  # computes the backbone's features once
 
     # What `Combined` alone must know of its parts: which go together, and whose hooks come first.
@@ -46,7 +46,8 @@ class Strategy:
     excludes_replay: ClassVar[bool] = False  # assumes that all training rows are of the current task
     has_teacher: ClassVar[bool] = False  # copies the model in `setup`, and its state in `before_task`
     realigns_head: ClassVar[bool] = False  # predicts with another head between tasks; `before_task` undoes it
-    measures_steps: ClassVar[bool] = False  # `after_step` measures how far the step has moved the weights
+    # `after_backward` notes the gradient, before others edit it; `after_step` how far the whole step moved the weights
+    measures_steps: ClassVar[bool] = False
 
     model: Model
     stream: Stream

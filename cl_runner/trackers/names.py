@@ -48,11 +48,11 @@ def command_of(run: Path, command: str) -> str:
     """
     if not command:
         return ""
-    words = [word for word in shlex.split(command)[1:] if word.lstrip("+").lower() != "rerun=true"]
+    words = shlex.split(command)[1:]
     if "--multirun" in words:
         place = words.index("--config-dir") if "--config-dir" in words else len(words)
         words = [*words[place : place + 2], *overrides_of(run)]
-    return shlex.join(["cl-runner", *words])
+    return shlex.join(["cl-runner", *(word for word in words if word.lstrip("+").lower() != "rerun=true")])
 
 
 def _said(overrides: Sequence[str]) -> list[str]:

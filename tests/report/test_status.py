@@ -98,9 +98,13 @@ def test_runs_of_several_commands_differ_by_what_not_all_of_them_share(run, said
     assert found[:4] == ["a y=1", "b y=2", "c z=2", "d y=3"]
 
 
-def test_a_run_that_is_linked_to_counts_once(run, said, tmp_path):
-    (tmp_path / "linked").symlink_to(run("there", state="failed"))
-    assert said()[1][-1] == "1 run: 1 failed"
+def test_a_run_that_is_linked_to_counts_once_as_the_job_that_it_is(run, said, tmp_path):
+    run("b", state="failed")
+    for link in ("best", "c"):
+        (tmp_path / link).symlink_to(run("sweep/a", state="failed") if link == "best" else tmp_path / "sweep" / "a")
+    Sweep(tmp_path / "sweep", "cl-runner -m", [Job(["x=1"], "a", "0"), Job(["x=2"], "d", "0")]).write()
+    assert [line for line in said()[1] if "x=" in line] == ["sweep/a x=1 failed", "sweep/d x=2 pending"]
+    assert said()[1][-1] == "3 runs: 1 pending, 2 failed"
 
 
 def test_a_watched_board_ends_where_all_that_is_left_never_came_as_far_as_a_folder(tmp_path, monkeypatch):

@@ -214,9 +214,9 @@ def test_weights_make_the_mean_over_rows_the_sum_of_the_parts_means():
 @pytest.mark.parametrize(
     ("memory", "said"),
     [
-        ({"size": 5}, "memory.size: 5 rows for 6 classes: some are never kept"),
+        ({"size": 5}, "memory.size: 5 rows for 6 classes: not all will have one"),
         ({"size": 6}, None),
-        ({"size": 1, "per": "task"}, "memory.size: 1 rows for each task for 2 classes: some are never kept"),
+        ({"size": 1, "per": "task"}, "memory.size: 1 rows for each task for 2 classes: not all will have one"),
         ({"size": 2, "per": "task"}, None),
         ({"size": 1, "per": "class"}, None),
     ],
@@ -234,10 +234,13 @@ def test_a_memory_without_a_row_for_each_class_is_warned_of_where_nothing_else_i
 @pytest.mark.parametrize(
     ("memory", "said"),
     [
-        (ClassBalanced(size=5), "memory.size: 5 rows for 6 classes: some are never kept"),
-        (ClassBalanced(size=2, share="task"), "memory.size: 2 rows for 3 tasks: some are never kept"),
+        (ClassBalanced(size=5), "memory.size: 5 rows for 6 classes: not all will have one"),
+        (ClassBalanced(size=2, share="task"), "memory.size: 2 rows for 3 tasks: not all will have one"),
         (ClassBalanced(size=3, share="task"), None),
-        (ClassBalanced(size=5, share="task_class"), "memory.size: 5 rows for 6 classes of tasks: some are never kept"),
+        (
+            ClassBalanced(size=5, share="task_class"),
+            "memory.size: 5 rows for 6 classes, counted in each task: not all will have one",
+        ),
         (ClassBalanced(size=1, per="task"), None),
         (Reservoir(size=1), None),
     ],

@@ -94,7 +94,7 @@ def test_a_run_that_nothing_was_set_for_has_no_overrides(tmp_path: Path, content
 )
 def test_the_command_is_that_of_the_run_alone(words, command, tmp_path):
     (tmp_path / ".hydra").mkdir()
-    (tmp_path / ".hydra" / "overrides.yaml").write_text("- strategy=lwf\n- seed=2\n")
+    (tmp_path / ".hydra" / "overrides.yaml").write_text("- rerun=True\n- strategy=lwf\n- seed=2\n")
     assert command_of(tmp_path, shlex.join(["cl-runner", *words])) == command
 
 
