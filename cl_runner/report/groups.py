@@ -262,12 +262,12 @@ def _differing(settings: Sequence[Settings]) -> list[str]:
     A key that comes with the choice of a component (finetune has no strength) does not count as a difference.
     """
 
-    def component(own: Settings, key: str) -> Value:
-        return next((own[part] for part in reversed(_above(key)) if part in own), None)
+    def component(own: Settings, key: str) -> tuple[str, Value]:
+        return next(((part, own[part]) for part in reversed(_above(key)) if part in own), ("", None))
 
     differing = []
     for key in _keys(settings):
-        met: dict[Value, Value] = {}
+        met: dict[tuple[str, Value], Value] = {}
         for own in settings:
             value = own.get(key, ABSENT)
             if met.setdefault(component(own, key), value) != value:

@@ -52,6 +52,13 @@ def test_the_same_component_of_several_strategies_may_differ(tmp_path):
     assert {"er size=20", "der size=200"} <= labels(groups).keys()
 
 
+def test_a_part_of_a_combined_method_is_not_compared_with_the_method_alone(tmp_path):
+    ewc = {"_target_": "cl_runner.strategies.EWC", "strength": 10.0}
+    write(tmp_path, config("Combined", parts={"ewc": ewc}))
+    write(tmp_path, config("EWC", strength=1.0))
+    assert grouped(tmp_path).keys == ["strategy"]
+
+
 def test_what_changes_no_number_makes_no_group(tmp_path):
     here, there = config(seed=0), config(seed=1)
     there |= {"device": "cuda", "data_root": "/elsewhere", "output_root": "other"}
