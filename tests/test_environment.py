@@ -5,7 +5,7 @@ import subprocess
 
 import pytest
 
-from cl_runner.environment import _commit
+from cl_runner.environment import _commit, differences
 
 pytestmark = pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
 
@@ -59,3 +59,9 @@ def test_an_installed_package_has_no_commit_even_within_a_clone(clone):
     folder, _ = clone
     (folder / "site-packages").mkdir()
     assert commit(folder / "site-packages") is None
+
+
+def test_what_several_earlier_environments_have_in_common_is_said_once():
+    now = {"cl_runner": "1", "commit": "b", "torch": "2.7"}
+    earlier = [now | {"commit": "a", "threads": count} for count in (1, 2)] + [now | {"commit": None}]
+    assert differences(earlier, now) == ["commit a (now b)"]

@@ -43,11 +43,8 @@ def test_a_run_leaves_everything_in_its_folder(cl_runner, the_run, monkeypatch):
     assert folder.name in said.replace("\n", "")
 
     results = json.loads((folder / "results.json").read_text(), parse_constant=pytest.fail)
-    made, measured = (
-        ["config", "environment", "earlier_environments"],
-        ["metrics", "accuracy", "validation", "zero_shot"],
-    )
-    assert list(results) == ["schema", *made, *measured, "seconds", "peak_memory"]
+    made, measured = ["environment", "earlier_environments"], ["metrics", "accuracy", "validation", "zero_shot"]
+    assert list(results) == ["schema", "config", *made, *measured, "seconds", "peak_memory"]
     assert results["earlier_environments"] == []
     assert json.loads((folder / "status.json").read_text())["state"] == "done"
     assert yaml.safe_load((folder / "config.yaml").read_text()) == results["config"]

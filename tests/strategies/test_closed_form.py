@@ -118,9 +118,10 @@ def test_being_asked_between_tasks_does_not_change_later_answers(name, scenario)
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_it_can_be_asked_before_anything_has_come(name):
+def test_it_can_be_asked_before_anything_has_come_and_solves_nothing_for_it(name, monkeypatch):
     stream = toy_stream("domain")
     strategy = ALL[name]()
+    monkeypatch.setattr(strategy, "fit", lambda: pytest.fail("there is nothing to fit"))
     strategy.setup(toy_model(stream), stream)
     strategy.model.eval()
     assert (asked(strategy, stream) == -torch.inf).all()
