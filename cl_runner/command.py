@@ -13,7 +13,7 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 
 from cl_runner import CONF
-from cl_runner.command_line import in_order
+from cl_runner.command_line import DRY_RUN, in_order
 from cl_runner.components import check_plugin
 from cl_runner.compose import GRID, VERSION_BASE, Request, compose_jobs, knows_all_keys, parse
 from cl_runner.config import Experiment, check, validated, with_valid_settings
@@ -23,7 +23,6 @@ from cl_runner.interrupt import ending_at_once
 
 if TYPE_CHECKING:
     from cl_runner.strategies.base import Strategy
-    from cl_runner.sweep import Sweep
 
 PLUGINS = "hydra_plugins.cl_runner"  # the launchers and sweepers of this project
 OPTUNA = f"{PLUGINS}.sweepers.Optuna"
@@ -31,7 +30,7 @@ BASIC = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"  # runs jobs
 
 
 def run(argv: list[str]) -> None:
-    """Check everything that the command line asks for, then carry it out.
+    """Check everything that the command line asks for, then carry it out, or with --dry-run say what that would be.
 
     Raises ConfigError, as do the functions below.
     """
@@ -39,7 +38,7 @@ def run(argv: list[str]) -> None:
     from cl_runner.trackers.console import make_console
 
     with log_to(make_console()):  # data may have to be downloaded and decoded
-        sys.argv[1:] = in_order(argv)
+        sys.argv[1:] = in_order([word for word in argv if word != DRY_RUN])
         with ending_at_once():
             request = parse(sys.argv[1:])
             import_module("cl_runner.job")  # and PyTorch: most of what takes seconds
@@ -49,6 +48,9 @@ def run(argv: list[str]) -> None:
             _check_sweep(request, jobs)
         _say_unused(request, jobs)
         _say_random(jobs)
+    if DRY_RUN in argv:
+        _say_what_would_be_done(request, jobs)
+        return
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come back here, to be printed once, in one line
     if request.sweep:
         try:
@@ -59,6 +61,13 @@ def run(argv: list[str]) -> None:
         print("this experiment holds a grid: -m runs every job, and without it only one configuration is run")
     sys.argv[1:] = request.argv
     run_alone(jobs[0])
+
+
+def _say_what_would_be_done(request: Request, experiments: list[Experiment]) -> None:
+    from cl_runner.plan import foretold, planned
+
+    for line in foretold(planned(request, experiments), experiments):
+        print(line)
 
 
 def _checked(number: int, request: Request, tried: list[Any]) -> Experiment:
@@ -123,11 +132,15 @@ def make_room(experiment: Experiment) -> None:
 def run_sweep(request: Request, experiments: list[Experiment]) -> int:
     """Carry out the jobs that are not done, and summarise them all. Returns the exit status."""
     from cl_runner.interrupt import Interrupt, same_command
+    from cl_runner.plan import begin, planned, remarks
     from cl_runner.rerun import join
     from cl_runner.sweep import of_this_command
 
     sys.argv[1:] = request.argv
-    sweep = _planned(request, experiments)
+    sweep = planned(request, experiments)
+    for line in remarks(sweep, experiments):
+        print(line)
+    begin(sweep, experiments)
     done_before = sweep.counts()["done"]
     stopped: KeyboardInterrupt | None = None
     interrupt = Interrupt()
@@ -163,35 +176,6 @@ def _passed_over_by_collections() -> Iterator[None]:
         yield
     finally:
         gc.unfreeze()
-
-
-def _planned(request: Request, experiments: list[Experiment]) -> "Sweep":
-    """The sweep, written to its file, with the earlier runs moved aside that are to start over."""
-    from cl_runner.folder import RunFolder
-    from cl_runner.rerun import is_made_again, join, move_aside, other_code, other_images, refuse_halves
-    from cl_runner.sweep import Job, Sweep, this_command
-
-    root = Path(experiments[0].config["output_root"])
-    sweep = Sweep(root, this_command(), grows=request.hydra.sweeper._target_ != GRID)
-    if not sweep.grows:
-        pairs = zip(request.jobs, experiments, strict=True)
-        once = {experiment.folder: (words, experiment) for (words, _), experiment in pairs}
-        for _, experiment in once.values():
-            if not is_made_again(experiment):
-                refuse_halves(experiment)
-        for folder, (words, experiment) in once.items():  # only now that no job has been refused
-            move_aside(experiment)
-            sweep.jobs.append(Job(words, folder.name, experiment.hash))
-        done = [each for _, each in once.values() if RunFolder(each.folder).done]
-        if old := [each for each in done if other_images(each) or other_code(RunFolder(each.folder))]:
-            one = f"such as {old[0].folder.name}, whose own command says more"
-            print(f"{len(old)} of {len(sweep.jobs)} jobs were done with other images or code than are there now, {one}")
-        if same := len(request.jobs) - len(sweep.jobs):
-            print(f"{same} of {len(request.jobs)} jobs compute what another one computes: they are run once")
-    for experiment in experiments:  # also those that compute what another one computes
-        join(experiment)
-    sweep.write()
-    return sweep
 
 
 def run_submitted(argv: list[str], folder: Path) -> None:

@@ -1,11 +1,14 @@
 """The command line of a run or a sweep, as it is typed: Hydra's options, and overrides."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from hydra._internal.utils import get_args_parser
 
 from cl_runner.arguments import refuse_arguments
-from cl_runner.errors import ConfigError
+from cl_runner.errors import ConfigError, did_you_mean
+
+DRY_RUN = "--dry-run"
 
 
 def in_order(argv: list[str]) -> list[str]:
@@ -15,8 +18,13 @@ def in_order(argv: list[str]) -> list[str]:
     it run another configuration than the one checked.
     """
     parser = get_args_parser()
+    parser.add_argument(DRY_RUN, action="store_true")
     parser.error = lambda message: refuse_arguments(parser, "command line", message)
+    for word in argv:
+        _refuse_dashes(word, parser._option_string_actions)
     arguments = parser.parse_intermixed_args(argv)
+    if arguments.dry_run:
+        raise ConfigError("command line", f"expected {DRY_RUN} beside what is to be run, not where it is only shown")
     arguments.overrides = [_at_home(word) for word in arguments.overrides]
     for word in arguments.overrides:
         key, equals, _ = word.partition("=")
@@ -31,6 +39,13 @@ def in_order(argv: list[str]) -> list[str]:
         added_folder(arguments.config_dir)
     options = ["--multirun"] if arguments.multirun else []
     return [*options, *(["--config-dir", arguments.config_dir] if arguments.config_dir else []), *arguments.overrides]
+
+
+def _refuse_dashes(word: str, options: Iterable[str]) -> None:
+    """Refuse a setting that is given as an option: `--seed=3`."""
+    option, equals, value = word.partition("=")
+    if equals and option.startswith("--") and option not in options and not did_you_mean(option, options):
+        raise ConfigError("command line", f"expected {option.lstrip('-')}={value}, without dashes, got {word}")
 
 
 def added_folder(config_dir: str) -> Path:

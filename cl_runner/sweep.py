@@ -77,7 +77,7 @@ class Sweep:
         self.finished = time.time()
         self.write()
 
-    def summary(self, done_before: int) -> list[str]:
+    def summary(self, done_before: int = 0) -> list[str]:
         """Lines for people: how many jobs are in each state, then each job that is not done, with the reason."""
         counts, differing = self.counts(), self.differing()
         parts = [f"{counts[state]} {state}" for state in STATES if counts[state]]

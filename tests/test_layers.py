@@ -15,7 +15,7 @@ FLOORS = [
     {"strategies"},
     {"trainer", "checkpoint", "evaluate"},
     {"targets", "complaints", "components", "sources", "config", "run", "state", "learned"},
-    {"__main__", "command", "command_line", "overrides", "hydra_keys", "compose", "job", "rerun", "sweep"}
+    {"__main__", "command", "command_line", "overrides", "hydra_keys", "compose", "job", "plan", "rerun", "sweep"}
     | {"launchers", "published", "verify", "report", "listing"},
 ]
 FLOOR = {module: number for number, floor in enumerate(FLOORS) for module in floor}

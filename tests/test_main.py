@@ -348,6 +348,11 @@ def test_what_a_command_cannot_do_is_one_line_and_status_2(cl_runner):
         (["statsu"], "command line: expected KEY=VALUE or a command, got 'statsu'; did you mean status?"),
         (["seed=1", "status"], "command line: expected KEY=VALUE, or a command as the first word, got 'status'"),
         (["seed=1", "--bogus"], "command line: unrecognized arguments: --bogus"),
+        (["-m", "--seed=1,2"], "command line: expected seed=1,2, without dashes, got --seed=1,2"),
+        (["--confi-dir=conf"], "command line: unrecognized arguments: --confi-dir=conf; did you mean --config-dir"),
+        (["--dryrun"], "did you mean --dry-run?"),
+        (["--cfg", "job", "--dry-run"], "command line: expected --dry-run beside what is to be run, "),
+        (["--help", "--dry-run"], "command line: expected --dry-run beside what is to be run, "),
         (
             ["fisher=exactt"],
             "fisher: expected one of argmax, batched, empirical, exact, hybrid, probe, reversed, ",

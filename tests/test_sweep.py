@@ -105,6 +105,53 @@ def test_every_job_says_which_of_how_many_it_is(fragile):
     ]
 
 
+def test_a_dry_run_says_what_is_left_to_do_and_leaves_everything_as_it_is(fragile, tmp_path):
+    def files():
+        return {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if "__pycache__" not in path.parts}
+
+    before = files()
+    status, said = fragile("strategy.width=0,1", "--dry-run")
+    assert (status, files()) == (0, before)
+    assert [line.split()[::2] for line in said.splitlines()[1:]] == [
+        ["pending", "strategy.width=0"],
+        ["pending", "strategy.width=1"],
+    ]
+    (tmp_path / "break.1").touch()
+    fragile("strategy.width=0,1")
+    before = files()
+    said = fragile("--dry-run", "strategy.width=0,1,1,2", "rerun=true")[1]
+    first, counts, failed, pending, last = said.splitlines()
+    assert first == "1 of 4 jobs compute what another one computes: they are run once"
+    assert counts == "3 jobs: 1 done, 1 pending, 1 failed"
+    assert failed.startswith("  failed ")
+    assert failed.endswith("  strategy.width=1  RuntimeError: it broke")
+    assert pending.startswith("  pending ")
+    assert pending.endswith("  strategy.width=2")
+    assert last.startswith("rerun=true: every job starts over")
+    assert files() == before
+
+
+def test_a_dry_run_refuses_what_the_command_would(fragile):
+    status, said = fragile("strategy.width=0,x", "--dry-run")
+    assert status == 2
+    assert "strategy.width: expected" in said
+
+
+def test_a_dry_run_of_a_search_knows_no_jobs(cl_runner, tmp_path):
+    status, said = cl_runner("-m", *SEARCHED, "strategy=ewc,lwf", "--dry-run")
+    assert (status, said) == (0, "a search, whose jobs are chosen as it goes\n")
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_a_dry_run_of_one_run_says_what_state_it_is_in(cl_runner):
+    said = cl_runner("--dry-run", *MLP, *TINY)[1]
+    first, second = said.splitlines()
+    assert first == "1 job: 1 pending"
+    assert second.startswith("  pending  finetune-split_digits-mlp-s0-")
+    cl_runner(*MLP, *TINY)
+    assert cl_runner("--dry-run", *MLP, *TINY)[1] == "1 job: 1 done\n"
+
+
 @pytest.mark.parametrize("content", ["{torn", '{"sweeps": [{"command": "x"}]}', '{"sweeps": [{}]}'])
 def test_a_damaged_plan_stops_no_run_beside_it(content, cl_runner, tmp_path):
     (tmp_path / "outputs").mkdir()
