@@ -32,7 +32,9 @@ def one_line(path: str, value: Any, error: ValidationError, known: Iterable[str]
     if kind == "missing":
         return ConfigError(f"{field}.{place[-1]}".removeprefix("."), "expected a value, got nothing")
     wanted = dict.fromkeys(_expected(p["msg"]) for p in problems if "isinstance" not in p["msg"])
-    return ConfigError(field, f"expected {' or '.join(wanted)}, got {problems[0]['input']!r}")
+    given = problems[0]["input"]
+    listed = f"; one is written as [{given}]" if "a list" in wanted and isinstance(given, str) else ""
+    return ConfigError(field, f"expected {' or '.join(wanted)}, got {given!r}{listed}")
 
 
 def _on_the_way(value: Any, place: Iterable[int | str]) -> Iterator[str]:
@@ -61,6 +63,7 @@ def _expected(message: str) -> str:
         "boolean": "bool",
         "dictionary": "a mapping",
         "array": "a list",
+        "list": "a list",
         "an object": "a mapping",
     }
     return plain.get(message, message.replace("None", "null").replace("greater than or equal to", "at least"))

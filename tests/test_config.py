@@ -205,6 +205,7 @@ def test_every_choice_says_in_a_line_what_it_is(file):
         ("protocol@fisher=x", "protocol: it cannot be chosen: it follows from experiment and strategy"),
         ("stream=split_mnist data_root=none stream.scenario=class strategy=independent", "strategy: expected stream.s"),
         ("optimizer.betas=3", "optimizer.betas: expected a list, got 3"),
+        ("plugins=my_package", "plugins: expected a list, got 'my_package'; one is written as [my_package]"),
         ("trainer.first_task.epohcs=3", "trainer.first_task.epohcs: unknown key; did you mean epochs?"),
         ("trainer.first_task.epochs=0", "trainer.first_task.epochs: expected at least 1, got 0"),
         ("trainer.first_task.optimizer=3", "trainer.first_task.optimizer: expected a mapping, got 3"),
