@@ -47,4 +47,4 @@ class CODAPrompt(Prompting):
         return Components(backbone, num_tasks, self.blocks, self.components, self.length)
 
     def penalties(self, batch: Examples, output: Output) -> dict[str, Tensor]:
-        return {"orthogonality": self.strength * self.prompts.dependence()}
+        return {"orthogonality": self.strength * self.prompts.dependence()} if self.strength else {}

@@ -36,6 +36,8 @@ def test_its_loss_is_zero_for_orthonormal_components_and_grows_as_they_depend_on
         keys = strategy.prompts.get_parameter("keys")
         keys[0, 1] = keys[0, 0]
     torch.testing.assert_close(strategy.penalties(batch, output)["orthogonality"], torch.tensor(0.5 * 2.0))
+    strategy.strength = 0.0
+    assert strategy.penalties(batch, output) == {}
 
 
 def test_the_loss_holds_the_components_together():
