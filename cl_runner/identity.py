@@ -79,6 +79,8 @@ def hashed_part(config: dict[str, Any]) -> dict[str, Any]:
     for path in (*NOT_HASHED, "trainer.epochs" if plain.get("trainer", {}).get("iterations") else "trainer.iterations"):
         parent, _, key = path.rpartition(".")
         (plain.get(parent, {}) if parent else plain).pop(key, None)
+    if plain.get("trainer", {}).get("eval_every") is None:  # it came later, and runs without it are the same as before
+        plain.get("trainer", {}).pop("eval_every", None)
     return plain
 
 

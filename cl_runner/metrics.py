@@ -6,7 +6,8 @@ and transfer are undefined for a single task and for joint training, whose matri
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 
 import numpy as np
 
@@ -82,6 +83,23 @@ def average_incremental_accuracy(accuracy: Matrix, sizes: Matrix) -> float:
     return _mean([overall_accuracy(row[None, : i + 1], sizes[: i + 1]) for i, row in enumerate(accuracy)])
 
 
+def min_accuracy(lowest: Matrix) -> float:
+    """How low the tasks before the last fell at any time since they were learned: mean_{j<T-1} lowest[j].
+
+    lowest: float64 [T], each task's lowest accuracy over all evaluations since it was learned, within tasks too.
+    Source: De Lange et al., 2023, https://arxiv.org/abs/2205.13452 (min-ACC), who evaluate after every step.
+    """
+    return _mean(lowest[:-1])
+
+
+def worst_case_accuracy(accuracy: Matrix, lowest: Matrix) -> float:
+    """The last task's accuracy, averaged with the lowest of all others: (A[T-1, T-1] + sum_{j<T-1} lowest[j]) / T.
+
+    Source: De Lange et al., 2023, https://arxiv.org/abs/2205.13452 (WC-ACC).
+    """
+    return _mean([*lowest[:-1], accuracy[-1, -1]])
+
+
 def forgetting_matrix(accuracy: Matrix) -> Matrix:
     """F [T, T]: how far task j has fallen after task i from its earlier best: max_{j<=k<i} A[k, j] - A[i, j].
 
@@ -110,18 +128,26 @@ METRICS: dict[str, Callable[[Matrix], float]] = {
 
 
 def summarise(
-    accuracy: dict[str, Matrix], zero_shot: dict[str, Matrix], scenario: str, learned: int, sizes: Matrix
+    accuracy: dict[str, Matrix],
+    zero_shot: dict[str, Matrix],
+    scenario: str,
+    learned: int,
+    sizes: Matrix,
+    lowest: Mapping[str, Matrix] = MappingProxyType({}),
 ) -> dict[str, float | None]:
     """Every metric by name: without suffix for the run's own `scenario`, and with `/task`, `/class`, ... for each one.
 
     accuracy: scenario -> A [T, T]. zero_shot: scenario -> [T], if there is one.
     learned: treat the stream as ending after this many tasks. sizes: [learned], the number of examples of each.
+    lowest: scenario -> [T], where tasks were also evaluated while later ones were being learned.
     Undefined metrics are None.
     """
     by_scenario: dict[str, dict[str, float | None]] = {}
     for name, matrix in accuracy.items():
         before = zero_shot.get(name, np.full(len(matrix), math.nan))
         by_scenario[name] = _all_metrics(matrix[:learned, :learned], before[:learned], sizes)
+        if name in lowest:
+            by_scenario[name] |= _within_tasks(matrix[:learned, :learned], lowest[name][:learned])
     suffixed = {f"{metric}/{name}": value for name, row in by_scenario.items() for metric, value in row.items()}
     return by_scenario[scenario] | suffixed
 
@@ -131,6 +157,16 @@ def _all_metrics(accuracy: Matrix, zero_shot: Matrix, sizes: Matrix) -> dict[str
     values["overall_accuracy"] = overall_accuracy(accuracy, sizes)
     values["average_incremental_accuracy"] = average_incremental_accuracy(accuracy, sizes)
     values["forward_transfer"] = forward_transfer(accuracy, zero_shot)
+    return _defined(values)
+
+
+def _within_tasks(accuracy: Matrix, lowest: Matrix) -> dict[str, float | None]:
+    return _defined(
+        {"min_accuracy": min_accuracy(lowest), "worst_case_accuracy": worst_case_accuracy(accuracy, lowest)}
+    )
+
+
+def _defined(values: dict[str, float]) -> dict[str, float | None]:
     return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
 

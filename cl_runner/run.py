@@ -1,8 +1,10 @@
 """One experiment: learn every task in turn, measure, record and save."""
 
 import secrets
+import time
 import traceback
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -67,8 +69,7 @@ def _run(
     def record(row: dict[str, Any]) -> None:
         row = {"kind": row["kind"], "seq": position.rows, **row}
         position.rows += 1
-        tell = tracker.task if row["kind"] == "task" else tracker.step
-        tell(row)
+        {"step": tracker.step, "eval": tracker.evaluation, "task": tracker.task}[row["kind"]](row)
 
     with clock("prepare"), pulse(folder.beat, BEAT):
         _set_precision(trainer)
@@ -121,14 +122,21 @@ def _learn(task: Task, state: State, record: Record) -> None:
             data = strategy.training_data(task)
         if len(data):
             with clock("train"), state.interrupt.deferred():
-                state.training.learn(task, data, pause=state.save)
+                state.training.learn(task, data, pause=state.save, look=partial(_look, task, state, record))
         state.enter("consolidate")
     with clock("consolidate"):
         strategy.after_task(task)
     with clock("evaluate"):
         state.measure(task)
-    record({"kind": "task", "task": task.index, "num_tasks": len(state.stream), **state.summary()})
+    place = {"task": task.index, "num_tasks": len(state.stream), "step": position.steps}
+    record({"kind": "task", **place, **state.summary()})
     state.enter("begin")
+
+
+def _look(task: Task, state: State, record: Record, task_step: int) -> None:
+    """Evaluate and record between two steps of a task."""
+    place = {"task": task.index, "step": state.position.steps, "task_step": task_step}
+    record({"kind": "eval", **place, "accuracy": state.look(task), "timing": {"time": time.time()}})
 
 
 def _start(tracker: Tracker, experiment: Experiment, folder: RunFolder, stream: Stream, resumed: bool) -> None:

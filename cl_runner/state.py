@@ -17,6 +17,7 @@ from cl_runner.folder import RESULTS_SCHEMA, RunFolder
 from cl_runner.interrupt import Interrupt
 from cl_runner.models import weights
 from cl_runner.randomness import random_state, restore_random_state
+from cl_runner.strategies.inference import evaluating
 from cl_runner.streams.base import Scenario, Stream, Task
 from cl_runner.trackers.journal import Journal
 from cl_runner.trainer import Training
@@ -47,6 +48,8 @@ class State:
         interrupt.soon = self.pace.now
         self.rows: Rows = {scenario: [] for scenario in measured_scenarios(self.strategy)}
         self.validation: Rows = {scenario: [] for scenario in self.rows}
+        # Each task's lowest accuracy since it was learned, as far as it was measured; NaN until then.
+        self.lowest = {scenario: [math.nan] * len(stream) for scenario in self.rows}
         samples = self.trainer.drift_samples if self.model.pretrained_head is not None else 0
         self.drift = Drift(self.model, stream, samples, self.trainer.eval_batch_size) if samples else None
         self.drift_metrics: dict[str, float] = {}
@@ -57,11 +60,27 @@ class State:
     def measure(self, task: Task) -> None:
         """Add a row to every matrix once the task has been learned."""
         self.position.tasks = learned = task.index + 1
-        self._add(self.rows, task, self.evaluate(learned))
+        self._add(self.rows, task, measured := self.evaluate(learned))
+        self._lower(measured, task)
         new = self.stream.tasks[:learned] if self.strategy.offline else [task]
         if any(self.validation.values()) or any(len(each.validation) for each in new):
             self._add(self.validation, task, self.evaluate(learned, "validation"))
         self.drift_metrics = self.drift.measure() if self.drift else {}
+
+    def look(self, task: Task) -> dict[str, list[float | None]]:
+        """Evaluate between two steps of a task, which the training does not notice. Returns scenario -> accuracies."""
+        random = random_state(self.experiment.device)
+        with self.clock("evaluate"), evaluating(self.model):
+            measured = self.evaluate(learned=task.index + 1)
+        restore_random_state(random, self.experiment.device)
+        self._lower(measured, task)
+        return {str(scenario): _plain(row) for scenario, row in measured.items()}
+
+    def _lower(self, measured: dict[Scenario, list[float]], task: Task) -> None:
+        """Lower the lowest accuracies of the tasks learned before `task` to those measured now."""
+        for scenario, row in measured.items():
+            for index in range(0 if self.strategy.offline else task.index):
+                self.lowest[scenario][index] = float(np.fmin(self.lowest[scenario][index], row[index]))
 
     def _add(self, matrices: Rows, task: Task, rows: dict[Scenario, list[float]]) -> None:
         for scenario, row in rows.items():
@@ -80,10 +99,11 @@ class State:
 
     def metrics(self) -> dict[str, float | None]:
         zero_shot = {str(name): np.array(row) for name, row in self.zero_shot.items()}
+        lowest = {str(name): np.array(row) for name, row in self.lowest.items()} if self.trainer.eval_every else {}
         learned = self.position.tasks
         sizes = np.array([len(task.test) for task in self.stream.tasks[:learned]])
         return {
-            **metrics.summarise(self.matrices(), zero_shot, str(self.stream.scenario), learned, sizes),
+            **metrics.summarise(self.matrices(), zero_shot, str(self.stream.scenario), learned, sizes, lowest),
             **self.drift_metrics,
             **{name: value for name, value in self.strategy.report().items() if not name.endswith(SECONDS)},
         }
@@ -164,6 +184,7 @@ class State:
             "trainer": self.training.state_dict(),
             "rows": {str(scenario): rows for scenario, rows in self.rows.items()},
             "validation": {str(scenario): rows for scenario, rows in self.validation.items()},
+            "lowest": {str(scenario): row for scenario, row in self.lowest.items()},
             "drift_metrics": self.drift_metrics,
             "zero_shot": {str(scenario): row for scenario, row in self.zero_shot.items()},
             "journal": self.journal.offset,
@@ -185,6 +206,7 @@ class State:
         self.training.load_state_dict(state["trainer"])
         self.rows = {Scenario(name): rows for name, rows in state["rows"].items()}
         self.validation = {Scenario(name): rows for name, rows in state["validation"].items()}
+        self.lowest |= {Scenario(name): row for name, row in state.get("lowest", {}).items()}
         self.drift_metrics = state["drift_metrics"]
         self.zero_shot = {Scenario(name): row for name, row in state["zero_shot"].items()}
         self.journal.rewind(state["journal"])

@@ -55,6 +55,8 @@ class Trainer:
             method's paper says, or else the scenario (task: current, domain: all, class: seen).
         precision: bf16 holds for the step alone (by autocast): passes that a method makes itself, as A-GEM, GEM and MIR
             do for their gradients, are computed in fp32.
+        eval_every: steps between evaluations within a task, on the tasks so far; None: only after each task. Methods
+            predict as ever: what they renew only after a task (exemplars, prototypes) is then the last task's.
         drift_samples: held-out images on which to measure the distance from the pretrained model (0: not at all).
         checkpoint_every, checkpoint_seconds: steps and seconds between checkpoints within a task, whichever comes
             first; None: not for that reason. The run is saved after each task in any case.
@@ -74,6 +76,7 @@ class Trainer:
     deterministic: bool = False
     log_every: Count = 10
     eval_batch_size: Count = 512
+    eval_every: Count | None = None
     drift_samples: NonNegativeInt = 512
     checkpoint_every: Count | None = None
     checkpoint_seconds: Annotated[float, Field(ge=1)] | None = 300.0
@@ -138,11 +141,17 @@ class Training:
         """Resume, in the next `learn`, from what `state_dict` returned."""
         self._kept = state
 
-    def learn(self, task: Task, data: Examples, pause: Callable[[], None] = lambda: None) -> None:
+    def learn(
+        self,
+        task: Task,
+        data: Examples,
+        pause: Callable[[], None] = lambda: None,
+        look: Callable[[int], None] = lambda step: None,
+    ) -> None:
         """Train on `data` for the task's budget, or what is left of it.
 
-        `pause` is called between two steps when the pace says that it is time. Raises NonFiniteLossError that names the
-        loss term.
+        Between two steps `look` is called, with the number of steps so far, when `eval_every` says so, and `pause` when
+        the pace says that it is time. Raises NonFiniteLossError that names the loss term.
         """
         trainer, strategy = self.trainer, self.strategy
         own = (trainer.first_task if task.index == 0 else None) or FirstTask()
@@ -160,6 +169,8 @@ class Training:
         for batch in self._batches(task, data, drop_last=budget is not None):
             rate = float(self.scheduler.get_last_lr()[0])
             losses.add(self.step(batch.to(self.model.device)), rate, len(batch))
+            if trainer.eval_every and losses.done % trainer.eval_every == 0 and losses.done < steps:
+                look(losses.done)
             if self.position.steps >= self.pace.due:
                 pause()
         losses.flush()

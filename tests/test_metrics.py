@@ -93,6 +93,15 @@ def test_the_average_incremental_accuracy_is_the_mean_over_the_stream_of_the_ove
     assert summary["overall_accuracy/class"] == pytest.approx(0.56)
 
 
+def test_the_minimum_is_of_all_but_the_last_task_whose_accuracy_completes_the_worst_case() -> None:
+    lowest = np.array([0.4, 0.1, NAN])
+    # (0.4 + 0.1) / 2; (0.4 + 0.1 + 0.6) / 3 = 0.6 / 3 + (1 - 1 / 3) * 0.25
+    assert metrics.min_accuracy(lowest) == pytest.approx(0.25)
+    assert metrics.worst_case_accuracy(MATRIX, lowest) == pytest.approx(1.1 / 3)
+    assert math.isnan(metrics.min_accuracy(np.array([NAN])))
+    assert metrics.worst_case_accuracy(ONE_TASK, np.array([NAN])) == pytest.approx(0.7)
+
+
 def test_the_forgetting_matrix_holds_the_fall_of_each_task_after_each_later_one() -> None:
     # [1, 0] = 0.9 - 0.6; [2, 0] = max(0.9, 0.6) - 0.5; [2, 1] = 0.8 - 0.7
     expected = matrix([NAN, NAN, NAN], [0.3, NAN, NAN], [0.4, 0.1, NAN])
@@ -134,6 +143,14 @@ def test_the_summary_has_the_own_scenario_plain_and_every_scenario_suffixed() ->
     assert summary["average_accuracy/task"] == pytest.approx(0.7)
     names = [*metrics.METRICS, "forward_transfer", "overall_accuracy", "average_incremental_accuracy"]
     assert set(summary) == {name + suffix for name in names for suffix in ("", "/task", "/class")}
+
+
+def test_what_happened_within_tasks_is_summed_up_where_it_was_measured() -> None:
+    of = {"class": MATRIX, "task": JOINT}
+    found = metrics.summarise(of, {}, "class", 3, ALIKE, {"class": np.array([0.4, 0.1, NAN]), "task": np.full(3, NAN)})
+    assert (found["min_accuracy"], found["min_accuracy/class"]) == (pytest.approx(0.25), pytest.approx(0.25))
+    assert (found["min_accuracy/task"], found["worst_case_accuracy/task"]) == (None, None)
+    assert "min_accuracy" not in metrics.summarise(of, {}, "class", 3, ALIKE)
 
 
 def test_forward_transfer_is_none_where_there_is_no_zero_shot() -> None:

@@ -26,13 +26,16 @@ class Tracker(Protocol):
     """Is told about a run as it happens. Rows are plain JSON values; `seq` numbers them from the run's beginning.
 
     A step row: kind "step", seq, task, epoch, step (since the run began), task_step, task_steps, loss (name -> value,
-    "total" among them), lr, timing. A task row: kind "task", seq, task, num_tasks, accuracy (scenario -> [T], null for
-    what was not measured), metrics (name -> value or null, of the tasks so far), timing.
+    "total" among them), lr, timing. A task row: kind "task", seq, task, num_tasks, step, accuracy (scenario -> [T],
+    null for what was not measured), metrics (name -> value or null, of the tasks so far), timing. An evaluation row,
+    within a task with trainer.eval_every: kind "eval", seq, task, step, task_step, accuracy, timing.
     """
 
     def start(self, run: RunInfo) -> None: ...
 
     def step(self, row: dict[str, Any]) -> None: ...
+
+    def evaluation(self, row: dict[str, Any]) -> None: ...
 
     def task(self, row: dict[str, Any]) -> None: ...
 
@@ -59,6 +62,8 @@ class NullTracker:
 
     def step(self, row: dict[str, Any]) -> None: ...
 
+    def evaluation(self, row: dict[str, Any]) -> None: ...
+
     def task(self, row: dict[str, Any]) -> None: ...
 
     def finish(self, results: dict[str, Any]) -> None: ...
@@ -82,6 +87,10 @@ class Many(NullTracker):
     def step(self, row: dict[str, Any]) -> None:
         for tracker in self.trackers:
             tracker.step(row)
+
+    def evaluation(self, row: dict[str, Any]) -> None:
+        for tracker in self.trackers:
+            tracker.evaluation(row)
 
     def task(self, row: dict[str, Any]) -> None:
         for tracker in self.trackers:

@@ -55,6 +55,9 @@ class Journal(NullTracker):
     def step(self, row: dict[str, Any]) -> None:
         self._append(row)
 
+    def evaluation(self, row: dict[str, Any]) -> None:
+        self._append(row)
+
     def task(self, row: dict[str, Any]) -> None:
         self._append(row)
 

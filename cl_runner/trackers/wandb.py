@@ -111,7 +111,7 @@ class Wandb(NullTracker):
         earlier = sending.folders(run.folder, run.id)
         self._init(run, self._choose_mode(), earlier)
         self._next = self._run.starting_step
-        for metric, step in (("train/*", "step"), ("eval/*", "task")):
+        for metric, step in (("train/*", "step"), ("within/*", "step"), ("eval/*", "task")):
             self._run.define_metric(step)
             self._run.define_metric(metric, step_metric=step)
         if self._next:
@@ -122,6 +122,10 @@ class Wandb(NullTracker):
     @guarded
     def step(self, row: dict[str, Any]) -> None:
         self._step(row)
+
+    @guarded
+    def evaluation(self, row: dict[str, Any]) -> None:
+        self._evaluation(row)
 
     @guarded
     def task(self, row: dict[str, Any]) -> None:
@@ -243,10 +247,7 @@ class Wandb(NullTracker):
     def _replay(self, folder: Path) -> None:
         """Send the journal's rows that W&B lacks: a killed run's last seconds or, offline, all earlier rows."""
         for row in read_journal(folder):
-            if row["kind"] == "task":
-                self._task(row)
-            else:
-                self._step(row)
+            {"step": self._step, "eval": self._evaluation, "task": self._task}[row["kind"]](row)
 
     def _step(self, row: dict[str, Any]) -> None:
         values = {name: row[name] for name in ("task", "epoch", "step")}
@@ -254,11 +255,15 @@ class Wandb(NullTracker):
         values |= {"train/lr": row["lr"], "train/images_per_second": row["timing"]["images_per_second"]}
         self._log(row["seq"], values)
 
+    def _evaluation(self, row: dict[str, Any]) -> None:
+        accuracies = {f"within/acc/task_{j}": value for j, value in enumerate(row["accuracy"][self._scenario])}
+        self._log(row["seq"], {"task": row["task"], "step": row["step"], **accuracies})
+
     def _task(self, row: dict[str, Any]) -> None:
         for scenario, accuracies in row["accuracy"].items():
             unmeasured = [[None] * row["num_tasks"] for _ in range(row["num_tasks"])]
             self._accuracy.setdefault(scenario, unmeasured)[row["task"]] = accuracies
-        values = {"task": row["task"]}
+        values = {"task": row["task"], "step": row["step"]}
         if row["seq"] >= self._next:  # they are slow to draw
             values |= self._pictures(row["metrics"])
         values |= {f"eval/acc/task_{j}": accuracy for j, accuracy in enumerate(row["accuracy"][self._scenario])}

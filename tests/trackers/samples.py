@@ -1,4 +1,5 @@
-"""One small run as trackers are told about it: three tasks of four steps, class-incremental."""
+"""One small run as trackers are told about it: three tasks of four steps, class-incremental; the last task is evaluated
+half-way too."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -54,11 +55,16 @@ def _rows() -> Iterator[dict[str, Any]]:
                 "lr": 0.1,
                 "timing": {"time": 1.7e9 + step, "images_per_second": 1234.5},
             }
+            if (task, step) == (2, 1):
+                accuracy = {"class": [0.3, 0.4, 0.5], "task": [0.8, 0.9, None]}
+                place, timing = {"task": 2, "step": 10, "task_step": 2}, {"time": 1.7e9}
+                yield {"kind": "eval", **place, "accuracy": accuracy, "timing": timing}
         rows = {name: metrics.to_rows(matrix)[task] for name, matrix in ACCURACY.items()}
         yield {
             "kind": "task",
             "task": task,
             "num_tasks": 3,
+            "step": 4 * task + 4,
             "accuracy": rows,
             "metrics": metrics.summarise(ACCURACY, {}, "class", task + 1, SIZES[: task + 1]),
             "timing": {"seconds": {"train": 1.5, "evaluate": 0.25}},
@@ -80,4 +86,4 @@ def results() -> dict[str, Any]:
 
 def tell(tracker: Tracker, rows: list[dict[str, Any]]) -> None:
     for row in rows:
-        tracker.task(row) if row["kind"] == "task" else tracker.step(row)
+        {"step": tracker.step, "eval": tracker.evaluation, "task": tracker.task}[row["kind"]](row)

@@ -126,6 +126,12 @@ def test_a_task_row_has_each_tasks_accuracy_and_the_metrics_so_far(written: tupl
     assert row["eval/average_forgetting/task"] == pytest.approx(0.29)
 
 
+def test_an_evaluation_within_a_task_has_each_tasks_accuracy(written: tuple[Written, Written]) -> None:
+    row = {name: value for name, value in written[0].history[12].items() if not name.startswith("_")}
+    within = {"within/acc/task_0": 0.3, "within/acc/task_1": 0.4, "within/acc/task_2": 0.5}
+    assert row == {"task": 2, "step": 10, **within}
+
+
 @pytest.mark.parametrize("name", ["matrix", "forgetting_matrix"])
 def test_each_task_brings_pictures_of_one_size(written: tuple[Written, Written], name: str) -> None:
     pictures = [row for row in written[0].history if f"eval/{name}.path" in row]
@@ -135,7 +141,7 @@ def test_each_task_brings_pictures_of_one_size(written: tuple[Written, Written],
 
 def test_curves_run_over_tasks_and_over_steps(written: tuple[Written, Written]) -> None:
     metrics = {metric.get("glob_name"): metric.get("step_metric") for metric in written[0].all("metric")}
-    assert (metrics["eval/*"], metrics["train/*"]) == ("task", "step")
+    assert (metrics["eval/*"], metrics["train/*"], metrics["within/*"]) == ("task", "step", "step")
 
 
 def test_the_summary_has_every_defined_metric_under_its_flat_name(written: tuple[Written, Written]) -> None:
