@@ -19,7 +19,7 @@ from cl_runner.arguments import Parser
 from cl_runner.errors import ConfigError
 from cl_runner.folder import SIGNS, RunFolder, folders_below, moved_aside
 from cl_runner.sweep import FILE, STATES, not_shared, outcome, sweeps
-from cl_runner.trackers.names import percent
+from cl_runner.trackers.names import percent, says_how
 
 EVERY = 2.0  # seconds between two updates
 TAIL = 1 << 16  # bytes at the journal's end that are searched first for the last task's row
@@ -156,8 +156,9 @@ class Board:
 
 
 def _apart(words: Mapping[Path, Sequence[str]]) -> dict[Path, str]:
-    """The words of each run, without those that all runs beside it share."""
+    """The words of each run that say what it computes, without those that all runs beside it share."""
     apart: dict[Path, str] = {}
+    words = {path: [word for word in own if not says_how(word)] for path, own in words.items()}
     for parent in {path.parent for path in words}:
         beside = [path for path in words if path.parent == parent]
         apart |= zip(beside, map(shlex.join, not_shared([words[path] for path in beside])), strict=True)

@@ -10,8 +10,8 @@ import yaml
 
 from cl_runner.identity import EXECUTION, parts
 
-LEFT_OUT = {"seed", "plugins", "hydra", *EXECUTION}  # they do not characterise a run
-IN_THE_NAME = {"strategy", "stream"}  # the name shows these choices anyway
+HOW = {"plugins", "hydra", *EXECUTION}  # they say how a run is carried out
+IN_THE_NAME = {"strategy", "stream", "seed"}  # the name shows them anyway
 SHARES = ("accuracy", "forgetting", "transfer", "agreement")  # how a metric's name ends, before any /scenario
 
 
@@ -32,6 +32,12 @@ def percent(share: float | None, digits: int = 1) -> str:
     """A share as people read it, without the unit; a dash for None."""
     # Adding zero turns minus zero into zero.
     return "–" if share is None else f"{round(100 * share, digits) + 0.0:.{digits}f}".replace("-", "−")
+
+
+def says_how(override: str) -> bool:
+    """Whether an override only says how a run is carried out, not what it computes."""
+    key = override.lstrip("+~").partition("=")[0]
+    return bool({key, key.replace("/", ".").partition(".")[0]} & HOW)
 
 
 def overrides_of(run: Path) -> list[str]:
@@ -64,7 +70,7 @@ def _said(overrides: Sequence[str]) -> list[str]:
     for override in overrides:
         word, _, value = override.lstrip("+").partition("=")
         key = word.lstrip("~")
-        if key not in IN_THE_NAME and not {key, key.replace("/", ".").partition(".")[0]} & LEFT_OUT:
+        if key not in IN_THE_NAME and not says_how(override):
             last.pop(key, None)
             last[key] = "~" if word.startswith("~") else f"={value}"
     ends = Counter(key.rpartition(".")[2] for key in last)
