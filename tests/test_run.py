@@ -6,7 +6,7 @@ import pytest
 
 from cl_runner.folder import RunFolder
 from cl_runner.job import carry_out
-from tests.test_resume import experiment
+from tests.test_resume import VIT, experiment
 
 pytestmark = pytest.mark.usefixtures("no_picture")
 
@@ -43,6 +43,12 @@ def test_a_finished_run_has_the_same_outcome_again(tmp_path):
         (["strategy=finetune"], "seen"),
         (["strategy=slca", "strategy.epochs=1"], "current"),
         (["strategy=slca", "strategy.epochs=1", "trainer.active_logits=all"], "all"),
+        *(
+            [[f"strategy={name}", *VIT, "stream.max_tasks=1"], "current"]
+            for name in ("l2p", "dualprompt", "coda_prompt")
+        ),
+        (["strategy=ease", *VIT, "stream.max_tasks=1"], "current"),
+        (["strategy=lwf"], "current"),
         (["strategy=der"], "all"),
         (["strategy=derpp"], "all"),
         (["strategy=derpp", "trainer.active_logits=seen"], "seen"),

@@ -60,6 +60,17 @@ def toy_training(strategy: Strategy, stream: Stream, model: Model, **settings) -
     return training, rows
 
 
+def assert_same_with_gradients(found: torch.Tensor, expected: torch.Tensor, model: Model) -> None:
+    """The two scalars are the same function of the weights, as far as their values and gradients here say."""
+    torch.testing.assert_close(found, expected)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    options = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
+    pairs = zip(*(torch.autograd.grad(value, parameters, **options) for value in (found, expected)), strict=True)
+    for one, other in pairs:
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+    assert any(gradient.any() for gradient in torch.autograd.grad(expected, parameters, **options))
+
+
 def learn(strategy: Strategy, stream: Stream, model: Model, tasks: int | None = None, **settings) -> list[dict]:
     """Learn the first `tasks` tasks, as a run does. Returns the journal."""
     training, rows = toy_training(strategy, stream, model, **settings)

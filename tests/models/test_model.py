@@ -29,6 +29,16 @@ def visible_after(model: Model, classes, tasks: int) -> list[list[list[int]]]:
     return seen
 
 
+def test_a_teacher_sees_the_pixels_that_the_student_saw():
+    model = model_for()
+    model.preprocess = Preprocess(1, augment=["brightness"])
+    seen = []
+    model.backbone.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    output = model.train()(images(SHAPE))
+    assert torch.equal(output.inputs, seen[0])
+    assert not torch.equal(model(images(SHAPE)).inputs, seen[0])  # augmented anew
+
+
 @pytest.mark.parametrize("active_logits", [None, "current"])
 def test_where_the_task_is_told_each_task_sees_its_own_outputs(active_logits):
     seen = visible_after(model_for("task", active_logits=active_logits), DISJOINT, 3)

@@ -60,6 +60,14 @@ def test_no_step_increases_the_reference_loss_to_first_order(scenario, seed):
     assert loss_on(model, strategy.reference) <= before + 1e-5
 
 
+@pytest.mark.parametrize(("size", "rows"), [(None, 8), (5, 5)])
+def test_the_reference_has_as_many_rows_as_asked_for(size, rows):
+    strategy, _, stream = standing()
+    strategy = AGEM(memory=strategy.memory, replay_batch_size=size)
+    batch = strategy.before_batch(stream.tasks[1].train[:8])
+    assert (len(batch), len(strategy.reference)) == (8, rows)
+
+
 def test_a_gradient_that_does_no_harm_is_left_alone():
     strategy, model, stream = standing()
     found, plain = step_on(strategy, model, stream.tasks[0].train[:8])

@@ -25,6 +25,15 @@ def test_experts_and_keys_of_earlier_tasks_stay_and_general_prompts_go_on_learni
     assert not torch.equal(first["general"], last["general"])
 
 
+def test_a_tasks_experts_start_where_the_last_tasks_ended_and_its_key_anew():
+    stream = toy_stream()
+    strategy = method()
+    learn(strategy, stream, toy_vit_model(stream), tasks=1)
+    strategy.before_task(stream.tasks[1])
+    assert torch.equal(strategy.prompts.expert, strategy.prompts.past_experts[0])
+    assert not torch.equal(strategy.prompts.key, strategy.prompts.past_keys[0])
+
+
 def test_its_loss_is_the_distance_of_the_tasks_key_to_the_query():
     stream = toy_stream()
     model = toy_vit_model(stream)

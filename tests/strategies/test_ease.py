@@ -85,6 +85,33 @@ def test_the_score_is_a_mean_of_cosines_in_which_the_classs_own_subspace_counts_
         torch.testing.assert_close(scores[:, label], expected / 1.6)
 
 
+@pytest.mark.parametrize("alpha", [0.0, 0.3])
+def test_alpha_weighs_other_tasks_subspaces_in_what_it_predicts(alpha):
+    stream = toy_stream("class")
+    model = toy_vit_model(stream)
+    learn(strategy := method(alpha=alpha), stream, model)
+    test = stream.tasks[1].test
+    features = []
+    for weights in strategy.learned:
+        model.load_state_dict(weights, strict=False)
+        features.append(model.eval()(test.images).features.detach())
+    found = strategy.predict(test.images, test.task_ids)
+    torch.testing.assert_close(found, strategy.subspaces.scores(features, alpha).float())
+    assert not torch.allclose(found, strategy.subspaces.scores(features, 1.0).float())
+
+
+def test_an_adapter_adds_its_scaled_output_to_the_mlps():
+    stream = toy_stream()
+    model = toy_vit_model(stream)
+    strategy = EASE(width=8, scale=0.25)
+    strategy.setup(model, stream)
+    mlp, adapter = model.backbone.blocks[1].mlp, strategy.adapters[1]
+    torch.nn.init.normal_(adapter.up.weight)
+    tokens = torch.randn(2, 5, 32)
+    beside = adapter.up(adapter.down(tokens).relu())
+    torch.testing.assert_close(mlp(tokens), mlp.fc2(mlp.act(mlp.fc1(tokens))) + 0.25 * beside)
+
+
 def test_a_class_that_comes_back_adds_to_its_statistics_and_has_two_subspaces_of_its_own():
     stream = toy_stream("domain")
     strategy = method()

@@ -64,10 +64,11 @@ def test_the_head_of_earlier_classes_is_held_against_gradient_momentum_and_decay
     model = toy_model(stream, active_logits="all")
     strategy = LFL(strength=1.0, hold_head=hold)
     learn(strategy, stream, model, tasks=1)
-    before = model.head.weight.detach().clone()
+    before, bias = model.head.weight.detach().clone(), model.head.bias.detach().clone()
     learn_second(strategy, stream, model)
     same = (model.head.weight == before).all(1)
     assert same[:2].all() == hold
+    assert (model.head.bias == bias)[:2].all() == hold
     if scenario != "domain":
         assert not same[2:4].any()
 

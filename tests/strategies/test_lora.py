@@ -45,6 +45,18 @@ def test_before_the_first_step_the_model_says_what_it_said():
     assert torch.equal(model(images).logits, before)
 
 
+def test_a_branch_adds_alpha_over_rank_times_its_product():
+    stream = toy_stream()
+    model = toy_model(stream)
+    strategy = LoRA(rank=4, alpha=12.0)
+    strategy.setup(model, stream)
+    (branch,), layer = strategy.branches, model.backbone[1]
+    nn.init.normal_(branch.up.weight)
+    inputs = torch.randn(3, 16)
+    plain = F.linear(inputs, layer.weight, layer.bias)
+    torch.testing.assert_close(layer(inputs), plain + 3 * inputs @ branch.down.weight.T @ branch.up.weight.T)
+
+
 class Reading(nn.Sequential):
     """Reads the first layer's weight without calling the layer, like BEiT's attention."""
 
@@ -142,6 +154,19 @@ def test_what_is_frozen_gets_no_branch():
     learn(LoRA(), stream, model)
     assert not list(model.adapters)
     assert all(torch.equal(value, before[name]) for name, value in backbone(model).items())
+
+
+def test_a_layer_that_is_frozen_gets_no_branch_while_the_others_do():
+    stream = toy_stream()
+    model = toy_model(stream)
+    model.backbone = nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 8))
+    model.backbone[1].requires_grad_(False)
+    before = backbone(model)
+    strategy = LoRA()
+    learn(strategy, stream, model)
+    assert strategy.layers == [model.backbone[3]]
+    changed = {name for name, value in backbone(model).items() if not torch.equal(value, before[name])}
+    assert changed == {"3.weight"}
 
 
 def test_patterns_choose_layers_and_are_checked_before_data_is_loaded():

@@ -15,7 +15,7 @@ from cl_runner.strategies import LUCIR, Finetune
 from cl_runner.streams.split import Split
 from tests.strategies.midway import assert_resumes
 from tests.strategies.test_icarl import accuracy, at_task
-from tests.toys import learn, toy_model, toy_stream
+from tests.toys import assert_same_with_gradients, learn, toy_model, toy_stream
 
 
 def lucir(size=6, **settings):
@@ -64,10 +64,11 @@ def test_the_scale_learns():
     assert model.head.scale.item() != 10.0
 
 
-def test_the_terms_are_the_features_angle_and_a_margin_to_the_hardest_new_classes():
+@pytest.mark.parametrize("negatives", [1, 2, 5])
+def test_the_terms_are_the_features_angle_and_a_margin_to_the_hardest_new_classes(negatives):
     stream = toy_stream("class")
     model = toy_model(stream)
-    strategy = lucir(strength=2.0, margin=0.8, margin_strength=3.0, negatives=1)
+    strategy = lucir(strength=2.0, margin=0.8, margin_strength=3.0, negatives=negatives)
     at_task(strategy, stream, model, 2)
     batch = strategy.before_batch(stream.tasks[2].train[:3] + strategy.memory.examples[:4])
     model.eval()
@@ -80,11 +81,12 @@ def test_the_terms_are_the_features_angle_and_a_margin_to_the_hardest_new_classe
     ranking = 0.0
     for row in range(3, 7):
         cosines = F.cosine_similarity(output.features[row], model.head.weight, dim=1)
-        ranking += max(0.0, 0.8 - cosines[batch.labels[row]] + max(cosines[4], cosines[5])) / 4
+        hardest = sorted([cosines[4], cosines[5]], reverse=True)[:negatives]
+        ranking += sum((0.8 - cosines[batch.labels[row]] + other).relu() for other in hardest) / 4
     terms = strategy.penalties(batch, output)
     assert ranking > 0
-    torch.testing.assert_close(terms["lucir"], 2 * math.sqrt(4 / 2) * turned)
-    torch.testing.assert_close(terms["lucir_margin"], 3 * ranking)
+    assert_same_with_gradients(terms["lucir"], 2 * math.sqrt(4 / 2) * turned, model)
+    assert_same_with_gradients(terms["lucir_margin"], 3 * ranking, model)
 
 
 @pytest.mark.parametrize("hold", [True, False])

@@ -9,7 +9,7 @@ from cl_runner.models.efficientnet import EfficientNetLite0
 from cl_runner.strategies import LwF
 from cl_runner.streams.base import Task
 from cl_runner.streams.split import Split
-from tests.toys import learn, toy_model, toy_stream, toy_training
+from tests.toys import assert_same_with_gradients, learn, toy_model, toy_stream, toy_training
 
 DIGITS = Split(name="digits", num_tasks=5)
 
@@ -159,6 +159,29 @@ def test_the_first_task_has_no_previous_teacher_but_the_pretrained_one():
     second = [row["loss"] for row in rows if row["task"] == 1]
     assert all("lwf" not in losses and losses["lwf_pretrained"] > 0 for losses in first)
     assert all(losses["lwf"] > 0 and losses["lwf_pretrained"] > 0 for losses in second)
+
+
+def test_each_teacher_pulls_the_student_with_a_strength_of_its_own():
+    stream = toy_stream()
+    model = toy_model(stream, pretrained=True)
+    images = stream.tasks[1].train.images
+    came = model.eval().pretrained_head(model(images).features).detach()
+    strategy = LwF(strength=0.3, pretrained_strength=0.7)
+    batch = at_task(strategy, stream, model, 1)
+    before = model.eval()(images).logits[:, :2].detach()
+    perturbed(model)
+    output = model(images)
+
+    def kl(student, teacher):
+        student, teacher = (student / 2).log_softmax(1), (teacher / 2).log_softmax(1)
+        return 4 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+
+    terms = strategy.penalties(batch, output)
+    assert list(terms) == ["lwf", "lwf_pretrained"]
+    assert_same_with_gradients(terms["lwf"], 0.3 * kl(output.logits[:, :2], before), model)
+    under_its_head = model.pretrained_head(output.features)
+    assert_same_with_gradients(terms["lwf_pretrained"], 0.7 * kl(under_its_head, came), model)
+    assert LwF(strength=0.3).pretrained_strength == 0.3
 
 
 def test_the_pretrained_teacher_is_the_model_as_it_came_under_its_own_head():

@@ -50,6 +50,22 @@ def test_the_ridge_is_the_one_with_the_least_error_on_a_fifth_of_the_examples(di
     assert RIDGES[0] < chosen < RIDGES[-1]
 
 
+def test_the_ridge_is_chosen_for_the_projected_features():
+    stream = toy_stream("class", size=40)
+    model = toy_model(stream)
+    strategy = RanPAC(projection=300)  # of many dimensions, whose ridge is a larger one
+    strategy.setup(model, stream)
+    task = stream.tasks[0]
+    torch.manual_seed(1)
+    strategy.after_task(task)
+    features = model.eval()(task.train.images).features.detach().double()
+    targets = torch.eye(6, dtype=torch.float64)[task.train.labels]
+    torch.manual_seed(1)
+    assert strategy.ridge == best_ridge((features @ strategy.projection).relu(), targets)
+    torch.manual_seed(1)
+    assert strategy.ridge != best_ridge(features, targets)
+
+
 def test_a_ridge_that_leaves_the_problem_singular_is_not_chosen():
     inputs = torch.ones(20, 4, dtype=torch.float64) * 1e6
     assert best_ridge(inputs, inputs[:, :2]) > 1e-8

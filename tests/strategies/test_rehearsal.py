@@ -199,6 +199,34 @@ def test_a_memory_that_chooses_whole_tasks_is_refused_where_batches_are_stored(m
         make(memory=Herding())
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        *TAUGHT.values(),
+        METHODS["er_oversampled"],
+        METHODS["gdumb"],
+        lambda: AGEM(memory=Herding(size=9)),
+        lambda: GEM(memory=Herding(size=9)),
+    ],
+    ids=[*TAUGHT, "er_oversampled", "gdumb", "agem", "gem"],
+)
+def test_a_memory_chooses_by_the_features_that_the_model_has_then(make):
+    stream = toy_stream("class")
+    model, strategy = toy_model(stream, norm=True), make()
+    asked = []
+
+    def add_task(examples, features):
+        found, training = features(examples.images), model.training
+        expected = model.eval()(examples.images).features.detach()
+        model.train(training)
+        asked.append(torch.equal(found, expected) and not found.requires_grad)
+        kept(examples, features)
+
+    kept, strategy.memory.add_task = strategy.memory.add_task, add_task
+    learn(strategy, stream, model)
+    assert asked == [True] * 3
+
+
 def test_weights_make_the_mean_over_rows_the_sum_of_the_parts_means():
     stream = toy_stream()
     parts = [stream.tasks[0].train[:5], stream.tasks[1].train[:12]]

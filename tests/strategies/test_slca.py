@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -104,16 +106,31 @@ def test_the_alignment_brings_back_classes_that_the_head_has_forgotten():
 def test_features_are_drawn_from_each_classs_own_gaussian():
     stream = toy_stream("class")
     model = toy_model(stream)
-    strategy = SLCA()
+    strategy = SLCA(backbone_rate=0.0)  # so that the features are still what they were
     learn(strategy, stream, model, tasks=2)
     torch.manual_seed(0)
     features, labels = strategy.moments.drawn(20_000)
     assert labels.bincount().tolist() == [20_000] * 4
+    spreads = []
     for label in range(4):
-        rows, covariance = features[labels == label], strategy.moments.covariance(label)
-        size = covariance.diagonal().max().sqrt()
-        torch.testing.assert_close(rows.mean(0), strategy.moments.means[label], rtol=0, atol=0.05 * size)
+        examples = stream.tasks[label // 2].train
+        own = model.eval()(examples.images[examples.labels == label]).features.detach().double()
+        covariance = torch.cov(own.T, correction=0)
+        rows, size = features[labels == label], covariance.diagonal().max().sqrt()
+        torch.testing.assert_close(rows.mean(0), own.mean(0), rtol=0, atol=0.05 * size)
         torch.testing.assert_close(torch.cov(rows.T), covariance, rtol=0, atol=0.1 * size**2)
+        spreads.append(size)
+    assert max(spreads) > 1.2 * min(spreads)  # one covariance for all would not do
+
+
+def test_the_alignments_rate_falls_as_a_cosine(monkeypatch):
+    stream = toy_stream("class")
+    strategy, rates = SLCA(epochs=4, lr=0.02, samples=8, batch_size=1000), []
+    learn(strategy, stream, toy_model(stream), tasks=2)
+    step = torch.optim.SGD.step
+    monkeypatch.setattr(torch.optim.SGD, "step", lambda self: (rates.append(self.param_groups[0]["lr"]), step(self)))
+    strategy.align()
+    assert rates == pytest.approx([0.01 * (1 + math.cos(math.pi * epoch / 4)) for epoch in range(4)])
 
 
 @pytest.mark.parametrize(("scenario", "outputs"), [("class", [0, 1, 2, 3]), ("task", [2, 3])])
