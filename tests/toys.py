@@ -39,13 +39,21 @@ def toy_stream(scenario: str = "task", num_tasks: int = 3, size: int = 24, seed:
 
 
 def toy_model(
-    stream: Stream, *, pretrained: bool = False, norm: bool = False, seed: int = 0, active_logits=None
+    stream: Stream,
+    *,
+    pretrained: bool = False,
+    norm: bool = False,
+    frozen: bool = False,
+    seed: int = 0,
+    active_logits=None,
 ) -> Model:
-    """One hidden layer of 8; with `pretrained`, a frozen head of 5 outputs beside the new one."""
+    """One hidden layer of 8; with `pretrained`, a frozen head of 5 outputs beside the new one; with `frozen`, another
+    layer in front that does not learn."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         middle: list[nn.Module] = [nn.BatchNorm1d(8)] if norm else []
-        backbone = nn.Sequential(nn.Flatten(), nn.Linear(16, 8), *middle, nn.ReLU(), nn.Dropout(0.0))
+        front: list[nn.Module] = [nn.Linear(16, 16).requires_grad_(False)] if frozen else []
+        backbone = nn.Sequential(nn.Flatten(), *front, nn.Linear(16, 8), *middle, nn.ReLU(), nn.Dropout(0.0))
         head = nn.Linear(8, 5) if pretrained else None
         return Model(Preprocess(1), backbone, 8, stream, active_logits, pretrained_head=head, seed=seed)
 
@@ -62,7 +70,7 @@ def toy_training(strategy: Strategy, stream: Stream, model: Model, **settings) -
 
 def assert_same_with_gradients(found: torch.Tensor, expected: torch.Tensor, model: Model) -> None:
     """The two scalars are the same function of the weights, as far as their values and gradients here say."""
-    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(found, expected.to(found))
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     options = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
     pairs = zip(*(torch.autograd.grad(value, parameters, **options) for value in (found, expected)), strict=True)

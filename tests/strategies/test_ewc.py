@@ -8,7 +8,7 @@ from cl_runner.models.model import Output, PretrainedView, trainable
 from cl_runner.strategies import EWC, Finetune
 from cl_runner.strategies.anchors import Anchor
 from cl_runner.streams.split import Split
-from tests.toys import learn, toy_model, toy_stream, toy_training
+from tests.toys import assert_same_with_gradients, learn, toy_model, toy_stream, toy_training
 
 DIGITS = Split(name="digits", num_tasks=5)
 
@@ -94,6 +94,39 @@ def test_a_term_a_task_adds_up_over_tasks_and_is_held_as_one(scenario, logits):
     slopes = (torch.autograd.grad(value, parameters) for value in (held, expected))
     for one, other in zip(*slopes, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("scenario", ["task", "class", "domain"])
+@pytest.mark.parametrize("representation", ["kfac", "ekfac", "full"])
+def test_a_fisher_with_correlations_adds_up_over_tasks_as_a_diagonal_does(representation, scenario):
+    stream = toy_stream(scenario)
+    model = toy_model(stream)
+    strategy = TermATask(fisher=exact(representation=representation), strength=20.0)
+    learn(strategy, stream, model, tasks=2)
+    moved(model, 0.01)
+    held = EWC.penalties(strategy, stream.tasks[0].train[:4], None)["ewc"]
+    assert_same_with_gradients(held, strategy.slow(), model)
+
+
+@pytest.mark.parametrize(("accumulation", "old", "new"), [("sum", 0.6, 1.0), ("average", 0.5, 0.5)])
+@pytest.mark.parametrize("representation", ["diagonal", "kfac", "ekfac", "full"])
+def test_a_single_term_of_all_fishers_is_around_the_last_weights(representation, accumulation, old, new):
+    stream = toy_stream("task")
+    model = toy_model(stream)
+    fisher = exact(representation=representation)
+    decay = old if accumulation == "sum" else 1.0
+    strategy = EWC(fisher=fisher, strength=20.0, accumulation=accumulation, decay=decay)
+    learn(strategy, stream, model, tasks=1)
+    first = fisher(model, stream.tasks[0].train)
+    learn_second(strategy, stream, model)
+    second, anchor = fisher(model, stream.tasks[1].train), Anchor.at(model)
+    strategy.after_task(stream.tasks[1])
+    moved(model, 0.01)
+    away = anchor.distance(trainable(model))
+    by_hand = 10.0 * sum(
+        weight * each.only(anchor.weights).quadratic(away) for weight, each in ((old, first), (new, second))
+    )
+    assert_same_with_gradients(penalty(strategy)["ewc"], by_hand, model)
 
 
 def test_training_is_what_it_is_with_a_term_a_task():
