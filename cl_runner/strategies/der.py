@@ -15,7 +15,7 @@ from cl_runner.streams.base import Examples, Task
 
 
 class DER(Rehearsal):
-    """Match the logits that were stored with the remembered rows.
+    """Match the logits that were stored with the remembered rows (algorithm 1).
 
     As in the authors' code, the squared differences of logits are averaged over the outputs, where the paper sums them;
     fresh and replayed rows pass through the model in one batch, not in two. All outputs are active from the start, so

@@ -8,7 +8,7 @@ from cl_runner.strategies.der import DER
 
 
 class DERpp(DER):
-    """DER, plus the cross-entropy on the labels of a second, independent draw from memory."""
+    """DER, plus the cross-entropy on the labels of a second, independent draw from memory (algorithm 2)."""
 
     def __init__(
         self,

@@ -1,4 +1,5 @@
-"""Experience replay (Chaudhry et al., 2019, arXiv 1902.10486; weighted losses: van de Ven et al., 2022)."""
+"""Experience replay (Chaudhry et al., 2019, arXiv 1902.10486; weighted losses: van de Ven et al., 2022, Nature Machine
+Intelligence 4, Methods)."""
 
 import math
 from typing import Literal

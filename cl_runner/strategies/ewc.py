@@ -31,7 +31,7 @@ class EWC(Strategy):
     """Anchor each weight to where earlier tasks left it, in proportion to how much they depend on it.
 
     Adds factor * strength * sum_t (w - w_t)' F_t (w - w_t) to the loss, where w_t are the weights after task t and F_t
-    is its Fisher, without the head rows that no loss had seen by then.
+    is its Fisher, without the head rows that no loss had seen by then (eq. 3 of the paper, for a diagonal F_t).
     The pretrained weights can be anchored too, as task zero: w_0 are the backbone's initial weights, and F_0 is the
     Fisher of the pretrained model under its own head, on the first task's images (the paper's tasks are 1, 2, ...).
     """
@@ -59,6 +59,8 @@ class EWC(Strategy):
         the backbone only)."""
         if factor not in (0.5, 1.0):
             raise ConfigError("strategy.factor", f"expected 0.5 or 1.0, got {factor}")
+        if decay != 1 and accumulation != "sum":
+            raise ConfigError("strategy.decay", f"expected 1.0 unless strategy.accumulation=sum, got {decay}")
         self.fisher, self.strength = fisher, strength
         self.anchor: Source = anchor
         self.pretrained_strength = strength if pretrained_strength is None else pretrained_strength

@@ -10,9 +10,9 @@ from cl_runner.streams.base import Examples, Stream, Task
 class GDumb(Strategy):
     """Train, from the weights that the model came with, on what a balanced memory holds and nothing else.
 
-    The paper's memory is class_balanced. Its CutMix and cosine restarts are left out: optimizer, schedule and budget
-    are the run's, and an epoch is a pass over the memory, so that a small one needs many (the paper trains to the end,
-    for some 250).
+    The paper's memory, its greedy balancing sampler (algorithm 1), is class_balanced here. Its CutMix and cosine
+    restarts are left out: optimizer, schedule and budget are the run's, and an epoch is a pass over the memory, so that
+    a small one needs many (the paper trains to the end, for some 250).
     """
 
     saved = ("memory",)

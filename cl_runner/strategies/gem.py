@@ -16,7 +16,8 @@ CHUNK = 2**20  # elements of each gradient converted to double precision at a ti
 class GEM(Rehearsal):
     """Step along the nearest direction that, to first order, increases no earlier task's loss on its memory.
 
-    A task's rows are chosen at its end, and every step uses all of them. The margin is added to the solution of the
+    A task's rows are chosen at its end, and every step uses all of them; the paper keeps each task's last ones
+    (memory.keep=newest memory.share=task). The margin is added to the solution of the
     dual, as in the paper; the authors' code solves for v >= margin instead, a smaller correction.
     """
 

@@ -26,6 +26,9 @@ class LoRA(Strategy):
     With `merge`, each task's update is added to the weights when it has been learned, and the next task starts from
     there. Otherwise the backbone stays as it came and each task keeps its own updates, chosen by the task's id; a
     finished run's file of weights then holds the backbone without them.
+
+    The paper adapts a language model to one task, by its attention's query and value weights alone; here every linear
+    layer and convolution has an update unless `layers` says otherwise. A is drawn normally with variance 1 / fan-in.
     """
 
     saved = ("learned",)

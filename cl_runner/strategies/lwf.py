@@ -18,7 +18,7 @@ Softmax = Literal["task", "joint", "all"]
 
 
 class LwF(Distillation):
-    """On each new batch, distil the old outputs of the model before the task.
+    """On each new batch, distil the old outputs of the model before the task (eq. 2 and 3).
 
     With the pretrained model as a teacher, the outputs of its own head are distilled as well, in every task (the
     paper's old task is such a pretrained one; peers distil from the previous task alone). The paper first trains the

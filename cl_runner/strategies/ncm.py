@@ -14,7 +14,10 @@ from cl_runner.streams.base import Stream
 
 
 class NCM(ClosedForm):
-    """Train nothing: predict the class with the nearest mean of the initial features."""
+    """Train nothing: predict the class with the nearest mean of the initial features, argmin_k d(f(x), m_k).
+
+    Mensink et al. also learn the metric d, which is the cosine's (SimpleCIL) or Euclid's here.
+    """
 
     saved = ("sums", "counts")
 

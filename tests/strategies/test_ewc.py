@@ -151,6 +151,13 @@ def test_micro_batches_get_the_penalty_once_together(precision):
     torch.testing.assert_close(*weights, rtol=tolerance, atol=tolerance)
 
 
+def test_a_decay_of_what_is_no_running_sum_is_refused():
+    with pytest.raises(
+        ConfigError, match=r"strategy\.decay: expected 1\.0 unless strategy\.accumulation=sum, got 0\.9"
+    ):
+        EWC(fisher=exact(), decay=0.9, accumulation="average")
+
+
 def test_what_is_held_is_not_what_learns():
     stream = toy_stream()
     model = toy_model(stream)
