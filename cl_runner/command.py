@@ -13,7 +13,7 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 
 from cl_runner import CONF
-from cl_runner.command_line import DRY_RUN, in_order
+from cl_runner.command_line import in_order, without_dry_run
 from cl_runner.components import check_plugin
 from cl_runner.compose import GRID, VERSION_BASE, Request, compose_jobs, knows_all_keys, parse
 from cl_runner.config import Experiment, check, validated, with_valid_settings
@@ -38,7 +38,8 @@ def run(argv: list[str]) -> None:
     from cl_runner.trackers.console import make_console
 
     with log_to(make_console()):  # data may have to be downloaded and decoded
-        sys.argv[1:] = in_order([word for word in argv if word != DRY_RUN])
+        wanted = without_dry_run(argv)
+        sys.argv[1:] = in_order(wanted)
         with ending_at_once():
             request = parse(sys.argv[1:])
             import_module("cl_runner.job")  # and PyTorch: most of what takes seconds
@@ -48,8 +49,10 @@ def run(argv: list[str]) -> None:
             _check_sweep(request, jobs)
         _say_unused(request, jobs)
         _say_random(jobs)
-    if DRY_RUN in argv:
-        _say_what_would_be_done(request, jobs)
+    if request.hydra.sweeper.get("params") and not request.sweep:
+        print("this experiment holds a grid: -m runs every job, and without it only one configuration is run")
+    if len(wanted) < len(argv):
+        _foretell(request, jobs)
         return
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come back here, to be printed once, in one line
     if request.sweep:
@@ -57,13 +60,11 @@ def run(argv: list[str]) -> None:
             sys.exit(run_sweep(request, jobs))
         except OSError as error:  # the plan could not be written: a full disk
             sys.exit(_say_failed(error))
-    if request.hydra.sweeper.get("params"):
-        print("this experiment holds a grid: -m runs every job, and without it only one configuration is run")
     sys.argv[1:] = request.argv
     run_alone(jobs[0])
 
 
-def _say_what_would_be_done(request: Request, experiments: list[Experiment]) -> None:
+def _foretell(request: Request, experiments: list[Experiment]) -> None:
     from cl_runner.plan import foretold, planned
 
     for line in foretold(planned(request, experiments), experiments):
@@ -120,12 +121,9 @@ def make_room(experiment: Experiment) -> None:
 
     Raises FolderInUseError if another process is running it: Hydra would write into its folder.
     """
-    from cl_runner.folder import RunFolder
-    from cl_runner.lock import FolderInUseError
-    from cl_runner.rerun import move_aside
+    from cl_runner.rerun import move_aside, refuse_if_running
 
-    if holder := RunFolder(experiment.folder).held:
-        raise FolderInUseError(experiment.folder, holder)
+    refuse_if_running(experiment)
     move_aside(experiment)
 
 
@@ -258,6 +256,8 @@ def _say_unused(request: Request, jobs: list[Experiment]) -> None:
 
     if given("trainer.epochs=") and all(job.config["trainer"]["iterations"] for job in jobs):
         print("cl-runner: trainer.epochs: trainer.iterations is given; it changes nothing", file=sys.stderr)
+    if given("trainer.eval_every=") and all(job.strategy.closed_form for job in jobs):
+        print("cl-runner: trainer.eval_every: this strategy takes no steps; it changes nothing", file=sys.stderr)
     if given("model.norm_stats=adapt") and all(_keeps_statistics(job.strategy) for job in jobs):
         print("cl-runner: model.norm_stats: this strategy keeps the backbone's; it changes nothing", file=sys.stderr)
     for name in ("memory", "fisher"):

@@ -14,8 +14,9 @@ DRY_RUN = "--dry-run"
 def in_order(argv: list[str]) -> list[str]:
     """The command line with its options first, as Hydra wants them and people do not type them.
 
-    Raises ConfigError for a word that is neither an option nor an override, and for options of Hydra's that would make
-    it run another configuration than the one checked.
+    Raises ConfigError for a word that is neither an option nor an override, for settings with dashes, for --dry-run
+    (where it belongs, `without_dry_run` has removed it), and for options of Hydra's that would make it run another
+    configuration than the one checked.
     """
     parser = get_args_parser()
     parser.add_argument(DRY_RUN, action="store_true")
@@ -41,10 +42,15 @@ def in_order(argv: list[str]) -> list[str]:
     return [*options, *(["--config-dir", arguments.config_dir] if arguments.config_dir else []), *arguments.overrides]
 
 
+def without_dry_run(argv: list[str]) -> list[str]:
+    """The command line without --dry-run, which may be abbreviated as options may."""
+    return [word for word in argv if not (word.startswith("--d") and DRY_RUN.startswith(word))]
+
+
 def _refuse_dashes(word: str, options: Iterable[str]) -> None:
     """Refuse a setting that is given as an option: `--seed=3`."""
     option, equals, value = word.partition("=")
-    if equals and option.startswith("--") and option not in options and not did_you_mean(option, options):
+    if equals and option.startswith("--") and option not in options and not did_you_mean(option, options, cutoff=0.85):
         raise ConfigError("command line", f"expected {option.lstrip('-')}={value}, without dashes, got {word}")
 
 

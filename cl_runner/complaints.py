@@ -33,7 +33,8 @@ def one_line(path: str, value: Any, error: ValidationError, known: Iterable[str]
         return ConfigError(f"{field}.{place[-1]}".removeprefix("."), "expected a value, got nothing")
     wanted = dict.fromkeys(_expected(p["msg"]) for p in problems if "isinstance" not in p["msg"])
     given = problems[0]["input"]
-    listed = f"; one is written as [{given}]" if "a list" in wanted and isinstance(given, str) else ""
+    alone = list(wanted) == ["a list"] and isinstance(given, str | int | float) and given != ""
+    listed = f"; one is written as [{given}]" if alone else ""
     return ConfigError(field, f"expected {' or '.join(wanted)}, got {given!r}{listed}")
 
 

@@ -20,16 +20,19 @@ def measured_scenarios(strategy: Strategy) -> tuple[Scenario, ...]:
 
 
 @torch.inference_mode()
-def accuracies(strategy: Strategy, learned: int, batch_size: int, split: str = "test") -> dict[Scenario, list[float]]:
+def accuracies(
+    strategy: Strategy, learned: int, batch_size: int, split: str = "test", ahead: bool = True
+) -> dict[Scenario, list[float]]:
     """Accuracy on each task after the first `learned` tasks: scenario -> [T].
 
     NaN if a task's outputs do not exist yet (its classes have not been learned, unless all tasks share them), and on
-    the validation split of a future task, which is not available yet.
+    the validation split of a future task, which is not available yet. `ahead`: also on the test splits of future tasks,
+    if all tasks share their outputs.
     """
     stream = strategy.stream
     rows = {scenario: [math.nan] * len(stream) for scenario in measured_scenarios(strategy)}
     strategy.model.eval()
-    ahead = split == "test" and Scenario.DOMAIN in rows
+    ahead = ahead and split == "test" and Scenario.DOMAIN in rows
     for task in stream.tasks if ahead else stream.tasks[:learned]:
         examples = getattr(task, split)
         if len(examples):

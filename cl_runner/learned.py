@@ -46,7 +46,7 @@ class Learned:
             raise ValueError(f"expected a tensor of images, torch.uint8 {['N', *shape]}, got {got}")
         if task is None and (self.stream.scenario is Scenario.TASK or self.strategy.needs_task_id):
             raise ValueError("expected `task`, the images' task: the run was told it too")
-        if task is not None and task not in range(len(self.stream)):
+        if task is not None and not (hasattr(task, "__index__") and task in range(len(self.stream))):
             raise ValueError(f"expected a task from 0 to {len(self.stream) - 1}, got {task!r}")
         task, device = task or 0, self.model.device
         outputs = competing(self.stream, self.stream.scenario, self.stream.tasks[task], learned=len(self.stream))
@@ -73,7 +73,7 @@ def load(folder: str | Path, *, device: str = "auto", data_root: str | None = No
     """
     folder = Path(folder)
     if not RunFolder(folder).done:
-        what = RunFolder(folder).state if folder.is_dir() else "not there"
+        what = RunFolder(folder).state if (folder / "status.json").exists() else "no run's folder"
         raise ConfigError("folder", f"expected that of a finished run, got {str(folder)!r}, which is {what}")
     results = RunFolder(folder).results
     here = {"device": device, "output_root": str(folder.parent), **({"data_root": data_root} if data_root else {})}

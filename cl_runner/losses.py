@@ -1,7 +1,8 @@
 """Collect the losses of a task's steps and record their means in the run's journal."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -75,6 +76,15 @@ class Losses:
             }
         )
         self._clear()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave the time that the body takes out of the speed."""
+        began = time.time()
+        try:
+            yield
+        finally:
+            self.since += time.time() - began
 
     def state_dict(self) -> dict[str, Any]:
         """The steps so far, and those of their losses that are not yet recorded."""

@@ -6,14 +6,23 @@ from pathlib import Path
 from cl_runner.compose import GRID, Request
 from cl_runner.config import Experiment
 from cl_runner.folder import RunFolder
-from cl_runner.rerun import is_made_again, join, move_aside, other_code, other_images, refuse_halves
+from cl_runner.rerun import (
+    is_made_again,
+    join,
+    move_aside,
+    other_code,
+    other_images,
+    refuse_halves,
+    refuse_if_running,
+)
 from cl_runner.sweep import Job, Sweep, this_command
 
 
 def planned(request: Request, experiments: Sequence[Experiment]) -> Sweep:
     """The jobs of a command; those of a search are not known yet. Nothing is written or moved.
 
-    Raises ConfigError as `refuse_halves` does.
+    Raises ConfigError as `refuse_halves` does, and FolderInUseError for a run in progress that is to start over, or
+    that was asked for alone.
     """
     sweep = Sweep(
         Path(experiments[0].config["output_root"]),
@@ -24,6 +33,8 @@ def planned(request: Request, experiments: Sequence[Experiment]) -> Sweep:
         pairs = zip(request.jobs, experiments, strict=True)
         overrides = {experiment.folder: words for (words, _), experiment in pairs}
         for experiment in _once(experiments):
+            if experiment.config["rerun"] or not request.sweep:
+                refuse_if_running(experiment)
             if not is_made_again(experiment):
                 refuse_halves(experiment)
             sweep.jobs.append(Job(overrides[experiment.folder], experiment.folder.name, experiment.hash))
@@ -48,9 +59,7 @@ def foretold(sweep: Sweep, experiments: Sequence[Experiment]) -> Iterator[str]:
         yield "a search, whose jobs are chosen as it goes"
         return
     yield from remarks(sweep, experiments)
-    yield from sweep.summary()
-    if experiments[0].config["rerun"]:
-        yield "rerun=true: every job starts over, and what is there now is kept in a folder beside it"
+    yield from sweep.summary(afresh={each.folder.name for each in experiments if is_made_again(each)})
 
 
 def begin(sweep: Sweep, experiments: Sequence[Experiment]) -> None:

@@ -39,6 +39,12 @@ def join(experiment: Experiment) -> None:
             folder.update_status(groups=[*groups, experiment.group])
 
 
+def refuse_if_running(experiment: Experiment) -> None:
+    """Raises FolderInUseError if another process is running the experiment."""
+    if holder := RunFolder(experiment.folder).held:
+        raise FolderInUseError(experiment.folder, holder)
+
+
 def refuse_halves(experiment: Experiment) -> None:
     """Refuse to resume a run with other images or other code: its results would mix the two.
 

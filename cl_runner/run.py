@@ -19,7 +19,7 @@ from cl_runner.pulse import pulse
 from cl_runner.randomness import seed_all, task_seed
 from cl_runner.state import State
 from cl_runner.streams.base import Stream, Task
-from cl_runner.trackers.base import Many, RunInfo, Tracker
+from cl_runner.trackers.base import Many, RunInfo, Tracker, tell
 from cl_runner.trackers.journal import Journal
 from cl_runner.trackers.names import command_of, overrides_of, run_name
 from cl_runner.trainer import Trainer, Training
@@ -69,7 +69,7 @@ def _run(
     def record(row: dict[str, Any]) -> None:
         row = {"kind": row["kind"], "seq": position.rows, **row}
         position.rows += 1
-        {"step": tracker.step, "eval": tracker.evaluation, "task": tracker.task}[row["kind"]](row)
+        tell(tracker, row)
 
     with clock("prepare"), pulse(folder.beat, BEAT):
         _set_precision(trainer)

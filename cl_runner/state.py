@@ -68,10 +68,11 @@ class State:
         self.drift_metrics = self.drift.measure() if self.drift else {}
 
     def look(self, task: Task) -> dict[str, list[float | None]]:
-        """Evaluate between two steps of a task, which the training does not notice. Returns scenario -> accuracies."""
+        """Evaluate on the tasks so far between two steps, which the training does not notice. Returns scenario ->
+        accuracies."""
         random = random_state(self.experiment.device)
         with self.clock("evaluate"), evaluating(self.model):
-            measured = self.evaluate(learned=task.index + 1)
+            measured = self.evaluate(learned=task.index + 1, ahead=False)
         restore_random_state(random, self.experiment.device)
         self._lower(measured, task)
         return {str(scenario): _plain(row) for scenario, row in measured.items()}
@@ -250,8 +251,8 @@ class State:
             if not self.trainer.keep_checkpoint:
                 shutil.rmtree(self.folder.path / checkpoint.FOLDER, ignore_errors=True)
 
-    def evaluate(self, learned: int, split: str = "test") -> dict[Scenario, list[float]]:
-        return accuracies(self.strategy, learned, self.trainer.eval_batch_size, split)
+    def evaluate(self, learned: int, split: str = "test", ahead: bool = True) -> dict[Scenario, list[float]]:
+        return accuracies(self.strategy, learned, self.trainer.eval_batch_size, split, ahead)
 
 
 def _plain(row: list[float]) -> list[float | None]:

@@ -5,7 +5,7 @@ import shlex
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -77,18 +77,25 @@ class Sweep:
         self.finished = time.time()
         self.write()
 
-    def summary(self, done_before: int = 0) -> list[str]:
-        """Lines for people: how many jobs are in each state, then each job that is not done, with the reason."""
-        counts, differing = self.counts(), self.differing()
+    def summary(self, done_before: int = 0, afresh: Collection[str] = ()) -> list[str]:
+        """Lines for people: how many jobs are in each state, then each job that is not done, with the reason.
+
+        `afresh`: the folders of jobs that are to start over; they are pending, whatever is there of them.
+        """
+        outcomes = [self._anew(job) if job.folder in afresh else self.outcome(job) for job in self.jobs]
+        counts, differing = Counter(state for state, _ in outcomes), self.differing()
         parts = [f"{counts[state]} {state}" for state in STATES if counts[state]]
         if done_before:
             parts[0] += f" ({done_before} of them before)"
         lines = [f"{len(self.jobs)} job{'s' * (len(self.jobs) != 1)}: {', '.join(parts)}" if parts else "no jobs"]
-        for job in self.jobs:
-            state, why = self.outcome(job)
+        for job, (state, why) in zip(self.jobs, outcomes, strict=True):
             if state != "done":
                 lines.append("  ".join(filter(None, [f"  {state:<8} {job.folder}", differing[job.folder], why])))
         return lines
+
+    def _anew(self, job: Job) -> tuple[str, str]:
+        there = (self.root / job.folder).exists()
+        return "pending", "starts over; what is there now is kept in a folder beside it" if there else ""
 
     def counts(self) -> Counter[str]:
         return Counter(self.outcome(job)[0] for job in self.jobs)

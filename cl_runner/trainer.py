@@ -56,7 +56,8 @@ class Trainer:
         precision: bf16 holds for the step alone (by autocast): passes that a method makes itself, as A-GEM, GEM and MIR
             do for their gradients, are computed in fp32.
         eval_every: steps between evaluations within a task, on the tasks so far; None: only after each task. Methods
-            predict as ever: what they renew only after a task (exemplars, prototypes) is then the last task's.
+            predict as ever: where they compare with exemplars or prototypes that they make after a task (iCaRL, EASE),
+            the classes being learned have none yet, and are never named.
         drift_samples: held-out images on which to measure the distance from the pretrained model (0: not at all).
         checkpoint_every, checkpoint_seconds: steps and seconds between checkpoints within a task, whichever comes
             first; None: not for that reason. The run is saved after each task in any case.
@@ -169,10 +170,11 @@ class Training:
         for batch in self._batches(task, data, drop_last=budget is not None):
             rate = float(self.scheduler.get_last_lr()[0])
             losses.add(self.step(batch.to(self.model.device)), rate, len(batch))
-            if trainer.eval_every and losses.done % trainer.eval_every == 0 and losses.done < steps:
-                look(losses.done)
-            if self.position.steps >= self.pace.due:
-                pause()
+            with losses.paused():
+                if trainer.eval_every and losses.done % trainer.eval_every == 0 and losses.done < steps:
+                    look(losses.done)
+                if self.position.steps >= self.pace.due:
+                    pause()
         losses.flush()
         self.losses = None
 

@@ -103,9 +103,11 @@ def test_of_a_method_that_keeps_more_the_checkpoint_is_asked_for(words, tmp_path
 
 
 def test_a_run_that_is_not_finished_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="expected that of a finished run, got .*nowhere', which is not there"):
+    with pytest.raises(ConfigError, match="expected that of a finished run, got .*nowhere', which is no run's folder"):
         load(tmp_path / "nowhere")
     folder = finished(tmp_path, "strategy=finetune")
+    with pytest.raises(ConfigError, match="which is no run's folder"):
+        load(tmp_path)
     folder.update_status(state="failed")
     with pytest.raises(ConfigError, match="got .*finetune.*', which is failed"):
         load(folder.path)
@@ -116,7 +118,13 @@ def test_in_the_task_scenario_a_prediction_needs_a_task_and_is_among_its_classes
     images = learned.stream.tasks[0].test.images
     assert set(learned.predict(images, task=3).tolist()) <= set(learned.stream.tasks[3].classes)
     assert learned.predict(images[:0], task=3).tolist() == []
-    refused = {None: "expected `task`, the images' task", 5: "from 0 to 4", -1: "4, got -1", "1": "got '1'"}
+    refused = {
+        None: "expected `task`, the images' task",
+        5: "from 0 to 4",
+        -1: "4, got -1",
+        "1": "got '1'",
+        2.0: "got 2.0",
+    }
     for task, says in refused.items():
         with pytest.raises(ValueError, match=says):
             learned.predict(images, task)

@@ -349,6 +349,27 @@ def test_what_a_command_cannot_do_is_one_line_and_status_2(cl_runner):
         (["seed=1", "status"], "command line: expected KEY=VALUE, or a command as the first word, got 'status'"),
         (["seed=1", "--bogus"], "command line: unrecognized arguments: --bogus"),
         (["-m", "--seed=1,2"], "command line: expected seed=1,2, without dashes, got --seed=1,2"),
+        *[
+            ([f"--{word}"], f"command line: expected {word}, without dashes, got --{word}")
+            for word in (
+                "strategy=lwf",
+                "stream=split_mnist",
+                "model=mlp",
+                "optimizer=sgd",
+                "optimizer.lr=1",
+                "scheduler=step",
+                "trainer.epochs=2",
+                "tracker=local",
+                "fisher=exact",
+                "memory=herding",
+                "experiment=mine",
+                "device=cpu",
+                "data_root=/data",
+                "output_root=runs",
+                "rerun=true",
+                "hydra/launcher=local",
+            )
+        ],
         (["--confi-dir=conf"], "command line: unrecognized arguments: --confi-dir=conf; did you mean --config-dir"),
         (["--dryrun"], "did you mean --dry-run?"),
         (["--cfg", "job", "--dry-run"], "command line: expected --dry-run beside what is to be run, "),

@@ -18,7 +18,7 @@ from cl_runner.command import run_submitted
 from cl_runner.command_line import in_order
 from cl_runner.compose import compose_jobs, parse
 from cl_runner.errors import ConfigError
-from cl_runner.folder import CannotWriteError
+from cl_runner.folder import CannotWriteError, RunFolder
 from cl_runner.job import carry_out
 from cl_runner.report.groups import group_runs
 from cl_runner.report.runs import read
@@ -120,15 +120,48 @@ def test_a_dry_run_says_what_is_left_to_do_and_leaves_everything_as_it_is(fragil
     fragile("strategy.width=0,1")
     before = files()
     said = fragile("--dry-run", "strategy.width=0,1,1,2", "rerun=true")[1]
-    first, counts, failed, pending, last = said.splitlines()
+    first, counts, *jobs = said.splitlines()
     assert first == "1 of 4 jobs compute what another one computes: they are run once"
-    assert counts == "3 jobs: 1 done, 1 pending, 1 failed"
-    assert failed.startswith("  failed ")
-    assert failed.endswith("  strategy.width=1  RuntimeError: it broke")
-    assert pending.startswith("  pending ")
-    assert pending.endswith("  strategy.width=2")
-    assert last.startswith("rerun=true: every job starts over")
+    assert counts == "3 jobs: 3 pending"
+    kept = "  starts over; what is there now is kept in a folder beside it"
+    ends = [job.partition("strategy.width=")[2] for job in jobs]
+    assert ends == [f"0{kept}", f"1{kept}", "2"]
+    said = fragile("--dry", "strategy.width=0,1,2")[1]
+    assert said.splitlines()[0] == "3 jobs: 1 done, 1 pending, 1 failed"
+    assert "strategy.width=1  RuntimeError: it broke" in said
     assert files() == before
+
+
+def test_a_dry_run_says_what_was_made_with_other_code_and_what_starts_over_for_that(fragile, tmp_path):
+    (tmp_path / "break.1").touch()
+    fragile("strategy.width=0,1")
+    for job in plan(tmp_path)["jobs"]:
+        RunFolder(tmp_path / "outputs" / job["folder"]).update_status(code={"fragile": "other"})
+    first, counts, job = fragile("strategy.width=0,1", "--dry-run")[1].splitlines()
+    assert first.startswith("1 of 2 jobs were done with other images or code than are there now, such as fragile-")
+    assert counts == "2 jobs: 1 done, 1 pending"
+    assert job.endswith("strategy.width=1  starts over; what is there now is kept in a folder beside it")
+
+
+@pytest.mark.parametrize("words", [("rerun=true", "-m", "seed=0,1"), ("seed=0",)], ids=" ".join)
+def test_a_dry_run_refuses_a_run_in_progress_as_the_command_would(words, cl_runner, tmp_path):
+    folder = tmp_path / "outputs" / cl_runner("--dry-run", *MLP, *TINY, "seed=0")[1].split()[-1]
+    with subprocess.Popen([sys.executable, "-c", HOLD, str(folder)], stdin=-1, stdout=-1, text=True) as holder:
+        holder.stdout.readline()
+        for dry in ([], ["--dry-run"]):
+            status, said = cl_runner(*words, *dry, *MLP, *TINY)
+            assert status == 2
+            assert f"is being run by process {holder.pid}" in said
+        assert "1 running, 1 pending" in cl_runner("-m", "seed=0,1", "--dry-run", *MLP, *TINY)[1]
+        holder.stdin.close()
+
+
+def test_a_dry_run_says_that_a_grid_needs_m(cl_runner, tmp_path):
+    (tmp_path / "my" / "experiment").mkdir(parents=True)
+    grid = "# @package _global_\nhydra:\n  sweeper:\n    params:\n      seed: 0,1\n"
+    (tmp_path / "my" / "experiment" / "grid.yaml").write_text(grid)
+    said = cl_runner("--config-dir", "my", "experiment=grid", "--dry-run", *MLP, *TINY)[1]
+    assert said.startswith("this experiment holds a grid: -m runs every job")
 
 
 def test_a_dry_run_refuses_what_the_command_would(fragile):

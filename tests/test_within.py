@@ -1,12 +1,15 @@
 """Evaluations within tasks (trainer.eval_every)."""
 
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from cl_runner.identity import digest
+from cl_runner.losses import Losses
+from cl_runner.progress import Position
 from cl_runner.strategies import Finetune
 from tests.test_resume import (
     OFTEN,
@@ -83,6 +86,7 @@ def test_the_lowest_accuracy_counts_from_when_a_task_was_learned(tmp_path):
 
 def test_joint_training_has_no_earlier_tasks_to_be_lowered(tmp_path):
     results, path = carry_out(experiment(tmp_path, "strategy=joint", "trainer.eval_every=5"), "run")
+    assert evaluations(path)
     assert all(None not in row["accuracy"]["class"] for row in evaluations(path))
     assert results["metrics"]["min_accuracy"] is None
 
@@ -95,6 +99,34 @@ def test_a_stopped_run_looks_where_it_would_have_looked(tmp_path):
         with pytest.raises(PowerCutError):
             carry_out(cut(make(), steps=steps), "stopped")
     assert_equal_runs(whole, carry_out(make(), "stopped"))
+
+
+def test_where_tasks_share_their_outputs_those_to_come_are_not_evaluated_within_a_task(tmp_path):
+    _, path = carry_out(experiment(tmp_path, *FINETUNED, "stream.scenario=domain", "trainer.eval_every=2"), "run")
+    for row in evaluations(path):
+        assert [value is None for value in row["accuracy"]["domain"]] == [task > row["task"] for task in range(5)]
+
+
+def test_of_independent_models_the_one_that_is_learning_is_evaluated(tmp_path):
+    words = ["strategy=independent", "trainer.iterations=20", "optimizer.lr=0.01", "trainer.eval_every=19"]
+    results, path = carry_out(experiment(tmp_path, *words), "run")
+    rows, ends = evaluations(path), results["accuracy"]["task"]
+    assert [row["task"] for row in rows] == list(range(5))
+    for task, row in enumerate(rows):
+        assert row["accuracy"]["task"][task] == pytest.approx(ends[task][task], abs=0.1)
+        assert row["accuracy"]["task"][task] > 0.8
+
+
+def test_what_evaluation_takes_is_not_counted_in_the_speed(monkeypatch):
+    now, rows = [0.0], []
+    monkeypatch.setattr("cl_runner.losses.time.time", lambda: now[0])
+    losses = Losses(rows.append, Position(), SimpleNamespace(index=0), steps=9, steps_a_pass=9, log_every=2)
+    losses.add({"task": torch.ones(())}, lr=0.1, images=8)
+    with losses.paused():
+        now[0] += 100
+    now[0] += 4
+    losses.add({"task": torch.ones(())}, lr=0.1, images=8)
+    assert rows[0]["timing"]["images_per_second"] == 4
 
 
 def test_only_where_it_is_asked_for_it_makes_another_run(tmp_path):

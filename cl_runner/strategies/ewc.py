@@ -59,8 +59,6 @@ class EWC(Strategy):
         the backbone only)."""
         if factor not in (0.5, 1.0):
             raise ConfigError("strategy.factor", f"expected 0.5 or 1.0, got {factor}")
-        if decay != 1 and accumulation != "sum":
-            raise ConfigError("strategy.decay", f"expected 1.0 unless strategy.accumulation=sum, got {decay}")
         self.fisher, self.strength = fisher, strength
         self.anchor: Source = anchor
         self.pretrained_strength = strength if pretrained_strength is None else pretrained_strength
@@ -69,6 +67,8 @@ class EWC(Strategy):
     def check(self, stream: Recipe, model: Architecture) -> None:
         super().check(stream, model)
         check_source("strategy.anchor", self.anchor, model)
+        if self.decay != 1 and self.accumulation != "sum":
+            raise ConfigError("strategy.decay", f"expected 1.0 unless strategy.accumulation=sum, got {self.decay}")
 
     def setup(self, model: Model, stream: Stream) -> None:
         super().setup(model, stream)

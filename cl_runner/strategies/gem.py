@@ -17,8 +17,8 @@ class GEM(Rehearsal):
     """Step along the nearest direction that, to first order, increases no earlier task's loss on its memory.
 
     A task's rows are chosen at its end, and every step uses all of them; the paper keeps each task's last ones
-    (memory.keep=newest memory.share=task). The margin is added to the solution of the
-    dual, as in the paper; the authors' code solves for v >= margin instead, a smaller correction.
+    (memory.keep=newest memory.share=task). The margin is added to the solution of the dual, as in the paper; the
+    authors' code solves for v >= margin instead, a smaller correction.
     """
 
     def __init__(self, *, memory: Memory, margin: NonNegativeFloat = 0.5) -> None:

@@ -55,6 +55,11 @@ class Tracker(Protocol):
         ...
 
 
+def tell(tracker: Tracker, row: dict[str, Any]) -> None:
+    """Pass a row of the journal on, by its kind."""
+    {"step": tracker.step, "eval": tracker.evaluation, "task": tracker.task}[row["kind"]](row)
+
+
 class NullTracker:
     """Ignores everything. Trackers derive from it and override the methods that they need."""
 

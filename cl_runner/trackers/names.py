@@ -10,8 +10,8 @@ import yaml
 
 from cl_runner.identity import EXECUTION, parts
 
-HOW = {"plugins", "hydra", *EXECUTION}  # they say how a run is carried out
-IN_THE_NAME = {"strategy", "stream", "seed"}  # the name shows them anyway
+HOW = {"hydra", *EXECUTION}  # they say how a run is carried out
+UNSAID = {"strategy", "stream", "seed", "plugins"}  # a name shows them anyway, or need not
 SHARES = ("accuracy", "forgetting", "transfer", "agreement")  # how a metric's name ends, before any /scenario
 
 
@@ -70,7 +70,7 @@ def _said(overrides: Sequence[str]) -> list[str]:
     for override in overrides:
         word, _, value = override.lstrip("+").partition("=")
         key = word.lstrip("~")
-        if key not in IN_THE_NAME and not says_how(override):
+        if key not in UNSAID and not says_how(override):
             last.pop(key, None)
             last[key] = "~" if word.startswith("~") else f"={value}"
     ends = Counter(key.rpartition(".")[2] for key in last)

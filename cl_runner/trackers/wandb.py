@@ -98,6 +98,7 @@ class Wandb(NullTracker):
         self._heard = 0  # the seq after the last row of the journal, whether W&B has it or not
         self._cut_off = False  # it was closed before W&B had everything
         self._name, self._scenario = "", ""
+        self._within = False  # it is also evaluated within tasks
         self._accuracy: dict[str, list[list[float | None]]] = {}  # scenario -> the matrix so far
         self._environment: dict[str, str | None] = {}  # variables as they were
 
@@ -107,6 +108,7 @@ class Wandb(NullTracker):
 
         wandb.setup(wandb.Settings(silent=True))  # the console tracker uses the terminal
         self._wandb, self._name, self._scenario, self._folder = wandb, run.name, run.scenario, run.folder
+        self._within = bool(run.config.get("trainer", {}).get("eval_every"))
         self._keep_files_in(run.folder.resolve() / "wandb")
         earlier = sending.folders(run.folder, run.id)
         self._init(run, self._choose_mode(), earlier)
@@ -263,10 +265,13 @@ class Wandb(NullTracker):
         for scenario, accuracies in row["accuracy"].items():
             unmeasured = [[None] * row["num_tasks"] for _ in range(row["num_tasks"])]
             self._accuracy.setdefault(scenario, unmeasured)[row["task"]] = accuracies
-        values = {"task": row["task"], "step": row["step"]}
+        accuracies = dict(enumerate(row["accuracy"][self._scenario]))
+        values = {name: row[name] for name in ("task", "step") if name in row}  # older journals lack the step
         if row["seq"] >= self._next:  # they are slow to draw
             values |= self._pictures(row["metrics"])
-        values |= {f"eval/acc/task_{j}": accuracy for j, accuracy in enumerate(row["accuracy"][self._scenario])}
+        values |= {f"eval/acc/task_{j}": accuracy for j, accuracy in accuracies.items()}
+        if self._within:  # the curves go through the tasks' ends
+            values |= {f"within/acc/task_{j}": accuracy for j, accuracy in accuracies.items()}
         values |= {f"eval/{name}": value for name, value in row["metrics"].items()}
         values |= {f"eval/seconds/{phase}": value for phase, value in row["timing"]["seconds"].items()}
         self._log(row["seq"], values)

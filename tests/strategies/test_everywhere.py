@@ -1,9 +1,11 @@
-"""Every method that learns by gradients, in each of its scenarios, on a model of which a part is frozen."""
+"""Every method that learns by gradients, task by task, in any network: in each of its scenarios, on a model of which a
+part is frozen."""
 
 import pytest
 import torch
 
 from cl_runner.fisher.estimators import Exact, Probe
+from cl_runner.listing import choices
 from cl_runner.memory import Reservoir
 from cl_runner.strategies import (
     ER,
@@ -60,6 +62,17 @@ METHODS = {
 def scenarios(make):
     strategy = make()
     return [Scenario.TASK] if strategy.needs_task_id else sorted(strategy.scenarios)
+
+
+ELSEWHERE = {
+    "joint": "learns all tasks at once",
+    **dict.fromkeys(("ncm", "simplecil", "slda", "ranpac", "fecam"), "closed form, on frozen features"),
+    **dict.fromkeys(("l2p", "dualprompt", "coda_prompt", "ease"), "beside a vision transformer, which they freeze"),
+}
+
+
+def test_no_method_is_left_out():
+    assert choices()["strategy"].keys() - ELSEWHERE.keys() <= METHODS.keys()
 
 
 each_method_in_each_scenario = pytest.mark.parametrize(

@@ -155,7 +155,7 @@ def test_a_decay_of_what_is_no_running_sum_is_refused():
     with pytest.raises(
         ConfigError, match=r"strategy\.decay: expected 1\.0 unless strategy\.accumulation=sum, got 0\.9"
     ):
-        EWC(fisher=exact(), decay=0.9, accumulation="average")
+        EWC(fisher=exact(), decay=0.9, accumulation="average").check(DIGITS, EfficientNetLite0(pretrained=False))
 
 
 def test_what_is_held_is_not_what_learns():

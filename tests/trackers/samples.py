@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from cl_runner import metrics
+from cl_runner.trackers import base
 from cl_runner.trackers.base import RunInfo, Tracker
 
 CLASS = np.array([[0.9, 0.0, 0.0], [0.61, 0.8, 0.0], [0.52, 0.73, 0.64]])
@@ -86,4 +87,4 @@ def results() -> dict[str, Any]:
 
 def tell(tracker: Tracker, rows: list[dict[str, Any]]) -> None:
     for row in rows:
-        {"step": tracker.step, "eval": tracker.evaluation, "task": tracker.task}[row["kind"]](row)
+        base.tell(tracker, row)

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from threading import Thread
@@ -130,6 +130,29 @@ def test_an_evaluation_within_a_task_has_each_tasks_accuracy(written: tuple[Writ
     row = {name: value for name, value in written[0].history[12].items() if not name.startswith("_")}
     within = {"within/acc/task_0": 0.3, "within/acc/task_1": 0.4, "within/acc/task_2": 0.5}
     assert row == {"task": 2, "step": 10, **within}
+    assert "within/acc/task_0" not in written[0].history[4]  # at the end of a task: this run has no trainer.eval_every
+
+
+def test_where_a_run_is_evaluated_within_tasks_their_ends_are_on_the_same_curves(tmp_path: Path) -> None:
+    told: list[dict[str, Any]] = []
+    info = run_info(tmp_path)
+    tracker = Wandb(mode="offline")
+    tracker.start(replace(info, config=info.config | {"trainer": {"eval_every": 2}}))
+    tracker._run.log = lambda values, step, commit: told.append(values)
+    tell(tracker, journal_rows()[:5])
+    tracker.close()
+    assert (told[4]["step"], told[4]["within/acc/task_0"], told[4]["eval/acc/task_0"]) == (4, 0.9, 0.9)
+
+
+def test_a_journal_from_before_task_rows_had_a_step_is_sent_too(tmp_path: Path) -> None:
+    told: list[dict[str, Any]] = []
+    tracker = Wandb(mode="offline")
+    tracker.start(run_info(tmp_path))
+    tracker._run.log = lambda values, step, commit: told.append(values)
+    tell(tracker, [{name: value for name, value in row.items() if name != "step"} for row in journal_rows()[4:5]])
+    tracker.close()
+    assert tracker.failure is None
+    assert told[0]["task"] == 0
 
 
 @pytest.mark.parametrize("name", ["matrix", "forgetting_matrix"])
