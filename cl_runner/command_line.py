@@ -48,10 +48,12 @@ def without_dry_run(argv: list[str]) -> list[str]:
 
 
 def _refuse_dashes(word: str, options: Iterable[str]) -> None:
-    """Refuse a setting that is given as an option: `--seed=3`."""
+    """Refuse a setting that is given as an option: `--seed=3`, `-seed=3` or `--seed 3`."""
     option, equals, value = word.partition("=")
-    if equals and option.startswith("--") and option not in options and not did_you_mean(option, options, cutoff=0.85):
-        raise ConfigError("command line", f"expected {option.lstrip('-')}={value}, without dashes, got {word}")
+    meant = option.startswith("--") or (option.startswith("-") and equals)
+    if meant and option not in options and not did_you_mean(option, options, cutoff=0.85):
+        key = option.lstrip("-").replace("-", "_")
+        raise ConfigError("command line", f"expected {key}={value or '…'}, without dashes, got {word}")
 
 
 def added_folder(config_dir: str) -> Path:

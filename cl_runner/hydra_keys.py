@@ -19,6 +19,7 @@ RESERVED = {
     "hydra.mode": "expected -m (--multirun), which says the same",
     "hydra.searchpath": "expected --config-dir DIR, for one folder of choices of your own",
     "hydra.job.chdir": "it cannot be set: paths are relative to the directory that the command is given in",
+    "dry_run": "expected the option --dry-run",
     "_pair": "it cannot be chosen: it follows from stream and model",
     "protocol": "it cannot be chosen: it follows from experiment and strategy",
 }

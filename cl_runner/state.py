@@ -50,6 +50,7 @@ class State:
         self.validation: Rows = {scenario: [] for scenario in self.rows}
         # Each task's lowest accuracy since it was learned, as far as it was measured; NaN until then.
         self.lowest = {scenario: [math.nan] * len(stream) for scenario in self.rows}
+        self.looked = False  # it has been evaluated within a task
         samples = self.trainer.drift_samples if self.model.pretrained_head is not None else 0
         self.drift = Drift(self.model, stream, samples, self.trainer.eval_batch_size) if samples else None
         self.drift_metrics: dict[str, float] = {}
@@ -74,6 +75,7 @@ class State:
         with self.clock("evaluate"), evaluating(self.model):
             measured = self.evaluate(learned=task.index + 1, ahead=False)
         restore_random_state(random, self.experiment.device)
+        self.looked = True
         self._lower(measured, task)
         return {str(scenario): _plain(row) for scenario, row in measured.items()}
 
@@ -100,7 +102,7 @@ class State:
 
     def metrics(self) -> dict[str, float | None]:
         zero_shot = {str(name): np.array(row) for name, row in self.zero_shot.items()}
-        lowest = {str(name): np.array(row) for name, row in self.lowest.items()} if self.trainer.eval_every else {}
+        lowest = {str(name): np.array(row) for name, row in self.lowest.items()} if self.looked else {}
         learned = self.position.tasks
         sizes = np.array([len(task.test) for task in self.stream.tasks[:learned]])
         return {
@@ -186,6 +188,7 @@ class State:
             "rows": {str(scenario): rows for scenario, rows in self.rows.items()},
             "validation": {str(scenario): rows for scenario, rows in self.validation.items()},
             "lowest": {str(scenario): row for scenario, row in self.lowest.items()},
+            "looked": self.looked,
             "drift_metrics": self.drift_metrics,
             "zero_shot": {str(scenario): row for scenario, row in self.zero_shot.items()},
             "journal": self.journal.offset,
@@ -208,6 +211,7 @@ class State:
         self.rows = {Scenario(name): rows for name, rows in state["rows"].items()}
         self.validation = {Scenario(name): rows for name, rows in state["validation"].items()}
         self.lowest |= {Scenario(name): row for name, row in state.get("lowest", {}).items()}
+        self.looked = state.get("looked", False)
         self.drift_metrics = state["drift_metrics"]
         self.zero_shot = {Scenario(name): row for name, row in state["zero_shot"].items()}
         self.journal.rewind(state["journal"])

@@ -160,6 +160,8 @@ class Training:
         budget = iterations and iterations * (len(strategy.stream) if strategy.offline else 1)
         steps_a_pass = number_of_batches(len(data), trainer.batch_size, drop_last=budget is not None)
         steps = budget or (own.epochs or trainer.epochs) * steps_a_pass
+        if trainer.eval_every and trainer.eval_every >= steps:
+            log.warning("trainer.eval_every: task %d has %d steps, and is evaluated only after them", task.index, steps)
         self._prepare(steps, own)
         self.losses = losses = Losses(self.record, self.position, task, steps, steps_a_pass, trainer.log_every)
         if kept := self._kept.pop("task", None):

@@ -347,7 +347,10 @@ def test_what_a_command_cannot_do_is_one_line_and_status_2(cl_runner):
     [
         (["statsu"], "command line: expected KEY=VALUE or a command, got 'statsu'; did you mean status?"),
         (["seed=1", "status"], "command line: expected KEY=VALUE, or a command as the first word, got 'status'"),
-        (["seed=1", "--bogus"], "command line: unrecognized arguments: --bogus"),
+        (["seed=1", "--eval-every", "3"], "command line: expected eval_every=…, without dashes, got --eval-every"),
+        (["-seed=3", "model=mlp"], "command line: expected seed=3, without dashes, got -seed=3"),
+        (["--rerun"], "command line: expected rerun=…, without dashes, got --rerun"),
+        (["dry_run=true"], "dry_run: expected the option --dry-run"),
         (["-m", "--seed=1,2"], "command line: expected seed=1,2, without dashes, got --seed=1,2"),
         *[
             ([f"--{word}"], f"command line: expected {word}, without dashes, got --{word}")

@@ -129,6 +129,13 @@ def test_what_evaluation_takes_is_not_counted_in_the_speed(monkeypatch):
     assert rows[0]["timing"]["images_per_second"] == 4
 
 
+def test_where_no_task_is_long_enough_it_is_said_and_nothing_summed_up(tmp_path, caplog):
+    results, path = carry_out(experiment(tmp_path, *FINETUNED, "stream.max_tasks=2", "trainer.eval_every=4"), "run")
+    assert "trainer.eval_every: task 1 has 4 steps, and is evaluated only after them" in caplog.text
+    assert not evaluations(path)
+    assert "min_accuracy" not in results["metrics"]
+
+
 def test_only_where_it_is_asked_for_it_makes_another_run(tmp_path):
     def hashed(*words):
         return digest(experiment(tmp_path, "strategy=finetune", *words).config)
