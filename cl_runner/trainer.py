@@ -172,10 +172,11 @@ class Training:
         for batch in self._batches(task, data, drop_last=budget is not None):
             rate = float(self.scheduler.get_last_lr()[0])
             losses.add(self.step(batch.to(self.model.device)), rate, len(batch))
-            with losses.paused():
-                if trainer.eval_every and losses.done % trainer.eval_every == 0 and losses.done < steps:
+            if trainer.eval_every and losses.done % trainer.eval_every == 0 and losses.done < steps:
+                with losses.paused():
                     look(losses.done)
-                if self.position.steps >= self.pace.due:
+            if self.position.steps >= self.pace.due:
+                with losses.paused():
                     pause()
         losses.flush()
         self.losses = None

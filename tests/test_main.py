@@ -462,6 +462,12 @@ def test_adapting_statistics_that_a_strategy_keeps_are_said_to_change_nothing(st
     assert ("model.norm_stats: this strategy keeps the backbone's; it changes nothing" in said) == is_said
 
 
+@pytest.mark.parametrize(("strategy", "is_said"), [("ncm", True), ("frozen", False), ("finetune", False)])
+def test_evaluating_within_tasks_of_a_strategy_without_steps_is_said_to_change_nothing(strategy, is_said, started):
+    said = started(f"strategy={strategy}", "trainer.eval_every=5")
+    assert ("trainer.eval_every: this strategy takes no steps; it changes nothing" in said) == is_said
+
+
 @pytest.mark.parametrize(("words", "is_said"), [(["trainer.iterations=2"], True), ([], False)])
 def test_epochs_beside_iterations_are_said_to_change_nothing(words, is_said, started):
     said = started(*words)

@@ -1,15 +1,12 @@
 """Evaluations within tasks (trainer.eval_every)."""
 
 from functools import partial
-from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from cl_runner.identity import digest
-from cl_runner.losses import Losses
-from cl_runner.progress import Position
 from cl_runner.strategies import Finetune
 from tests.test_resume import (
     OFTEN,
@@ -22,6 +19,7 @@ from tests.test_resume import (
     overrides_for,
     without_timing,
 )
+from tests.toys import toy_model, toy_stream, toy_training
 
 pytestmark = pytest.mark.usefixtures("no_picture")
 
@@ -117,16 +115,20 @@ def test_of_independent_models_the_one_that_is_learning_is_evaluated(tmp_path):
         assert row["accuracy"]["task"][task] > 0.8
 
 
-def test_what_evaluation_takes_is_not_counted_in_the_speed(monkeypatch):
-    now, rows = [0.0], []
+@pytest.mark.parametrize("between", ["look", "pause"])
+def test_what_evaluations_and_checkpoints_take_is_not_counted_in_the_speed(between, monkeypatch):
+    stream, now = toy_stream(), [0.0]
     monkeypatch.setattr("cl_runner.losses.time.time", lambda: now[0])
-    losses = Losses(rows.append, Position(), SimpleNamespace(index=0), steps=9, steps_a_pass=9, log_every=2)
-    losses.add({"task": torch.ones(())}, lr=0.1, images=8)
-    with losses.paused():
-        now[0] += 100
-    now[0] += 4
-    losses.add({"task": torch.ones(())}, lr=0.1, images=8)
-    assert rows[0]["timing"]["images_per_second"] == 4
+
+    def taking_long(*step):
+        now[0] += 1000
+
+    settings = {"eval_every": 1} if between == "look" else {"checkpoint_every": 1}
+    training, rows = toy_training(Finetune(), stream, model := toy_model(stream), log_every=2, **settings)
+    model.reveal(stream.tasks[0])
+    training.learn(stream.tasks[0], stream.tasks[0].train, **{between: taking_long})
+    assert now[0] > 1000
+    assert all(row["timing"]["images_per_second"] > 1e6 for row in rows)  # nothing else took any time
 
 
 def test_where_no_task_is_long_enough_it_is_said_and_nothing_summed_up(tmp_path, caplog):

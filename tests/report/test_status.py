@@ -183,12 +183,12 @@ def test_a_name_stands_whole_where_there_is_room_for_it(width, whole):
 def test_runs_of_no_sweep_are_told_by_what_their_commands_do_not_share(run, said):
     command = "cl-runner strategy=combined seed=1 output_root=outputs"
     run("a", state="done", results={}, command=command)
-    other = f"{command} '~strategy@strategy.parts.ewc' rerun=true tracker.notes=x hydra/launcher=local"
+    other = f"{command} '~strategy@strategy.parts.ewc' rerun=true tracker.notes=x hydra/launcher=local 'plugins=[p]'"
     run("b", state="done", results={}, command=other)
     run("deeper/c", state="done", results={}, command="cl-runner strategy=er")
     assert [line for line in said()[1] if "done" in line.split()] == [
         "a done",
-        "b '~strategy@strategy.parts.ewc' done",
+        "b '~strategy@strategy.parts.ewc' 'plugins=[p]' done",
         "deeper/c done",
         "3 runs: 3 done",
     ]
