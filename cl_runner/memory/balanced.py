@@ -14,8 +14,8 @@ class ClassBalanced(Memory):
     """Capacity is shared equally: when the memory is full, a new row replaces one of the largest group.
 
     random: a uniform sample of each group (with a shared capacity, close to the greedy balancing sampler of GDumb,
-    Prabhu et al., 2020, which draws the row to drop but never replaces a row by a later one of its class); newest: a
-    ring buffer per group (Lopez-Paz & Ranzato, 2017; Chaudhry et al., 2019).
+    Prabhu et al., 2020, algorithm 1, which draws the row to drop but never replaces a row by a later one of its class);
+    newest: a ring buffer per group (Lopez-Paz & Ranzato, 2017; Chaudhry et al., 2019).
     """
 
     def __init__(

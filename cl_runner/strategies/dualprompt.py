@@ -17,11 +17,12 @@ class DualPrompt(Prompting):
     """Learn prompts shared by all tasks in early blocks, and prompts of each task, with a key, in later blocks.
 
     Prompts are additional keys and values of a frozen vision transformer's attention (prefix tuning). To the loss is
-    added strength * the cosine distance from the task's key to the query; at test time each image gets the prompts of
-    the learned task with the nearest key, even if its task is known. A task's prompts are initialised with the previous
-    task's, as in the authors' code. The loss on the labels sees only the task's own outputs. Unlike in that code, an
-    image does not get the prompts chosen by most of its batch (a batch of one task nearly gives the task away), and
-    prompts and keys are initialised normally with a standard deviation of 0.02, not uniformly from 0 to 0.01.
+    added strength * (1 - cos(q(x), k_t)), q the pretrained features and k_t the task's key; at test time each image
+    gets the prompts of the learned task with the nearest key, even if its task is known. A task's prompts are
+    initialised with the previous task's, as in the authors' code. The loss on the labels sees only the task's own
+    outputs. Unlike in that code, an image does not get the prompts chosen by most of its batch (a batch of one task
+    nearly gives the task away), and prompts and keys are initialised normally with a standard deviation of 0.02, not
+    uniformly from 0 to 0.01.
     """
 
     redraws = True  # the key

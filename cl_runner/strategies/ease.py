@@ -21,10 +21,11 @@ class EASE(Strategy):
     """Train adapters for each task beside a frozen vision transformer; predict from class means under all of them.
 
     Each task's adapters, parallel to every block's MLP, are trained from scratch with the head and then frozen: they
-    define a subspace. A class's score is the mean over subspaces of the cosine between the features and the class mean
-    there, with weight `alpha` in those of other tasks (the paper's sum, normalised, or a recurring class would score
-    higher). Means of old classes in a new subspace are synthesised from those of similar new classes. A prediction
-    takes one pass through the network per task so far; adapters and means are not in a finished run's file of weights.
+    define a subspace. The score of class k is sum_s a_sk cos(f_s(x), m_sk) / sum_s a_sk, with the features f_s and the
+    class mean m_sk in subspace s, and a_sk = 1 in those of the class's own tasks, else `alpha` (the paper's sum,
+    normalised, or a recurring class would score higher). The mean of an old class in a new subspace is synthesised from
+    the new classes j: sum_j softmax_j(cos(m_tk, m_tj)) m_sj, t the subspace of its own task. A prediction takes one
+    pass through the network per task so far; adapters and means are not in a finished run's file of weights.
 
     The loss sees only the task's own outputs. Unlike in the authors' code, adapters are trained with a linear head, not
     a cosine one, and without dropout; they get the MLP's own input, the normalised tokens, and add to its output before

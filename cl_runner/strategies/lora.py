@@ -21,7 +21,7 @@ log = logging.getLogger("cl_runner")
 
 
 class LoRA(Strategy):
-    """Train the head and a low-rank update of each layer's weight.
+    """Train the head and a low-rank update of each layer's weight (eq. 3).
 
     With `merge`, each task's update is added to the weights when it has been learned, and the next task starts from
     there. Otherwise the backbone stays as it came and each task keeps its own updates, chosen by the task's id; a

@@ -20,12 +20,13 @@ class SLCA(Strategy):
     classes.
 
     The features are sampled from a Gaussian per class, with the mean and covariance of its features when its task was
-    learned. Predictions are the aligned head's; the next task continues from the head before alignment. The steps of
-    the backbone, and of branches or prompts in it, are scaled by `backbone_rate`, which equals a lower learning rate
-    for every optimizer whose step is proportional to its rate. A task's loss sees only its own outputs. Unlike in the
-    authors' code, logits are normalised to length one over all classes, not by the mean length over T tasks, so that
-    ours are softer by about the square root of T (`temperature` = 0.1 / sqrt(T) comes near theirs); old classes' means
-    are not shrunk when sampled from; and the alignment has no weight decay.
+    learned; the head's loss on them is the cross-entropy of softmax(z / (temperature |z|)), z the logits. Predictions
+    are the aligned head's; the next task continues from the head before alignment. The steps of the backbone, and of
+    branches or prompts in it, are scaled by `backbone_rate`, which equals a lower learning rate for every optimizer
+    whose step is proportional to its rate. A task's loss sees only its own outputs. Unlike in the authors' code, logits
+    are normalised to length one over all classes, not by the mean length over T tasks, so that ours are softer by about
+    the square root of T (`temperature` = 0.1 / sqrt(T) comes near theirs); old classes' means are not shrunk when
+    sampled from; and the alignment has no weight decay.
     """
 
     saved = ("moments", "unaligned")
